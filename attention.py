@@ -1,0 +1,257 @@
+"""Attention: how a token gathers what it needs from the tokens before it.
+
+Each position asks a question (the query q) of every position it may see; each of those answers how well it fits (its
+key k) and what it has to say (its value v). The fit becomes weights that sum to one, and the output is the weighted
+sum of the values::
+
+    attention(q, k, v) = softmax(q kᵀ / √d_head + M) v          M = 0 where attention is allowed, -∞ where it is not
+
+(Vaswani et al. 2017, section 3.2.1). The √d_head keeps the scores of random vectors near unit variance, so that the
+softmax starts neither flat nor saturated; d_head is the width of one head, not of the model.
+
+In this file, in order: attention by hand and by PyTorch's fused kernel; the masks; the two ways to tell a model where
+a token stands (sinusoids added to the input, rotations applied to q and k); the cache that makes generation cheap;
+and the layer with many heads, where groups of query heads may share one key/value head (Ainslie et al. 2023).
+
+Run ``python attention.py`` for a worked example with three tokens.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operation
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention, by hand.
+
+    q (B, H, Tq, d); k and v (B, Hkv, Tk, d), where H is a multiple of Hkv and query head h reads key/value head h //
+    (H / Hkv); mask: boolean, broadcastable to (B, H, Tq, Tk), True = may attend. Returns the output (B, H, Tq, d) and
+    the weights (B, H, Tq, Tk). A query that may attend to nothing gets zeros, not NaN."""
+    repeats = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(repeats, dim=1)  # (B, H, Tk, d): heads 0,0,1,1 and not 0,1,0,1
+    v = v.repeat_interleave(repeats, dim=1)
+    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).float()  # (B, H, Tq, Tk)
+    if mask is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        alive = mask.any(dim=-1, keepdim=True)  # rows that may attend to something
+        scores = scores.masked_fill(
+            ~mask & alive, float("-inf")
+        )  # a row of -inf alone would be NaN, forward and backward
+        weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)
+    weights = weights.to(v.dtype)
+    return weights @ v, weights
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """The same output from PyTorch's fused kernel, which never stores the (Tq, Tk) weights. A test holds the two equal.
+
+    ``causal`` is for Tq == Tk only: PyTorch aligns its causal mask top-left, so with a cache (Tq < Tk) a new token
+    would see the first keys instead of the last."""
+    if causal and q.shape[2] != k.shape[2]:
+        raise ValueError("causal=True needs as many queries as keys; pass causal_mask(t_q, t_k) instead")
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who may see whom
+
+
+def may_attend(q_positions: Tensor, k_positions: Tensor, window: int | None = None, sinks: int = 0) -> Tensor:
+    """True where the query at position p may see the key at position s: not in the future (s <= p) and, with a window
+    of W, among the last W positions including p itself (p - s < W), or one of the first ``sinks`` positions (Xiao et
+    al. 2023).
+
+    (..., Tq) and (..., Tk) integers -> (..., Tq, Tk) boolean.
+    """
+    distance = q_positions[..., :, None] - k_positions[..., None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & ((distance < window) | (k_positions[..., None, :] < sinks))
+    return allowed
+
+
+def causal_mask(t_q: int, t_k: int, window: int | None = None, sinks: int = 0, device=None) -> Tensor:
+    """(t_q, t_k) boolean for the last ``t_q`` of ``t_k`` positions: aligned at the bottom right, as a cache needs it.
+
+    >>> causal_mask(2, 4).int()
+    tensor([[1, 1, 1, 0],
+            [1, 1, 1, 1]], dtype=torch.int32)
+    >>> causal_mask(4, 4, window=2, sinks=1).int()
+    tensor([[1, 0, 0, 0],
+            [1, 1, 0, 0],
+            [1, 1, 1, 0],
+            [1, 0, 1, 1]], dtype=torch.int32)
+    """
+    positions = torch.arange(t_k, device=device)
+    return may_attend(positions[t_k - t_q :], positions, window, sinks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where a token stands
+
+
+def sinusoidal_positions(t: int, d: int) -> Tensor:
+    """(t, d) float32: sin and cos of each position at d/2 wavelengths from 2π to 10000·2π, interleaved (Vaswani et
+    al., 3.5)::
+
+    PE(p, 2i) = sin(p / 10000^(2i/d))        PE(p, 2i+1) = cos(p / 10000^(2i/d))
+    """
+    angles = torch.arange(t)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)  # (t, ceil(d/2))
+    table = torch.empty(t, d)
+    table[:, 0::2] = angles.sin()
+    table[:, 1::2] = angles.cos()[:, : d // 2]
+    return table
+
+
+def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``p · θ^(-2i/d)`` for i = 0 .. d/2 - 1 (Su et al. 2021): integers (...) -> two float32 (...,
+    head_dim/2).
+
+    Always float32: in bfloat16, position 257 would be 256.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[..., None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i+d/2}) of each head by the angle of its position: x (B, H, T, d), cos and sin (...,
+    T, d/2).
+
+    After rotation the product q·k depends only on the distance between the two positions. Which coordinates form a
+    pair is a convention: ours is the half-split layout of Llama in transformers; Meta's own code pairs neighbours
+    (x_2i, x_2i+1). The two differ by a permutation of the rows of the q and k projections, and mixing them up breaks
+    a loaded model without an error."""
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (..., 1, T, d/2): the same for every head
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The memory of generation
+
+
+class KVCache:
+    """Keys and values of the tokens so far, in buffers of fixed size, so that a new token costs one row and not the
+    whole text.
+
+    Column j of every row is one step of the model. Prompts of unequal length are padded on the left, so all rows
+    write to the same column; ``real`` says which columns hold a token, ``positions`` where that token stands in its
+    own text. Keys are stored after rotation and never rotated again. The model calls ``begin`` once per forward pass
+    and ``write`` once per layer."""
+
+    def __init__(self, n_layers: int, batch: int, max_len: int, device=None):
+        self.k: list[Tensor | None] = [None] * n_layers  # (B, Hkv, max_len, d) each, made at the first write
+        self.v: list[Tensor | None] = [None] * n_layers
+        self.real = torch.zeros(batch, max_len, dtype=torch.bool, device=device)
+        self.positions = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+        self.max_len = max_len
+        self.start = self.length = 0  # columns before this pass, and after it
+        self.padded = False  # does any row hold padding? (then a mask is needed)
+
+    def begin(self, real: Tensor | None, positions: Tensor) -> None:
+        """Announce T new columns: ``real`` (B, T) boolean, or None if no row is padded there; ``positions`` (B, T) or
+        (T,)."""
+        self.start, self.length = self.length, self.length + positions.shape[-1]
+        if self.length > self.max_len:
+            raise ValueError(f"the cache holds {self.max_len} tokens, {self.length} are needed")
+        self.positions[:, self.start : self.length] = positions
+        self.real[:, self.start : self.length] = True if real is None else real
+        self.padded = self.padded or (real is not None and not bool(real.all()))
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (B, Hkv, T, d) of a layer; return all of them so far (B, Hkv, length, d)."""
+        if self.k[layer] is None:
+            shape = (k.shape[0], k.shape[1], self.max_len, k.shape[3])
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        self.k[layer][:, :, self.start : self.length] = k
+        self.v[layer][:, :, self.start : self.length] = v
+        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows in this order; a row may be named several times (samples of one prompt share its prefill)."""
+        self.k = [k if k is None else k.index_select(0, rows) for k in self.k]
+        self.v = [v if v is None else v.index_select(0, rows) for v in self.v]
+        self.real, self.positions = self.real[rows], self.positions[rows]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The layer
+
+
+class SelfAttention(nn.Module):
+    """Many heads side by side, each with its own projection to d_head = d_model / n_heads, their outputs joined and
+    mixed.
+
+    With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one key/value head: the cache shrinks by that
+    factor. ``qk_norm`` normalises every q and k to unit root mean square before the rotation, which bounds the
+    scores."""
+
+    def __init__(
+        self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool = False, qk_norm: bool = False, eps: float = 1e-5
+    ):
+        super().__init__()
+        self.head_dim = d_model // n_heads
+        self.q_proj = nn.Linear(d_model, n_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(n_heads * self.head_dim, d_model, bias=bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D). ``mask`` (B, 1, T, Tk) boolean; None = causal among the T tokens, or, for a
+        single new token with a cache, everything before it."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, d)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.write(layer, k, v)  # (B, Hkv, Tk, d)
+        out = fused_attention(q, k, v, mask, causal=mask is None and T > 1)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+if __name__ == "__main__":
+    torch.set_printoptions(precision=3, sci_mode=False)
+    q = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]]])  # one sequence, one head, three tokens, d = 2
+    k = torch.tensor([[[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]]])
+    v = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]]]])
+    out, weights = attention(q, k, v, causal_mask(3, 3))
+    print("queries\n", q[0, 0], "\nkeys\n", k[0, 0], "\nvalues\n", v[0, 0])
+    print("scores q·k / √2\n", (q @ k.transpose(-2, -1) / math.sqrt(2))[0, 0])
+    print("who may see whom\n", causal_mask(3, 3).int())
+    print("weights: the softmax over what may be seen; each row sums to 1\n", weights[0, 0])
+    print("output: the weighted sum of the values; the first token can only repeat itself\n", out[0, 0])
+    print(
+        "a window of 2: the third token no longer sees the first\n",
+        attention(q, k, v, causal_mask(3, 3, window=2))[1][0, 0],
+    )
+    cos, sin = rope_cos_sin(torch.arange(3), head_dim=2)
+    turned = apply_rope(torch.ones(1, 1, 3, 2), cos, sin)
+    print("rotary positions turn the same vector by 0, 1 and 2 radians\n", turned[0, 0])
+    print(
+        "so products depend on distance alone:",
+        (turned[0, 0, 0] @ turned[0, 0, 1]).item(),
+        (turned[0, 0, 1] @ turned[0, 0, 2]).item(),
+    )

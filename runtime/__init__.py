@@ -1,0 +1,1 @@
+"""Plumbing that no chapter is about: configuration, devices, processes, checkpoints, metrics, plots."""

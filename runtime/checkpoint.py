@@ -1,0 +1,99 @@
+"""Checkpoints that survive a crash, and that cannot run code.
+
+A checkpoint is one dictionary of tensors and plain Python values. It is written to a temporary file, flushed to the
+disk, then renamed: whatever happens, the last good one is there. It is read with ``weights_only=True``, so a file
+from a stranger can hold numbers and nothing else."""
+
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from runtime.errors import UserError
+
+MAGIC = "alignbook checkpoint 1"
+FIELDS = ("model", "model_config", "tokenizer", "stage", "config", "step", "lineage")
+
+
+def write_atomically(path: Path, write) -> None:
+    """``write(temporary path)``, flush to the disk, rename over ``path``: readers see the old file or the new one,
+    never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # the rename itself must reach the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def save_checkpoint(folder: Path, state: dict, keep_last: int = 1, best: bool = False) -> Path:
+    """Write ``ckpt.pt``; with keep_last > 1 also ``ckpt_<step>.pt`` for the last so many; with ``best``,
+    ``best.pt``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"magic": MAGIC, **state}
+    path = folder / "ckpt.pt"
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    if keep_last > 1:
+        _link(path, folder / f"ckpt_{state['step']:07d}.pt")
+        old = sorted(p for p in folder.iterdir() if re.fullmatch(r"ckpt_\d{7,}\.pt", p.name))
+        for extra in old[:-keep_last]:
+            extra.unlink()
+    if best:
+        _link(path, folder / "best.pt")
+    return path
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same bytes (a copy where the file system has no links), put in place atomically."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        temporary.write_bytes(source.read_bytes())
+    os.replace(temporary, target)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint file that a user means by a file or a run's folder."""
+    path = Path(path)
+    return path / "ckpt.pt" if path.is_dir() or path.suffix != ".pt" else path
+
+
+def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
+    """Read and check a checkpoint; one clear line for every way in which it can be wrong."""
+    path = find_checkpoint(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is damaged or not a checkpoint (it is not a PyTorch archive, or was cut off)")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = re.search(r"(?:GLOBAL|global|Unsupported \w+)\s+([\w.]+)", str(error))
+        inside = f" ({what.group(1)})" if what else ""
+        raise UserError(
+            f"{path} holds more than tensors and plain values{inside} and was refused: it could run code"
+        ) from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+    if not isinstance(state, dict) or state.get("magic") != MAGIC:
+        raise UserError(f"{path} is not an alignbook checkpoint")
+    missing = [name for name in FIELDS if name not in state]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return state

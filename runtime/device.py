@@ -1,0 +1,119 @@
+"""Where the numbers live: the device, its precision, its threads, and whether compiling pays."""
+
+import contextlib
+import os
+import shutil
+import time
+
+import torch
+
+from runtime.errors import UserError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch has no MPS device; use --device cpu")
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere (a CPU without bf16 units is slower in
+    bf16)."""
+    if name != "auto":
+        if name == "fp16" and device.type == "cpu":
+            raise UserError("--precision fp16 is for GPUs; on a CPU use fp32 or bf16")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str):
+    """Matrix products in ``precision``; weights, and everything that is summed for a log-probability, stay float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def can_compile(device: torch.device) -> bool:
+    """torch.compile needs a C++ compiler on a CPU and Triton on a GPU."""
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+
+            return True
+        except ImportError:
+            return False
+    return False
+
+
+def compile_blocks(model) -> None:
+    """Compile the blocks in place. They have one shape, so one compilation serves all of them; names and weights stay
+    what they are."""
+    for block in model.blocks:
+        block.compile()
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read afterwards tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+# Dense 16-bit (or, for MPS and unknown cards, measured) peak in floating-point operations per second, from the
+# vendors' data sheets.
+_PEAKS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "4090": 165e12,
+    "3090": 71e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """What the device could do at best: the data sheet for known GPUs in 16 bits, else a large matrix product,
+    timed."""
+    if device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(device)
+        for card, peak in _PEAKS.items():
+            if card in name:
+                return peak
+    n = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(n, n, device=device, dtype=PRECISIONS[precision])
+    best = float("inf")
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,83 @@
+"""Pictures of a run: one panel for each metric, drawn from metrics.jsonl alone."""
+
+import json
+import math
+from pathlib import Path
+
+_HIDDEN = {"step", "time", "lr", "mfu", "tokens_per_second"}
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list, list]]:
+    """Each metric's (steps, values) in the order of the file."""
+    series: dict[str, tuple[list, list]] = {}
+    for line in Path(path).read_text().splitlines():
+        row = json.loads(line)
+        for name, value in row.items():
+            if name not in ("step", "time") and isinstance(value, (int, float)) and math.isfinite(value):
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return series
+
+
+def _axes(n: int, columns: int = 3):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.6 * rows), squeeze=False, layout="constrained")
+    for extra in axes.flat[n:]:
+        extra.set_visible(False)
+    return figure, axes.flat
+
+
+def _draw(axis, steps, values, label=None) -> None:
+    """The values, faint if there are many, under their running mean."""
+    if len(values) <= 30:
+        axis.plot(steps, values, marker=".", label=label)
+        return
+    line = axis.plot(steps, values, alpha=0.25, linewidth=0.8)[0]
+    width = max(2, len(values) // 20)
+    mean = [sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1]) for i in range(len(values))]
+    axis.plot(steps, mean, color=line.get_color(), label=label)
+
+
+def _save(figure, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    from runtime.checkpoint import write_atomically
+
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
+    plt.close(figure)
+
+
+def plot_curves(metrics: Path, path: Path, title: str = "") -> None:
+    """One panel for each metric of a run."""
+    series = {name: xy for name, xy in read_metrics(metrics).items() if name not in _HIDDEN}
+    if not series:
+        return
+    figure, axes = _axes(len(series))
+    for axis, (name, (steps, values)) in zip(axes, series.items()):
+        _draw(axis, steps, values)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def plot_stages(folders: dict[str, Path], path: Path, wanted: dict[str, list[str]]) -> None:
+    """One picture for a chain of stages: ``wanted[stage]`` names the metrics that share its panel."""
+    figure, axes = _axes(len(folders), columns=min(3, len(folders)))
+    for axis, (stage, folder) in zip(axes, folders.items()):
+        series = read_metrics(Path(folder) / "metrics.jsonl")
+        for name in wanted.get(stage, []):
+            if name in series:
+                _draw(axis, *series[name], label=name)
+        axis.set_title(stage)
+        axis.set_xlabel("step", fontsize=8)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    _save(figure, path)

@@ -1,0 +1,405 @@
+"""One run of a stage: its folder, its place among the processes, its checkpoint, its metrics.
+
+run = start(config, "sft")                  # checks the folder, joins the processes, picks the device
+first = run.resume(model, optimizers)       # 0, or the step at which the last checkpoint was written
+run.banner(model, steps, tokens_per_step)
+for step in run.steps(first, steps):        # a progress bar
+    ...
+    run.log(step, tokens=..., loss=...)
+    if run.should_save(step, steps):
+        run.save(step, model, optimizers, tokenizer)
+run.close("loss 1.234", next_command="python grpo.py")
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from runtime import processes
+from runtime.checkpoint import load_checkpoint, save_checkpoint, write_text
+from runtime.config import FREE_FIELDS, as_dict
+from runtime.device import (
+    autocast,
+    can_compile,
+    compile_blocks,
+    peak_flops,
+    pick_device,
+    pick_precision,
+    seed_everything,
+)
+from runtime.errors import UserError
+from runtime.plots import plot_curves
+
+
+def run_folder(config, stage: str) -> Path:
+    return Path(config.out_dir or f"out/{config.task}/{stage}")
+
+
+class Run:
+    """The handle that a stage's loop holds. Make it with ``start``."""
+
+    def __init__(self, config, stage: str):
+        self.config, self.stage, self.folder = config, stage, run_folder(config, stage)
+        self.rank, self.world, local = processes.setup_processes(config.device)
+        self.is_main = self.rank == 0
+        self.device = pick_device(config.device, local)
+        self.precision = pick_precision(config.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.state: dict | None = None  # the checkpoint that this run continues
+        self.lineage: list[dict] = []  # the stages that led here
+        self.best: float | None = None
+        self._model_flops = 0.0
+        self._peak: float | None = None
+        self._tokens = self._seconds = 0.0
+        self._mark = time.perf_counter()
+        self._started = time.perf_counter()
+        self._interrupted = False
+        self._bar = None
+        self._tracker = None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Before the loop
+
+    def open(self) -> None:
+        folder, config = self.folder, as_dict(self.config)
+        if self.is_main and self.config.fresh and folder.exists():
+            n = 1
+            while (aside := folder.with_name(f"{folder.name}.old{n}")).exists():
+                n += 1
+            folder.rename(aside)
+            print(f"{folder} was moved to {aside}")
+        processes.barrier()
+        if (folder / "ckpt.pt").exists():
+            self.state = load_checkpoint(folder)
+            if self.state["stage"] != self.stage:
+                raise UserError(f"{folder} holds a {self.state['stage']} run; choose another --out_dir")
+            stored = self.state["config"]
+            changed = [
+                k for k in config if k not in FREE_FIELDS and k in stored and _plain(config[k]) != _plain(stored[k])
+            ]
+            if changed:
+                what = ", ".join(f"{k}={stored[k]!r}, now {config[k]!r}" for k in changed)
+                raise UserError(
+                    f"{folder} holds a run with {what}: choose another --out_dir, or --fresh to start again"
+                )
+            self.lineage, self.best = self.state["lineage"], self.state.get("best")
+        if self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+            self._cut_back(self.state["step"] if self.state else 0)
+            self._tracker = _tracker(self.config, self.stage, folder)
+        seed_everything(self.config.seed)
+
+    def _cut_back(self, step: int) -> None:
+        """Forget metrics and samples that were written after the checkpoint: those steps will be done again."""
+        metrics, samples = self.folder / "metrics.jsonl", self.folder / "samples.txt"
+        rows = []
+        if metrics.exists():
+            for line in metrics.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # the line that a crash cut off
+                    continue
+                if row["step"] <= step:
+                    rows.append(line + "\n")
+        write_text(metrics, "".join(rows))
+        parts = samples.read_text().split("=== step ") if samples.exists() else [""]
+        kept = [p for p in parts[1:] if int(p.split(" ", 1)[0]) <= step]
+        write_text(samples, "".join("=== step " + p for p in kept))
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.state and self.state.get("finished"))
+
+    def resume(self, model, optimizers=()) -> int:
+        """Put the weights, the optimizers and the random state back where the checkpoint has them; return its step."""
+        if self.state is None:
+            return 0
+        load_weights(model, self.state["model"], self.folder)
+        for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(self.state["scaler"])
+        torch.set_rng_state(self.state["rng"].cpu())
+        self.print(f"continuing {self.folder} at step {self.state['step']}")
+        return self.state["step"]
+
+    def autocast(self):
+        return autocast(self.device, self.precision)
+
+    def maybe_compile(self, model, steps: int, step_seconds: float) -> str:
+        """Compile the blocks if ``compile`` says so; with auto, if about ``steps · step_seconds`` of work pay back
+        the warm-up.
+
+        The choice depends on the configuration alone, never on where a run resumes: compiled and eager sums round
+        differently."""
+        wanted = self.config.compile == "on" or (
+            self.config.compile == "auto" and self.device.type in ("cpu", "cuda") and steps * step_seconds > 60
+        )
+        if not wanted:
+            return "eager" if self.config.compile == "off" else "eager (too short a run for torch.compile to pay)"
+        if not can_compile(self.device):
+            if self.config.compile == "on":
+                raise UserError(
+                    "--compile on needs a C++ compiler (CPU) or Triton (GPU); install one or use --compile off"
+                )
+            return "eager (torch.compile finds no compiler)"
+        compile_blocks(model)
+        return "compiled (the first steps take some seconds longer)"
+
+    def banner(self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", **more) -> None:
+        from transformer import count_parameters, flops_per_token
+
+        self._model_flops = flops_per_token(model, seq_len)
+        facts = {
+            "device": f"{self.device}, {self.precision}, {how}"
+            + (f", {self.world} processes" if self.world > 1 else ""),
+            "model": f"{count_parameters(model):,} parameters",
+            "work": f"{steps:,} steps of {tokens_per_step:,} tokens",
+            **more,
+            "writes": str(self.folder),
+        }
+        self.print(f"\n{self.stage}")
+        for name, value in facts.items():
+            self.print(f"  {name:10} {value}")
+
+    def print(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop
+
+    def steps(self, first: int, last: int):
+        """first, first + 1, ..., last - 1 under a progress bar. Ctrl-C finishes the step, saves it, and stops; a
+        second one stops at once."""
+        before = {}
+        if self.world == 1 and _in_main_thread():
+
+            def interrupt(number, frame):
+                self._interrupted = True
+                for n, handler in before.items():
+                    signal.signal(n, handler)
+                self.print("finishing this step, then saving (again to stop at once)")
+
+            before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+        profiler = self._profiler()
+        self._bar = tqdm(
+            total=last, initial=first, desc=self.stage, disable=not self.is_main, dynamic_ncols=True, mininterval=0.5
+        )
+        try:
+            self._mark = time.perf_counter()
+            for step in range(first, last):
+                yield step
+                self._bar.update()
+                if profiler is not None:
+                    profiler.step()
+                if self._interrupted:
+                    raise KeyboardInterrupt
+                self._mark = time.perf_counter()
+        finally:
+            self._bar.close()
+            if profiler is not None:
+                profiler.__exit__(None, None, None)
+                profiler.export_chrome_trace(str(self.folder / "trace.json"))
+                self.print(f"profile: {self.folder / 'trace.json'} (open it in ui.perfetto.dev)")
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+    def _profiler(self):
+        if not self.config.profile_steps or not self.is_main:
+            return None
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=self.config.profile_steps, repeat=1)
+        profiler = torch.profiler.profile(activities=activities, schedule=schedule)
+        return profiler.__enter__()
+
+    def log(self, step: int, tokens: int = 0, always: bool = False, show: tuple = (), **metrics) -> None:
+        """Report one step, counted from 0. ``tokens``: how many all processes trained on; speed and MFU come from
+        them. A row is written every ``log_every`` steps (or ``always``); values may be tensors and are read only
+        then. ``show``: names for the bar."""
+        self._tokens += tokens
+        self._seconds += time.perf_counter() - self._mark
+        self._mark = time.perf_counter()
+        if not (always or (step + 1) % self.config.log_every == 0 or step == 0):
+            return
+        row = {"step": step + 1} | {k: float(v) for k, v in metrics.items() if v is not None}
+        if self._tokens:
+            self._seconds += time.perf_counter() - self._mark  # reading the values waited for the device
+            row["tokens_per_second"] = self._tokens / self._seconds
+            if self._peak is None:
+                self._peak = peak_flops(self.device, self.precision)
+            row["mfu"] = self._model_flops * row["tokens_per_second"] / (self._peak * self.world)
+        self._tokens = self._seconds = 0.0
+        self._mark = time.perf_counter()
+        self._write(row, show)
+
+    def evaluation(self, step: int, **metrics) -> None:
+        """Report figures measured between steps, after ``step`` steps."""
+        self._write({"step": step} | {k: float(v) for k, v in metrics.items() if v is not None}, ())
+        self._mark = time.perf_counter()
+
+    def _write(self, row: dict, show) -> None:
+        if not self.is_main:
+            return
+        row["time"] = round(time.perf_counter() - self._started, 3)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._bar is not None and show:
+            speed = {"tok/s": f"{row['tokens_per_second']:,.0f}"} if "tokens_per_second" in row else {}
+            self._bar.set_postfix({k: f"{row[k]:.3f}" for k in show if k in row} | speed, refresh=False)
+        if self._tracker is not None:
+            self._tracker(row)
+
+    def sample(self, step: int, text: str) -> None:
+        """Append generated text to samples.txt."""
+        if self.is_main:
+            with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"=== step {step} ===\n{text.rstrip()}\n\n")
+
+    def should_save(self, step: int, steps: int) -> bool:
+        return (step + 1) % self.config.save_every == 0 or step + 1 == steps or self._interrupted
+
+    def save(
+        self, step: int, steps: int, model, optimizers, tokenizer, metric: float | None = None, lower_is_better=True
+    ) -> None:
+        """Write the checkpoint after ``step`` (counted from 0); ``metric`` decides whether it is also ``best.pt``."""
+        better = metric is not None and (
+            self.best is None or (metric < self.best if lower_is_better else metric > self.best)
+        )
+        if better:
+            self.best = float(metric)
+        if self.is_main:
+            state = {
+                "model": model.state_dict(),
+                "model_config": as_dict(model.config),
+                "tokenizer": tokenizer.state(),
+                "stage": self.stage,
+                "config": _plain(as_dict(self.config)),
+                "step": step + 1,
+                "finished": step + 1 == steps,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "scaler": self.scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "best": self.best,
+                "lineage": self.lineage,
+            }
+            save_checkpoint(self.folder, state, self.config.keep_last, better)
+        processes.barrier()
+        self._mark = time.perf_counter()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # After the loop
+
+    def close(self, result: str, next_command: str = "") -> None:
+        if self.is_main:
+            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=str(self.folder))
+            seconds = time.perf_counter() - self._started
+            took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+            self.print(
+                f"{self.stage} done: {result} in {took}; {self.folder / 'ckpt.pt'}"
+                + (f"; next: {next_command}" if next_command else "")
+            )
+            if self._tracker is not None:
+                self._tracker(None)
+
+
+def start(config, stage: str) -> Run:
+    """Open the folder of a stage's run, fresh or to be continued."""
+    run = Run(config, stage)
+    run.open()
+    return run
+
+
+def load_weights(model, weights: dict, where) -> None:
+    """``load_state_dict``, with one line if the shapes are not the model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = [line.strip() for line in str(error).splitlines()[1:2]]
+        raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
+
+
+def load_stage(path: str, command: str = "", device="cpu"):
+    """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it."""
+    from runtime.checkpoint import find_checkpoint
+    from tokenizer import load_tokenizer
+    from transformer import ModelConfig, Transformer
+
+    if not find_checkpoint(path).exists():
+        raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}" if command else ""))
+    state = load_checkpoint(path)
+    try:
+        model = Transformer(ModelConfig(**state["model_config"]))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} describes a model this version does not know: {error}") from None
+    load_weights(model, state["model"], path)
+    return model.to(device), load_tokenizer(state["tokenizer"]), state
+
+
+def descend(state: dict, path) -> list[dict]:
+    """The lineage of a run that starts from this checkpoint."""
+    return [
+        *state["lineage"],
+        {"stage": state["stage"], "path": str(path), "step": state["step"], "best": state.get("best")},
+    ]
+
+
+def _plain(value):
+    """As it comes back from a checkpoint or JSON: tuples as lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _tracker(config, stage: str, folder: Path):
+    """A function that sends a row of metrics on, or ends with ``None``."""
+    if config.track == "none":
+        return None
+    try:
+        if config.track == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
+
+            def send(row):
+                if row is None:
+                    writer.close()
+                    return
+                for name, value in row.items():
+                    if name != "step":
+                        writer.add_scalar(name, value, row["step"])
+
+            return send
+        import wandb
+    except ImportError:
+        raise UserError(f"--track {config.track} needs the extra: pip install -e '.[track]'") from None
+    handle = wandb.init(
+        project="alignbook",
+        name=f"{config.task}/{stage}",
+        dir=str(folder),
+        config=as_dict(config),
+        reinit="finish_previous",
+    )
+
+    def send(row):
+        if row is None:
+            handle.finish()
+        else:
+            handle.log({k: v for k, v in row.items() if k != "step"}, step=int(row["step"]))
+
+    return send

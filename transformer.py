@@ -1,0 +1,403 @@
+"""The transformer: attention and feed-forward layers on a shared stream, and the log-probabilities that all of
+alignment is made of.
+
+::
+
+    x = embedding(tokens)
+    for each block:   x = x + attention(norm(x))          tokens exchange information
+                      x = x + feed_forward(norm(x))       each token thinks about what it has
+    logits = head(norm(x))                                how likely each next token is, before the softmax
+
+The default form is Llama's (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases, separate q, k and v,
+so that another tool can load the weights after renaming them. The older forms (learned or sinusoidal positions,
+LayerNorm, GELU, ReLU, biases: GPT-2, Radford et al. 2019) are fields of the same ``ModelConfig``, because the book
+compares them.
+
+Every later chapter uses two functions of this file. ``Transformer.forward_hidden`` is the model without its head;
+reward models and value heads sit on it. ``token_logps`` is log p(next token), in float32, without ever storing all
+the logits.
+
+Run ``python transformer.py`` for the sizes of the book's models.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from attention import KVCache, SelfAttention, may_attend, rope_cos_sin, sinusoidal_positions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a model. Stored in every checkpoint, so a model can be rebuilt from the file alone."""
+
+    vocab_size: int = 512
+    d_model: int = 128  # width of the stream
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: as many as query heads
+    d_ff: int | None = (
+        None  # None: 4·d_model, or for SwiGLU (three matrices) 2/3 of that, rounded up to a multiple of 32
+    )
+    max_seq_len: int = 256
+    positions: str = "rope"  # rope | learned | sinusoidal
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    mlp: str = "swiglu"  # swiglu | gelu (exact) | gelu_tanh (GPT-2) | relu
+    bias: bool = False  # biases in the linear layers
+    qk_norm: bool = False  # normalise queries and keys
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False  # one matrix reads tokens in and scores them on the way out
+    window: int | None = None  # each token sees the last `window` tokens, itself included; None: all
+    sinks: int = 0  # with a window: the first tokens that stay visible
+
+    def __post_init__(self):
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.d_ff is None:
+            wide = 4 * self.d_model if self.mlp != "swiglu" else -(-int(2 * 4 * self.d_model / 3) // 32) * 32
+            object.__setattr__(self, "d_ff", wide)
+        problems = [
+            (self.d_model % self.n_heads, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}"),
+            (
+                self.n_heads % self.n_kv_heads,
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}",
+            ),
+            (
+                self.positions not in ("rope", "learned", "sinusoidal"),
+                f"positions {self.positions!r}: rope, learned or sinusoidal",
+            ),
+            (self.norm not in ("rmsnorm", "layernorm"), f"norm {self.norm!r}: rmsnorm or layernorm"),
+            (self.mlp not in ("swiglu", *ACTIVATIONS), f"mlp {self.mlp!r}: swiglu, {', '.join(ACTIVATIONS)}"),
+            (
+                self.positions == "rope" and self.head_dim % 2,
+                f"rope turns pairs: the head width {self.head_dim} must be even",
+            ),
+            (self.window is not None and self.window < 1, "a window holds at least the token itself"),
+            (self.sinks and self.window is None, "sinks need a window"),
+        ]
+        for wrong, why in problems:
+            if wrong:
+                raise ValueError(why)
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) · weight``, rms(x) = √(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019).
+
+    The statistics are taken in float32 and the result is cast back before the weight multiplies it, as Llama does.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class FeedForward(nn.Module):
+    """Two matrices with a nonlinearity between them: ``down(act(up(x)))``."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class SwiGLU(nn.Module):
+    """A third matrix opens and closes each hidden unit: ``down(silu(gate(x)) ⊙ up(x))`` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+
+
+class Block(nn.Module):
+    """Pre-norm: each half reads a normalised copy of the stream and adds to the stream itself, which stays an open
+    path for gradients."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attn_norm = make_norm(config)
+        self.attn = SelfAttention(
+            config.d_model, config.n_heads, config.n_kv_heads, config.bias, config.qk_norm, config.norm_eps
+        )
+        self.mlp_norm = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else FeedForward(config)
+
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Transformer(nn.Module):
+    """A decoder: each position predicts the token after it, from itself and what stands before it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # recompute each block in the backward pass instead of storing its inside
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.positions == "learned":
+            self.position_embed = nn.Embedding(config.max_seq_len, config.d_model)
+        elif config.positions == "sinusoidal":
+            self.register_buffer(
+                "position_table", sinusoidal_positions(config.max_seq_len, config.d_model), persistent=False
+            )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_norm = make_norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight  # the same Parameter, not a copy: gradients of both uses add
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Weights N(0, 0.02), biases 0; what is added to the stream N(0, 0.02/√(2·n_layers)), so that the stream of
+        2·n_layers additions starts no wider than that of one (Radford et al. 2019, section 2.3).
+
+        The final norm has unit scale, so logits start with a standard deviation of 0.02·√d_model times its weight,
+        and the first loss above ln V by half its square. For wide models we shrink the head: it must start near ln V.
+        """
+        head_std = min(0.02, 0.32 / math.sqrt(self.config.d_model))
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layers))
+            elif name == "head.weight" or (name == "embed.weight" and self.config.tie_embeddings):
+                parameter.normal_(0, head_std)
+            elif parameter.dim() == 2:
+                parameter.normal_(0, 0.02)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    def forward(self, tokens: Tensor, **context) -> Tensor:
+        """tokens (B, T) -> logits (B, T, V). The keyword arguments are those of ``forward_hidden``."""
+        return self.head(self.forward_hidden(tokens, **context))
+
+    def forward_hidden(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """tokens (B, T) -> the stream after the final norm (B, T, D).
+
+        mask: (B, T), 1 = a real token; needed for padding on the left (padding on the right is never seen by what
+        stands before it). segments: (B, T) integers, for rows that hold several documents: a token sees its own
+        document only, and positions restart. positions: (B, T) or (T,); by default they count the real tokens of each
+        document, or continue where the cache ends. cache: appended to; tokens see what it holds. Not together with
+        segments. Learned and sinusoidal positions end at ``max_seq_len`` (ValueError past it); rotary ones go on,
+        untrained."""
+        B, T = tokens.shape
+        real = None if mask is None else mask.bool()
+        if positions is None:
+            positions = self._positions(tokens, real, segments, cache)  # (B, T) or (T,)
+        if T + (cache.length if cache is not None else 0) > self.config.max_seq_len and self.config.positions != "rope":
+            raise ValueError(
+                f"{T} tokens after {cache.length if cache else 0}: max_seq_len is {self.config.max_seq_len}"
+            )
+        if cache is not None:
+            cache.begin(real, positions)
+        allowed = self._attention_mask(T, positions, real, segments, cache)  # (B, 1, T, Tk), or None: plain causal
+
+        x = self.embed(tokens)  # (B, T, D)
+        rope = None
+        if self.config.positions == "rope":
+            rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        elif self.config.positions == "learned":
+            x = x + self.position_embed(positions)
+        else:
+            x = x + self.position_table[positions]
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(block, x, rope, allowed, use_reentrant=False)
+            else:
+                x = block(x, rope, allowed, cache, layer)
+        return self.final_norm(x)
+
+    def _positions(self, tokens, real, segments, cache) -> Tensor:
+        T = tokens.shape[1]
+        if segments is not None:  # count from the column where the document begins
+            column = torch.arange(T, device=tokens.device)
+            new = torch.ones_like(segments, dtype=torch.bool)
+            new[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            return column - (column * new).cummax(dim=1).values  # (B, T)
+        if cache is not None and cache.padded:
+            real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
+            before = cache.real[:, : cache.length].sum(dim=1, keepdim=True)
+            return (before + real.cumsum(dim=1) - 1).clamp(min=0)
+        if real is not None:
+            before = 0 if cache is None else cache.length
+            return (before + real.cumsum(dim=1) - 1).clamp(min=0)  # padding gets 0; nobody looks at it
+        start = 0 if cache is None else cache.length
+        return torch.arange(start, start + T, device=tokens.device)  # (T,)
+
+    def _attention_mask(self, T, positions, real, segments, cache) -> Tensor | None:
+        window, sinks = self.config.window, self.config.sinks
+        if cache is not None:
+            if not cache.padded and window is None and (T == 1 or cache.start == 0):
+                return None  # one new token sees everything; a first chunk is plain causal
+            k_positions, k_real = cache.positions[:, : cache.length], cache.real[:, : cache.length]
+            q_positions = cache.positions[:, cache.start : cache.length]
+            allowed = may_attend(q_positions, k_positions, window, sinks) & k_real[:, None, :]
+            start = cache.start
+        else:
+            if real is None and segments is None and window is None:
+                return None
+            allowed = may_attend(positions, positions, window, sinks)  # (B, T, T) or (T, T)
+            if segments is not None:
+                allowed = allowed & (segments[:, :, None] == segments[:, None, :])
+            if real is not None:
+                allowed = allowed & real[:, None, :]
+            start = 0
+        # Padding may look at itself: no row is empty, so no kernel can make it NaN and pass that on to the next
+        # layer's values.
+        allowed = allowed | torch.eye(T, allowed.shape[-1], dtype=torch.bool, device=allowed.device).roll(start, dims=1)
+        return allowed.unsqueeze(-3)  # the same for every head
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def token_logps(
+    model: Transformer,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    where: Tensor | None = None,
+    max_logits: int = 2**24,
+    **context,
+) -> Tensor:
+    """log p(token t+1 | tokens ≤ t) under ``softmax(logits / temperature)``: (B, T) -> (B, T-1), float32, with
+    gradient.
+
+    Column t scores token t+1. where: (B, T-1), 1 = wanted; the others are not computed and come back as 0. The
+    temperature must be the one that the tokens were sampled with, or the policy that trains is not the policy that
+    sampled.
+
+    The logits of a batch are its largest tensor by far: 8 × 1,024 tokens × 50,304 words are 1.6 GB in float32, and
+    the backward pass wants them again. So we take the positions in chunks of at most ``max_logits`` logits and
+    recompute each chunk in the backward pass. Keyword arguments go to ``forward_hidden``."""
+    hidden = model.forward_hidden(tokens, **context)[:, :-1]  # (B, T-1, D)
+    targets = tokens[:, 1:]
+    wanted = torch.ones_like(targets, dtype=torch.bool) if where is None else where.bool()
+    if where is None:
+        hidden, picked = hidden.flatten(0, 1), targets.flatten()  # (N, D), (N,)
+    else:
+        hidden, picked = hidden[wanted], targets[wanted]
+    weight, rows = model.head.weight, max(1, max_logits // model.head.weight.shape[0])
+    if len(picked) <= rows:
+        logps = _logps(hidden, weight, picked, temperature)  # small enough: keep the logits
+    else:
+        chunks = [
+            checkpoint(_logps, h, weight, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(rows), picked.split(rows))
+        ]
+        logps = torch.cat(chunks)
+    if where is None:
+        return logps.view_as(targets)
+    return torch.zeros(targets.shape, device=logps.device).masked_scatter(wanted, logps)
+
+
+def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight).float() / temperature  # (N, V); float32 before the softmax, always
+    return -F.cross_entropy(logits, targets, reduction="none")  # log_softmax, then the target's entry
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Each parameter once, also when two modules share it."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def flops_per_token(model: Transformer, seq_len: int) -> float:
+    """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward),
+    and 6·T·D a layer for causal attention, whose average query sees half of T keys (Kaplan et al. 2020; Chowdhery et
+    al. 2022, appendix B)."""
+    looked_up = [model.embed.weight.numel()] if not model.config.tie_embeddings else []
+    if model.config.positions == "learned":
+        looked_up.append(model.position_embed.weight.numel())
+    weights = count_parameters(model) - sum(looked_up)  # a table that is read multiplies nothing
+    return 6.0 * weights + 6.0 * model.config.n_layers * model.config.d_model * seq_len
+
+
+def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_activation: int = 4) -> dict[str, float]:
+    """Bytes of one training step with AdamW, an estimate: weights, gradients and two moments in float32; activations
+    kept for the backward pass; one chunk of logits with its softmax (see ``token_logps``)."""
+    with torch.device("meta"):
+        n = count_parameters(Transformer(config))
+    kv = config.n_kv_heads * config.head_dim
+    hidden = (3 if config.mlp == "swiglu" else 2) * config.d_ff
+    per_token = config.n_layers * (
+        10 * config.d_model + 2 * kv + hidden + config.d_ff
+    )  # norms, q, k, v, output, the two sums; the MLP
+    tokens = batch * seq_len
+    logits = 3 * min(tokens * config.vocab_size, 2**24) * 4
+    parts = {"weights": 4.0 * n, "gradients": 4.0 * n, "optimizer": 8.0 * n}
+    parts |= {"activations": float(tokens * per_token * bytes_per_activation), "logits": float(logits)}
+    return parts | {"total": sum(parts.values())}
+
+
+if __name__ == "__main__":
+    print(f"{'shape':34} {'parameters':>12} {'training step of 8 × 512 tokens':>34}")
+    for d_model, n_layers, n_heads, vocab_size in [
+        (128, 4, 4, 512),
+        (512, 8, 8, 4096),
+        (128, 1, 4, 50304),
+        (512, 8, 8, 50304),
+        (1024, 24, 16, 50304),
+    ]:
+        config = ModelConfig(vocab_size, d_model, n_layers, n_heads, max_seq_len=512)
+        with torch.device("meta"):
+            n = count_parameters(Transformer(config))
+        memory = estimate_memory(config, batch=8, seq_len=512)["total"]
+        shape = f"d {d_model:5d}, {n_layers:2d} blocks, vocabulary {vocab_size:6d}"
+        print(f"{shape} {n / 1e6:10.2f} M {memory / 1e9:31.2f} GB")
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig())
+    tokens = torch.randint(512, (4, 64))
+    loss = -token_logps(model, tokens).mean()
+    print(f"\nan untrained model is as good as guessing: loss {loss:.3f}, ln 512 = {math.log(512):.3f}")
+    print({field.name: getattr(model.config, field.name) for field in dataclasses.fields(ModelConfig)})

@@ -81,3 +81,16 @@ def plot_stages(folders: dict[str, Path], path: Path, wanted: dict[str, list[str
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     _save(figure, path)
+
+
+def plot_sweep(results: list[dict], path: Path) -> None:
+    """Validation loss against the learning rate, on a logarithmic axis."""
+    figure, axes = _axes(1, columns=1)
+    axis = axes[0]
+    ordered = sorted(results, key=lambda row: row["lr"])
+    axis.plot([row["lr"] for row in ordered], [row["val_loss"] for row in ordered], marker="o")
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel("validation loss")
+    axis.grid(alpha=0.3)
+    _save(figure, path)

@@ -152,6 +152,11 @@ class Run:
         compile_blocks(model)
         return "compiled (the first steps take some seconds longer)"
 
+    def eager(self):
+        """Run without compiled code: for evaluation and generation, whose changing shapes would each be compiled
+        anew."""
+        return torch.compiler.set_stance("force_eager")
+
     def banner(self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", **more) -> None:
         from transformer import count_parameters, flops_per_token
 

@@ -1,0 +1,133 @@
+"""Talk to any checkpoint.
+
+    python chat.py out/arith/grpo --prompt "Tom has 4 apples and finds 3 more. How many apples does Tom have?"
+    python chat.py out/arith/grpo                            # a conversation; an empty line ends it, /new forgets it
+    python chat.py out/arith/pretrain --raw --prompt "One day Tom went to"
+
+The model answers in the chat template it was trained with; a base model knows none, so with ``--raw`` it continues
+the text itself."""
+
+import codecs
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import tyro
+
+from generate import stream
+from runtime.config import parse
+from runtime.device import autocast, pick_device, pick_precision
+from runtime.errors import UserError, run_main
+from runtime.run import load_stage
+from tokenizer import Tokenizer, encode_chat
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: tyro.conf.Positional[str] = "out/arith/grpo"
+    """A run's folder or a checkpoint file."""
+    prompt: str = ""
+    """Answer this and stop. Without it, a conversation."""
+    system: str = ""
+    """A system message before the conversation."""
+    raw: bool = False
+    """Continue the prompt as text, without the chat template."""
+    temperature: float = 0.7
+    """0: always the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Only tokens at least so likely, compared with the likeliest."""
+    max_new_tokens: int = 256
+    """The longest answer."""
+    seed: int | None = None
+    """The same seed gives the same answer."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of ids as they arrive. A character whose bytes are spread over several tokens comes when it is
+    complete."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in ids:
+        if text := decoder.decode(tokenizer.token_bytes(token)):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def check(config: Config) -> None:
+    if config.temperature < 0 or not 0 < config.top_p <= 1 or not 0 <= config.min_p <= 1 or config.top_k < 0:
+        raise UserError("temperature and top_k start at 0; top_p lies between 0 and 1 (not 0), min_p between 0 and 1")
+    if config.max_new_tokens < 1:
+        raise UserError("max_new_tokens starts at 1")
+
+
+def main() -> None:
+    config = parse(Config)
+    check(config)
+    device = pick_device(config.device)
+    model, tokenizer, state = load_stage(config.checkpoint, "python pipeline.py", device)
+    model.eval()
+    if state["stage"] == "pretrain" and not config.raw:
+        print("note: a pretrained model knows no chat template; --raw continues the text itself", file=sys.stderr)
+
+    def reply(ids: list[int], show: bool = True) -> str:
+        room = model.config.max_seq_len - len(ids)
+        knobs = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        text = ""
+        with autocast(device, pick_precision("auto", device)):
+            drawn = stream(
+                model, ids, min(config.max_new_tokens, room), eot_id=tokenizer.eot_id, seed=config.seed, **knobs
+            )
+            for piece in pieces(tokenizer, drawn):
+                text += piece
+                print(piece, end="", flush=True)
+        print()
+        return text
+
+    if config.raw:
+        text = config.prompt or input("text: ")
+        ids = tokenizer.encode(text) or [tokenizer.eot_id]
+        if len(ids) >= model.config.max_seq_len:
+            raise UserError(f"the text has {len(ids)} tokens; the model's context holds {model.config.max_seq_len}")
+        print(text, end="")
+        reply(ids)
+        return
+    start = [{"role": "system", "content": config.system}] if config.system else []
+    messages = list(start)
+    while True:
+        question = config.prompt
+        if not question:
+            try:
+                question = input("you: ").strip()
+            except EOFError:
+                question = ""
+            if question == "/new":
+                messages = list(start)
+                continue
+            if not question:
+                return
+        messages.append({"role": "user", "content": question})
+        ids = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
+        forgotten = 0
+        while len(ids) > model.config.max_seq_len - 16 and len(messages) > len(start) + 1:
+            del messages[len(start) : len(start) + 2]  # the oldest question and its answer
+            forgotten += 1
+            ids = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
+        if forgotten:
+            print(f"({forgotten} earlier questions no longer fit into the context and were forgotten)", file=sys.stderr)
+        if len(ids) >= model.config.max_seq_len:
+            raise UserError(f"the question has {len(ids)} tokens; the model's context holds {model.config.max_seq_len}")
+        if not config.prompt:
+            print("model: ", end="")
+        messages.append({"role": "assistant", "content": reply(ids)})
+        if config.prompt:
+            return
+
+
+if __name__ == "__main__":
+    run_main(main)

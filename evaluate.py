@@ -1,0 +1,306 @@
+"""Evaluation: how good is a model, and how sure can we be?
+
+* Greedy accuracy, with the Wilson interval of a proportion: 40 of 50 is 0.80, but anything from 0.67 to 0.89 would
+  not surprise.
+* pass@k: would at least one of k sampled answers be right? Estimated without bias from n ≥ k samples (Chen et al.
+  2021).
+* Majority vote: sample, let the answers vote, take the winner (Wang et al. 2023).
+* Bits per byte: how well the model still predicts text. Alignment is paid for here.
+* For instructions without a right answer: the perplexity of the reference answers, and ROUGE-L of the model's own
+  (Lin 2004).
+
+Beside every accuracy stand the share of answers that were cut off and of those from which no answer could be read: a
+model that does not end, or does not keep the form, is not a model that cannot count.
+
+    python evaluate.py out/arith/pretrain out/arith/sft out/arith/grpo          # one table over all stages
+    python evaluate.py out/gsm8k/sft --data gsm8k --samples 16 --data_dir DIR
+    python evaluate.py out/gsm8k/sft --data dolly --data_dir DIR
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
+from grpo import sample_answers, score
+from runtime.checkpoint import write_text
+from runtime.config import parse
+from runtime.device import autocast, pick_device, pick_precision
+from runtime.errors import UserError, run_main
+from runtime.run import load_stage
+from tokenizer import Tokenizer, encode_chat
+from transformer import Transformer, token_logps
+from verify import extract_answer
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders or checkpoint files, in the order of the table. Default: the stages found in out/arith."""
+    data: str = "arith"
+    """arith, gsm8k or svamp (accuracy); alpaca or dolly (perplexity, ROUGE-L); tinystories, books, pile or a text
+    file (bits per byte)."""
+    data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
+    """A local mirror of datasets, looked in before the hub."""
+    n: int = 512
+    """Questions, references or documents."""
+    max_new_tokens: int = 0
+    """An answer that does not end by then is cut off (0: 48 for arith, else 256, and never more than the context
+    allows)."""
+    samples: int = 0
+    """Also sample so many answers to each question, for pass@k and the majority vote."""
+    ks: tuple[int, ...] = (1, 4, 16)
+    """The k of pass@k; those above ``samples`` are left out."""
+    temperature: float = 1.0
+    """Of the sampled answers."""
+    top_p: float = 1.0
+    """Of the sampled answers."""
+    batch_size: int = 128
+    """Rows at a time."""
+    seed: int = 0
+    """Of the sampled answers."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products."""
+    out: str = ""
+    """Write report.md and report.json into this folder."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927), which behaves at 0 and 1, where the usual p ± 1.96·√(p(1-p)/n)
+    has no width.
+
+    >>> tuple(round(x, 3) for x in wilson_interval(0, 50))
+    (0.0, 0.071)
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The probability that k answers drawn from n, of which c are right, hold at least one right one: 1 - C(n-c, k) /
+    C(n, k).
+
+    >>> pass_at_k(4, 1, 2)
+    0.5
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {n} answers with {c} right is not defined")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_vote(answers: Sequence[Decimal | None]) -> Decimal | None:
+    """The most frequent answer; of several, the one that was given first. Answers that could not be read do not vote.
+
+    >>> majority_vote([Decimal(7), None, Decimal(5), Decimal("5.0"), None])
+    Decimal('5')
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    return (
+        votes.most_common(1)[0][0] if votes else None
+    )  # equal Decimals are one key; ties keep the order of appearance
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, in lower case and without punctuation.
+
+    >>> round(rouge_l("The cat sat.", "the cat was on the mat"), 3)
+    0.444
+    """
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
+    if not a or not b:
+        return 0.0
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(a) + len(b))  # precision row/len(a) and recall row/len(b), harmonic mean
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurements
+
+
+@torch.no_grad()
+def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
+    """Greedy accuracy with its interval, cut-off and unreadable answers; with ``samples``, pass@k and majority vote."""
+    max_new = config.max_new_tokens or (48 if config.data == "arith" else 256)
+    max_new = min(max_new, model.config.max_seq_len // 2)
+    prompts = load_prompts(config.data, "test", config.data_dir, n=config.n)
+    ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
+    n, right, cut, unread = len(ids), 0, 0, 0
+    passes, majority = {k: 0.0 for k in config.ks if k <= config.samples}, 0
+    order = sorted(range(n), key=lambda i: len(ids[i]))  # prompts of like length together: less padding
+    per_batch = max(1, config.batch_size // max(1, config.samples))
+    for first in tqdm(range(0, n, config.batch_size), desc="greedy", leave=False):
+        batch = order[first : first + config.batch_size]
+        rollout = sample_answers(model, tokenizer, [ids[i] for i in batch], 1, max_new, 0.0, seed=0)
+        correct, formed = score(rollout.texts, [prompts[i].gold for i in batch], rollout.finished)
+        right += int(correct.sum())
+        cut += int((~rollout.finished).sum())
+        unread += int((formed == 0).sum())
+    for first in tqdm(range(0, n, per_batch), desc="sampling", leave=False) if config.samples else ():
+        batch = order[first : first + per_batch]
+        rollout = sample_answers(
+            model, tokenizer, [ids[i] for i in batch], config.samples, max_new, config.temperature, config.seed + first,
+            top_p=config.top_p,
+        )  # fmt: skip
+        golds = [prompts[i].gold for i in batch for _ in range(config.samples)]
+        counts = score(rollout.texts, golds, rollout.finished)[0].view(-1, config.samples).sum(dim=1)
+        for j, (i, c) in enumerate(zip(batch, counts.tolist())):
+            for k in passes:
+                passes[k] += pass_at_k(config.samples, int(c), k) / n
+            mine = slice(j * config.samples, (j + 1) * config.samples)
+            read = [extract_answer(t) if ok else None for t, ok in zip(rollout.texts[mine], rollout.finished[mine])]
+            majority += majority_vote(read) == prompts[i].gold
+    low, high = wilson_interval(right, n)
+    result = {"accuracy": right / n, "low": low, "high": high, "n": n, "cut_off": cut / n, "unreadable": unread / n}
+    result |= {f"pass@{k}": value for k, value in passes.items()}
+    if config.samples:
+        result[f"maj@{config.samples}"] = majority / n
+    return result
+
+
+@torch.no_grad()
+def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
+    """Bits per byte of the first ``n`` validation documents, each on its own; long ones in pieces of the context's
+    length."""
+    device, length = model.head.weight.device, model.config.max_seq_len
+    pieces, n_bytes = [], 0
+    for text in text_documents(config.data, "validation", config.data_dir, limit=config.n):
+        if isinstance(text, str) and text.strip():
+            ids = [
+                tokenizer.eot_id,
+                *tokenizer.encode(text),
+                tokenizer.eot_id,
+            ]  # where a document begins, the last one ended
+            pieces += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
+            n_bytes += len(text.encode("utf-8", errors="replace"))
+    if not pieces:
+        raise UserError(f"--data {config.data}: no text to measure")
+    nats = 0.0
+    pieces.sort(key=len)
+    for first in tqdm(range(0, len(pieces), config.batch_size), desc="text", leave=False):
+        batch = pieces[first : first + config.batch_size]
+        longest = max(map(len, batch))
+        tokens = torch.tensor([ids + [tokenizer.pad_id] * (longest - len(ids)) for ids in batch], device=device)
+        real = torch.arange(1, longest) < torch.tensor([len(ids) for ids in batch])[:, None]
+        nats -= float(token_logps(model, tokens, where=real.to(device)).sum(dtype=torch.float64))
+    return {"bits_per_byte": bits_per_byte(nats, n_bytes), "documents_bytes": n_bytes}
+
+
+@torch.no_grad()
+def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
+    """Perplexity of the reference answers, and ROUGE-L of greedy answers against them, on conversations kept from
+    training."""
+    device = model.head.weight.device
+    chats = load_chats(config.data, "validation", config.data_dir, n=config.n)
+    rows = pack(chats, tokenizer, model.config.max_seq_len)
+    nats = count = 0.0
+    for first in tqdm(range(0, len(rows), 16), desc="references", leave=False):
+        tokens, mask, segments = (x.to(device) for x in rows.batch(range(first, min(first + 16, len(rows)))))
+        nats -= float(token_logps(model, tokens, where=mask[:, 1:], segments=segments).sum(dtype=torch.float64))
+        count += int(mask[:, 1:].sum())
+    max_new = min(config.max_new_tokens or 256, model.config.max_seq_len // 2)
+    asked = [(encode_chat(tokenizer, chat[:-1], add_generation_prompt=True)[0], chat[-1]["content"]) for chat in chats]
+    asked = sorted(
+        (pair for pair in asked if len(pair[0]) + max_new <= model.config.max_seq_len), key=lambda p: len(p[0])
+    )
+    rouge, cut = 0.0, 0
+    for first in tqdm(range(0, len(asked), config.batch_size), desc="answers", leave=False):
+        batch = asked[first : first + config.batch_size]
+        rollout = sample_answers(model, tokenizer, [ids for ids, _ in batch], 1, max_new, 0.0, seed=0)
+        rouge += sum(rouge_l(text, reference) for text, (_, reference) in zip(rollout.texts, batch))
+        cut += int((~rollout.finished).sum())
+    n = max(1, len(asked))
+    return {"perplexity": math.exp(nats / count), "rouge_l": rouge / n, "n": len(asked), "cut_off": cut / n}
+
+
+def measure(path: str, config: Config) -> dict:
+    """Everything that ``config.data`` allows to measure of one checkpoint, as a row of the table."""
+    device = pick_device(config.device)
+    model, tokenizer, state = load_stage(path, device=device)
+    row = {"stage": state["stage"], "path": str(path), "step": state["step"], "data": config.data}
+    with autocast(device, pick_precision(config.precision, device)):
+        if config.data in ("arith", "gsm8k", "svamp"):
+            row |= measure_answers(model, tokenizer, config)
+            if config.data == "arith":
+                row |= measure_text(model, tokenizer, config)
+        elif config.data.split("+")[0] in CHATS:
+            row |= measure_references(model, tokenizer, config)
+        elif config.data in CORPORA or Path(config.data).exists():
+            row |= measure_text(model, tokenizer, config)
+        else:
+            known = ["arith", "gsm8k", "svamp", *CHATS, *CORPORA]
+            raise UserError(f"--data {config.data}: there are {', '.join(dict.fromkeys(known))}, or a text file")
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report card
+
+COLUMNS = {"cut_off": "cut off", "unreadable": "no answer read", "bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
+
+
+def table(rows: Sequence[dict]) -> str:
+    """The rows as a markdown table: accuracy with its interval, and every other figure that some row has."""
+    hidden = {"stage", "path", "step", "data", "accuracy", "low", "high", "n", "documents_bytes"}
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
+    has_accuracy = any("accuracy" in row for row in rows)
+    head = ["stage", *(["accuracy", "95 % interval"] if has_accuracy else []), *(COLUMNS.get(n, n) for n in names), "n"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    for row in rows:
+        cells = [row["stage"]]
+        if has_accuracy:
+            known = "accuracy" in row
+            cells += [f"{row['accuracy']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if known else ["", ""]
+        cells += [f"{row[name]:.3f}" if name in row else "" for name in names] + [str(row.get("n", ""))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(folder: str | Path, rows: Sequence[dict], title: str, note: str = "") -> None:
+    """``report.md`` and ``report.json`` (the list of rows) in ``folder``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "report.md", f"# {title}\n\n{table(rows)}\n" + (f"\n{note}\n" if note else ""))
+    write_text(folder / "report.json", json.dumps(list(rows), indent=2) + "\n")
+
+
+def main() -> None:
+    config = parse(Config)
+    paths = config.checkpoints or tuple(
+        path for stage in ("pretrain", "sft", "grpo") if Path(path := f"out/arith/{stage}").exists()
+    )
+    if not paths:
+        raise UserError("nothing to evaluate: name run folders or checkpoints, or make some with: python pipeline.py")
+    rows = [measure(path, config) for path in paths]
+    print(table(rows))
+    if config.out:
+        write_report(config.out, rows, f"{config.data}")
+        print(f"{config.out}/report.md, {config.out}/report.json")
+
+
+if __name__ == "__main__":
+    run_main(main)

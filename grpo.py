@@ -1,0 +1,571 @@
+"""GRPO: reinforcement learning that needs no critic, because siblings judge each other.
+
+For every prompt the policy writes G answers; a rule says how good each one is; an answer is pushed up or down by how
+much better or worse it did than its siblings (Shao et al. 2024, DeepSeekMath, section 4.1)::
+
+    A_i = (r_i - mean(r_group)) / (std(r_group) + eps)                          the same for all tokens of answer i
+    ρ_t = π(token t) / π_old(token t)                                           1 until the first update after sampling
+    L   = - mean over tokens  min( ρ_t A_i,  clip(ρ_t, 1 - ε_low, 1 + ε_high) A_i )  + β · KL(π, π_ref)
+
+The minimum is one-sided on purpose: the clip takes the gradient away only where the ratio has already moved as far as
+the advantage wants it to; a token that moved the wrong way can always come back.
+
+Where sources differ, and what ``loss_type`` chooses:
+
+* ``grpo``: mean over each answer's tokens, then over answers, as the paper has it: a token of a short answer weighs
+  more.
+* ``dapo``: mean over all tokens of the batch (Yu et al. 2025, eq. 8; TRL's default, and ours).
+* ``dr_grpo``: sum over tokens / (answers · max_length), a constant (Liu et al. 2025). Use it with ``scale="none"``:
+  the division by the group's std is the other bias that paper removes.
+* ``cispo``: the ratio as a clipped, detached weight on log π (MiniMax 2025): no token ever loses its gradient. Only
+  the upper bound acts, at 1 + clip_high; TRL calls that sum its ``epsilon_high``.
+
+``ratio_level="sequence"`` takes one ratio for the whole answer, the geometric mean of its tokens' (Zheng et al. 2025,
+GSPO).
+
+The tokens are sampled at ``temperature`` with no top-k or top-p, and every log-probability is computed at the same
+temperature: the policy that samples is the policy that trains. The first update of each rollout asserts it.
+
+    python grpo.py                                           # the embedded task, after sft.py
+    python grpo.py configs/grpo_gsm8k.py --data_dir DIR
+    python grpo.py --updates_per_rollout 2 --beta 0.02 --kl k2
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data import Prompt, encode_prompts, epoch_batch, load_prompts
+from generate import generate
+from pretrain import learning_rate, make_optimizers, update
+from runtime import processes
+from runtime.config import RunConfig, parse
+from runtime.errors import UserError, run_main
+from runtime.run import Run, descend, load_stage, start
+from tokenizer import Tokenizer
+from transformer import Transformer, token_logps
+from verify import correctness_reward, format_reward
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: Literal["arith", "gsm8k", "svamp"] = "arith"
+    """Where the prompts come from."""
+    n_prompts: int | None = None
+    """Use only so many of them (None: 4096 of arith, all of the others)."""
+    arith_warmup: int = 0
+    """Draw the prompts of the first steps from the embedded task: a weak model finds no reward in GSM8K to begin
+    with."""
+    init_from: str = ""
+    """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
+    steps: int = 150
+    """Rollouts."""
+    prompts_per_step: int = 16
+    """Prompts of one rollout, over all processes."""
+    group_size: int = 16
+    """Answers for each prompt."""
+    max_new_tokens: int = 48
+    """An answer that does not end by then is cut off."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability."""
+    correct_weight: float = 1.0
+    """Reward for the right answer in the strict form (verify.py). Negative: the policy should unlearn; a test of the
+    signs."""
+    format_weight: float = 0.1
+    """Reward for the strict form, whatever the number."""
+    scale: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the std of the group, of the whole batch, or not at all."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"
+    """How tokens are weighed; see above."""
+    ratio_level: Literal["token", "sequence"] = "token"
+    """One ratio for each token, or one for the answer (GSPO)."""
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped. DAPO: 0.28."""
+    beta: float = 0.0
+    """Weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: no reference
+    is kept."""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """The estimator of the KL."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """The KL as a term of the loss, or subtracted from each answer's reward."""
+    updates_per_rollout: int = 1
+    """Updates on the same answers; from the second on, ratios differ from 1 and clipping acts."""
+    micro_batch_size: int = 64
+    """Answers at a time in each process; gradients accumulate."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    final_lr: float = 0.1
+    """Share of the peak at which the cosine ends."""
+    warmup: int = 5
+    """Steps of linear rise."""
+    weight_decay: float = 0.0
+    """Of matrices."""
+    clip: float = 1.0
+    """Longest gradient."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more work."""
+    eval_every: int = 25
+    """Steps between two examinations on held-out questions, greedy."""
+    eval_prompts: int = 128
+    """Questions of an examination."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm, as functions of numbers
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps: float = 1e-4) -> Tensor:
+    """How much better each answer did than its siblings (DeepSeekMath, section 4.1.2; Dr. GRPO drops the division)::
+
+        A_i = (r_i - mean(r_group)) / (std + eps)
+
+    rewards: (N,), the answers of one prompt side by side, N = prompts · group_size. scale: std of the "group", of the
+    whole "batch" (the mean stays the group's), or "none". The std is the sample's (ddof = 1), as in TRL and verl. A
+    reward of NaN is unknown: it enters no statistic, and its advantage is 0. Returns (N,), no gradient.
+
+    >>> group_advantages(torch.tensor([1., 0., 0., 1.]), group_size=4, scale="none")
+    tensor([ 0.5000, -0.5000, -0.5000,  0.5000])
+    """
+    if group_size < 2:
+        raise ValueError("a group of one answer has no siblings to compare it with")
+    groups = rewards.detach().view(-1, group_size)  # (P, G)
+    centered = groups - groups.nanmean(dim=1, keepdim=True)  # a flat group teaches nothing: all zeros
+    if scale == "group":
+        centered = centered / (_nanstd(groups) + eps)  # (P, 1)
+    elif scale == "batch":
+        centered = centered / (_nanstd(groups.reshape(1, -1)) + eps)
+    elif scale != "none":
+        raise ValueError(f"scale {scale!r}: group, batch or none")
+    return centered.nan_to_num(0.0).flatten()
+
+
+def _nanstd(rows: Tensor) -> Tensor:
+    """Sample standard deviation of each row, without the NaNs: (P, G) -> (P, 1). Fewer than two values: 0."""
+    known = ~rows.isnan()
+    squares = (rows - rows.nanmean(dim=1, keepdim=True)).nan_to_num(0.0).square().sum(dim=1, keepdim=True)
+    return (squares / (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)).sqrt()
+
+
+def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
+    """Per-token estimates of KL(π ‖ π_ref) from tokens sampled by π (Schulman 2020), with d = log π - log π_ref::
+
+    k1 = d                      right on average, often negative; as a loss useless: its expected gradient is 0
+    k2 = d² / 2                 biased, but its gradient is on average that of the KL
+    k3 = exp(-d) - 1 + d        right on average, never negative; its gradient is that of the reverse direction
+    """
+    d = logps - ref_logps
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    if kind == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"kl {kind!r}: k1, k2 or k3")
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logps: Tensor | None = None,
+    beta: float = 0.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    loss_type: str = "dapo",
+    ratio_level: str = "token",
+    max_length: int | None = None,
+    kl: str = "k3",
+    kl_times_ratio: bool = False,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """The clipped objective with its KL term, negated: a scalar to minimise.
+
+    logps, old_logps, ref_logps, mask: (B, C), the answers' tokens; advantages: (B,). max_length: the constant of
+    dr_grpo. kl_times_ratio: weigh each KL estimate by ρ, which makes the gradient of k3 that of the KL (TRL's default
+    since 1.16). normalizer: what the sum is divided by when this is one part of a larger batch, ``loss_normalizer``
+    of the whole; by default of this batch. An answer with no token that counts adds 0 and is counted in B."""
+    mask = mask.to(logps.dtype)
+    weight = advantages.unsqueeze(1)  # (B, 1): every token of an answer has its advantage
+    log_ratio = logps - old_logps.detach()
+    if ratio_level == "sequence":
+        log_ratio = (log_ratio * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    elif ratio_level != "token":
+        raise ValueError(f"ratio_level {ratio_level!r}: token or sequence")
+    ratio = log_ratio.exp()  # (B, C) or (B, 1)
+
+    if loss_type == "cispo":
+        per_token = -ratio.clamp(max=1 + clip_high).detach() * weight * logps
+    else:
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+        per_token = -torch.minimum(ratio * weight, clipped * weight)  # the worse of the two, whatever the sign of A
+    if beta:
+        penalty = kl_estimate(logps, ref_logps.detach(), kl)  # (B, C)
+        per_token = per_token + beta * (penalty * ratio if kl_times_ratio else penalty)
+
+    per_token = per_token * mask  # a (B, 1) row becomes (B, C) here
+    if loss_type == "grpo":
+        per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
+    elif loss_type == "dr_grpo":
+        if max_length is None:
+            raise ValueError("dr_grpo divides by a constant: give max_length")
+        per_token = per_token / max_length
+    if normalizer is None:
+        normalizer = loss_normalizer(mask, loss_type)
+    return per_token.sum() / normalizer
+
+
+def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
+    """What the sum over a whole batch is divided by: its tokens (dapo, cispo) or its answers (grpo, dr_grpo)."""
+    if loss_type in ("dapo", "cispo"):
+        return mask.sum().clamp(min=1)
+    if loss_type in ("grpo", "dr_grpo"):
+        return torch.tensor(float(len(mask)), device=mask.device)
+    raise ValueError(f"loss_type {loss_type!r}: grpo, dapo, dr_grpo or cispo")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+@dataclass
+class Rollout:
+    """Answers and what is known about them. Rows are [prompt | answer | padding]; column t of the (N, T-1) tensors is
+    token t+1."""
+
+    tokens: Tensor  # (N, T)
+    mask: Tensor  # (N, T-1) boolean: the answer's tokens, its end-of-text among them; never the prompt, never padding
+    sampled_logps: Tensor  # (N, T-1), as the sampler had them
+    texts: list[str]  # without end-of-text
+    finished: Tensor  # (N,) boolean: ended by itself
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def sample_answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    n: int,
+    max_new: int,
+    temperature: float,
+    seed: int,
+    **knobs,
+) -> Rollout:
+    """``n`` answers to each of the encoded prompts, side by side. Training passes no further knobs: see
+    ``generate``."""
+    new, new_mask, new_logps = generate(
+        model, prompts, max_new, n, temperature, eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, seed=seed, **knobs
+    )  # (N, C) each
+    N, C = new.shape
+    starts = torch.tensor([len(p) for p in prompts], device=new.device).repeat_interleave(
+        n
+    )  # (N,): where answers begin
+    T = int(starts.max()) + C
+    tokens = torch.full((N, T), tokenizer.pad_id, device=new.device)
+    mask = torch.zeros(N, T, dtype=torch.bool, device=new.device)
+    logps = torch.zeros(N, T, device=new.device)
+    for i, prompt in enumerate(prompts):
+        tokens[i * n : (i + 1) * n, : len(prompt)] = torch.tensor(prompt, device=new.device)
+    place = starts[:, None] + torch.arange(C, device=new.device)  # (N, C): column of each new token in its row
+    tokens.scatter_(1, place, new)  # padding lands on padding
+    mask.scatter_(1, place, new_mask)
+    logps.scatter_(1, place, new_logps)
+    finished = ((new == tokenizer.eot_id) & new_mask).any(dim=1)
+    lengths = (new_mask.sum(dim=1) - finished.long()).tolist()
+    texts = [tokenizer.decode(ids[:length]) for ids, length in zip(new.tolist(), lengths)]
+    return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
+
+
+def score(texts: Sequence[str], golds: Sequence, finished: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither."""
+    done = finished.tolist()
+    correct = [correctness_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
+    formed = [format_reward(text) * ok for text, ok in zip(texts, done)]
+    return torch.tensor(correct, device=finished.device), torch.tensor(formed, device=finished.device)
+
+
+def logps_in_parts(run: Run, model: Transformer, rollout: Rollout, config: Config) -> Tensor:
+    """(N, T-1) log-probabilities of the answers' tokens at the sampling temperature, without gradient."""
+    with torch.no_grad(), run.autocast():
+        parts = zip(rollout.tokens.split(config.micro_batch_size), rollout.mask.split(config.micro_batch_size))
+        return torch.cat([token_logps(model, tokens, config.temperature, where=mask) for tokens, mask in parts])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def accumulate_gradients(
+    run: Run,
+    model: Transformer,
+    rollout: Rollout,
+    advantages: Tensor,
+    config: Config,
+    old_logps: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+) -> tuple[Tensor, dict]:
+    """One backward pass of the loss over this process's answers; gradients of all processes together are those of the
+    whole batch.
+
+    Without ``old_logps`` this is the first update after sampling, and the policy's own log-probabilities, before any
+    step, are the old ones. Returns them (N, T-1), and statistics."""
+    in_loss = bool(config.beta) and config.kl_in == "loss"
+    normalizer = processes.sum_over_processes(loss_normalizer(rollout.mask, config.loss_type))
+    first = old_logps is None
+    old_logps = torch.zeros_like(rollout.sampled_logps) if first else old_logps
+    # An answer without advantage has no gradient but that of the KL: without it we need not run the model on it. It
+    # stays counted.
+    useful = torch.ones_like(advantages, dtype=torch.bool) if in_loss else advantages != 0
+    sums = dict.fromkeys(("loss", "tokens", "clipped", "moved", "kl", "gap"), 0.0)
+    for rows in useful.nonzero().squeeze(1).split(config.micro_batch_size):
+        tokens, mask = rollout.tokens[rows], rollout.mask[rows]
+        width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
+        mask = mask[:, :width]
+        with run.autocast():
+            logps = token_logps(model, tokens[:, : width + 1], config.temperature, where=mask)  # (b, width)
+        if first:
+            old_logps[rows, :width] = logps.detach()
+        old = old_logps[rows, :width]
+        ref = ref_logps[rows, :width] if in_loss else None
+        loss = grpo_loss(
+            logps, old, advantages[rows], mask, ref, config.beta if in_loss else 0.0, config.clip_low, config.clip_high,
+            config.loss_type, config.ratio_level, config.max_new_tokens, config.kl, normalizer=normalizer,
+        )  # fmt: skip
+        run.scaler.scale(loss).backward()
+
+        with torch.no_grad():
+            ratio, up = (logps - old).exp(), advantages[rows, None] > 0
+            outside = torch.where(up, ratio > 1 + config.clip_high, ratio < 1 - config.clip_low)
+            sums["loss"] += float(loss)
+            sums["tokens"] += float(mask.sum())
+            sums["clipped"] += float((outside & mask).sum())
+            sums["moved"] += float((kl_estimate(old, logps, "k3") * mask).sum())
+            sums["gap"] += float(((logps - rollout.sampled_logps[rows, :width]).abs() * mask).sum())
+            if in_loss:
+                sums["kl"] += float((kl_estimate(logps, ref, "k3") * mask).sum())
+    total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    sums = dict(zip(sums, total))
+    n = max(sums["tokens"], 1.0)
+    statistics = {"loss": sums["loss"], "clip_fraction": sums["clipped"] / n, "kl_old": sums["moved"] / n, "tokens": n}
+    if in_loss:
+        statistics["kl_ref"] = sums["kl"] / n
+    if first:
+        statistics["sampler_gap"] = sums["gap"] / n
+        limit = 1e-3 if run.precision == "fp32" else 0.1
+        if not statistics["sampler_gap"] < limit:
+            raise AssertionError(
+                f"the policy that trains is not the policy that sampled: log-probabilities differ by "
+                f"{statistics['sampler_gap']:.4f} on average before the first update"
+            )
+    return old_logps, statistics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """The share of groups whose rewards are all equal: they teach nothing."""
+    groups = rewards.view(-1, group_size)
+    return (groups == groups[:, :1]).all(dim=1).float().mean()
+
+
+def examine(
+    run: Run, model: Transformer, tokenizer: Tokenizer, ids: list, prompts: list[Prompt], max_new: int
+) -> float:
+    """Greedy accuracy on held-out questions."""
+    right = 0.0
+    for first in range(0, len(ids), 128):
+        with run.autocast():
+            rollout = sample_answers(model, tokenizer, ids[first : first + 128], 1, max_new, 0.0, seed=0)
+        golds = [prompt.gold for prompt in prompts[first : first + 128]]
+        right += float(score(rollout.texts, golds, rollout.finished)[0].sum())
+    return right / len(ids)
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    _, world, _ = processes.setup_processes()
+    if config.group_size < 2:
+        raise UserError("group_size starts at 2: an answer is compared with its siblings")
+    if config.prompts_per_step % world:
+        raise UserError(f"prompts_per_step {config.prompts_per_step} cannot be shared evenly by {world} processes")
+    if config.temperature <= 0:
+        raise UserError(
+            "temperature must be positive: greedy answers are all the same, and a group of equals teaches nothing"
+        )
+    if config.beta and config.kl == "k1" and config.kl_in == "loss":
+        raise UserError("k1 as a loss has an expected gradient of zero: use --kl k2 or k3, or --kl_in reward")
+    if config.loss_type == "dr_grpo" and config.scale == "group":
+        print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
+
+
+def run(config: Config) -> dict:
+    """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
+    check(config)
+    init_from = config.init_from or f"out/{config.task}/sft"
+    run = start(config, "grpo")
+    make = f"python sft.py{'' if config.task == 'arith' else f' --task {config.task}'}"
+    model, tokenizer, state = load_stage(init_from, make, run.device)
+    run.lineage = run.lineage or descend(state, init_from)
+    longest = model.config.max_seq_len - config.max_new_tokens
+    if longest < 1:
+        raise UserError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {model.config.max_seq_len}"
+        )
+
+    # Data: prompts with gold answers; held-out ones for the examination.
+    sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
+    if config.arith_warmup:
+        sources["arith"] = load_prompts("arith", "train", seed=config.seed)
+    encoded = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
+    held = load_prompts(config.data, "test", config.data_dir, n=config.eval_prompts)
+    held_ids, held = encode_prompts(held, tokenizer, longest)
+
+    # The policy learns; the reference stays what the policy was at the start.
+    reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
+    model.activation_checkpointing = config.activation_checkpointing
+    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    first = run.resume(model, optimizers)
+
+    def rollout_of(step: int, name: str):
+        """This process's share of the answers of a step: the rollout, its gold answers, both rewards."""
+        ids, prompts = encoded[name]
+        chosen = processes.my_share(epoch_batch(len(ids), config.prompts_per_step, step, config.seed).tolist())
+        seed = (config.seed * 1_000_000 + step) * 1_000 + processes.rank()
+        with run.autocast(), run.eager():
+            rollout = sample_answers(
+                model,
+                tokenizer,
+                [ids[i] for i in chosen],
+                config.group_size,
+                config.max_new_tokens,
+                config.temperature,
+                seed,
+            )
+        golds = [prompts[i].gold for i in chosen for _ in range(config.group_size)]
+        correct, formed = score(rollout.texts, golds, rollout.finished)
+        return rollout, correct, formed, [prompts[i] for i in chosen]
+
+    if not run.finished:
+        run.banner(
+            model, config.steps, config.prompts_per_step * config.group_size * config.max_new_tokens,
+            model.config.max_seq_len, "eager (answers change shape every step)",
+            data=f"{config.data}: {len(encoded[config.data][0]):,} prompts, {len(held):,} held-out questions",
+            starts=str(init_from),
+        )  # fmt: skip
+    if first == 0:
+        report_start(run, config, rollout_of(0, "arith" if config.arith_warmup else config.data))
+        accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+        run.evaluation(0, accuracy=accuracy)
+    silent = 0  # steps in a row from which nothing could be learned
+    for step in run.steps(first, config.steps):
+        # 1. Answers, and how good each one is.
+        started = time.perf_counter()
+        rollout, correct, formed, asked = rollout_of(step, "arith" if step < config.arith_warmup else config.data)
+        rewards = config.correct_weight * correct + config.format_weight * formed  # (N,)
+        ref_logps = logps_in_parts(run, reference, rollout, config) if reference is not None else None
+        if config.beta and config.kl_in == "reward":
+            penalty = kl_estimate(rollout.sampled_logps, ref_logps, config.kl) * rollout.mask
+            rewards = rewards - config.beta * penalty.sum(dim=1)  # what strays from the reference earns less
+        everyone = processes.gather(rewards)  # the rewards of all processes
+        advantages = processes.my_share(group_advantages(everyone, config.group_size, config.scale))
+        rollout_seconds = time.perf_counter() - started
+
+        # 2. One or several updates on them.
+        lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
+        old_logps, norm = None, 0.0
+        for _ in range(config.updates_per_rollout):
+            old_logps, statistics = accumulate_gradients(
+                run, model, rollout, advantages, config, old_logps, ref_logps if config.kl_in == "loss" else None
+            )
+            if statistics["loss"] != 0.0 or bool(
+                everyone.std() > 0
+            ):  # else all groups are flat: momentum alone must not move us
+                norm = update(run, model, optimizers, lr, config.clip)
+
+        # 3. What happened.
+        lengths = rollout.mask.sum(dim=1).float()
+        means = torch.stack(
+            [
+                rewards.mean(), correct.mean(), formed.mean(), rollout.finished.float().mean(), lengths.mean(),
+                flat_groups(rewards, config.group_size), -rollout.sampled_logps.sum() / rollout.mask.sum(),
+            ]
+        )  # fmt: skip
+        means = (processes.sum_over_processes(means) / processes.world_size()).tolist()
+        names = ("reward", "correct", "formatted", "finished", "length", "flat_groups", "entropy")
+        figures = dict(zip(names, means)) | {k: v for k, v in statistics.items() if k != "tokens"}
+        run.log(
+            step, int(statistics["tokens"]) * config.updates_per_rollout, always=True, show=("reward", "correct"),
+            grad_norm=norm, lr=lr, truncated=1 - figures["finished"], **figures,
+            rollout_share=rollout_seconds / (time.perf_counter() - started),
+        )  # fmt: skip
+        silent = silent + 1 if figures["flat_groups"] == 1 or norm == 0 else 0
+        warn(run, config, silent, figures, norm)
+
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            with run.eager():
+                accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+            run.evaluation(step + 1, accuracy=accuracy)
+            run.sample(step + 1, render(asked[0], rollout, correct))
+        if run.should_save(step, config.steps):
+            run.save(step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
+    accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+    task = "" if config.task == "arith" else f"--data {config.data} "
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python evaluate.py {task}{init_from} {run.folder}")
+    return {"accuracy": accuracy}
+
+
+def render(prompt: Prompt, rollout: Rollout, correct: Tensor) -> str:
+    lines = [f"question: {prompt.messages[-1]['content']}", f"gold:     {prompt.gold}"]
+    for text, ok, done in list(zip(rollout.texts, correct.tolist(), rollout.finished.tolist()))[:4]:
+        lines.append(f"{'right' if ok else 'wrong'}{'' if done else ', cut off'}: {text}")
+    return "\n".join(lines)
+
+
+def report_start(run: Run, config: Config, sampled) -> None:
+    """What the policy can do before the first step: if it never succeeds, it has nothing to learn from."""
+    rollout, correct, formed, asked = sampled
+    flat = float(flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size))
+    finished = float(rollout.finished.float().mean())
+    run.print(
+        f"  start      pass@1 {float(correct.mean()):.3f}, well-formed {float(formed.mean()):.3f}, "
+        f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
+    )
+    run.print("             " + render(asked[0], rollout, correct).split("\nwrong")[0].replace("\n", "\n             "))
+    if flat == 1:
+        run.print(
+            "WARNING: every group's rewards are equal, so nothing can be learned: start from a better model, "
+            "or raise --group_size, --temperature or --arith_warmup"
+        )
+    if finished == 0:
+        run.print(
+            "WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that knows how to end"
+        )
+
+
+def warn(run: Run, config: Config, silent: int, figures: dict, norm: float) -> None:
+    """Say loudly when a run learns nothing: reinforcement learning fails in silence otherwise."""
+    if silent and silent % 10 == 0:
+        run.print(
+            f"WARNING: {silent} steps in a row taught nothing (groups with equal rewards: {figures['flat_groups']:.2f}, "
+            f"gradient {norm:.1e}): raise --group_size or --temperature, or change the prompts"
+        )
+    if figures["finished"] == 0:
+        run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
+    if not math.isfinite(norm):
+        run.print("WARNING: the gradient is not finite: lower --lr")
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

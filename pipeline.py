@@ -1,0 +1,133 @@
+"""The whole book in one command: pretrain, fine-tune, reinforce, and examine every stage.
+
+    python pipeline.py                       # the embedded task, on a laptop
+    python pipeline.py --quick               # the same path with little training, to see it run
+    python pipeline.py --seed 1 --out out/seed1
+
+Each stage writes into its own folder of ``out`` and starts from the one before. The report card, ``report.md`` and
+``report.json``, is written anew after each stage; ``curves.png`` shows them all. If it is interrupted, the same
+command continues where it stopped."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import evaluate
+import grpo
+import pretrain
+import sft
+from runtime import processes
+from runtime.config import parse
+from runtime.errors import run_main
+from runtime.plots import plot_stages
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = "out/arith"
+    """Where all stages write."""
+    seed: int = 0
+    """Of everything: data, weights, sampling."""
+    quick: bool = False
+    """Little training everywhere: shows that it runs, not that it learns."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of matrix products."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, where a stage is long enough to pay for it."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Send the metrics there too."""
+    samples: int = 8
+    """Answers sampled to each held-out question, for pass@k and the majority vote."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the pipeline: its name, what runs it, its configuration, and the curves that the picture shows."""
+
+    name: str
+    label: str
+    run: Callable[[Any], dict]
+    config: Any
+    curves: tuple[str, ...]
+
+
+def stages(config: Config) -> list[Stage]:
+    """The chain, in order. A new stage is one more entry."""
+    out = Path(config.out)
+    common = {name: getattr(config, name) for name in ("seed", "device", "precision", "compile", "track")}
+    quick = {
+        "pretrain": {"steps": 60, "warmup": 10, "eval_every": 30},
+        "sft": {"n_examples": 128, "epochs": 2.0},
+        "grpo": {"steps": 3, "prompts_per_step": 4, "group_size": 8, "eval_every": 3},
+    }
+
+    def settings(stage: str, init_from: str = "") -> dict:
+        start = {"init_from": str(out / init_from)} if init_from else {}
+        return common | start | {"out_dir": str(out / stage)} | (quick[stage] if config.quick else {})
+
+    return [
+        Stage("pretrain", "Base", pretrain.run, pretrain.Config(**settings("pretrain")), ("loss", "val_loss")),
+        Stage("sft", "SFT", sft.run, sft.Config(**settings("sft", "pretrain")), ("loss", "val_loss")),
+        Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), ("correct", "accuracy", "flat_groups")),
+    ]
+
+
+def run(config: Config) -> list[dict]:
+    """Run what is not finished yet; return the rows of the report card."""
+    started, out = time.perf_counter(), Path(config.out)
+    exam = evaluate.Config(
+        data="arith", n=128 if config.quick else 512, samples=config.samples, ks=(1, 8), seed=config.seed,
+        device=config.device, precision=config.precision,
+    )  # fmt: skip
+    rows: list[dict] = []
+    folders: dict[str, Path] = {}
+    wanted: dict[str, list[str]] = {}
+    for stage in stages(config):
+        stage.run(stage.config)
+        if processes.rank() == 0:
+            rows.append(examined(out / stage.name, stage.label, exam))
+            evaluate.write_report(out, rows, "Report card", note(config, exam))
+            folders[stage.label], wanted[stage.label] = out / stage.name, list(stage.curves)
+            plot_stages(folders, out / "curves.png", wanted)
+        processes.barrier()
+    if processes.rank() == 0:
+        print("\n" + evaluate.table(rows))
+        minutes = (time.perf_counter() - started) / 60
+        print(f"\n{out / 'report.md'}, {out / 'report.json'}, {out / 'curves.png'}; {minutes:.1f} minutes")
+        print(f'talk to it: python chat.py {out / "grpo"} --prompt "{QUESTION}"')
+    return rows
+
+
+QUESTION = "Tom has 4 boxes with 6 apples in each and 7 more apples. How many apples does Tom have?"
+
+
+def examined(folder: Path, label: str, exam: evaluate.Config) -> dict:
+    """A stage's row of the report card; measured once for each checkpoint, and remembered beside it."""
+    memory = folder / "exam.json"
+    stamp = {"exam": dataclasses.asdict(exam), "written": (folder / "ckpt.pt").stat().st_mtime_ns}
+    stamp = json.loads(json.dumps(stamp))
+    if memory.exists():
+        known = json.loads(memory.read_text())
+        if known.get("stamp") == stamp:
+            return known["row"]
+    row = evaluate.measure(str(folder), exam) | {"stage": label}
+    evaluate.write_text(memory, json.dumps({"stamp": stamp, "row": row}, indent=2) + "\n")
+    return row
+
+
+def note(config: Config, exam: evaluate.Config) -> str:
+    return (
+        f"Greedy accuracy on {exam.n} held-out questions of the embedded task, with 95 % Wilson intervals; "
+        f"pass@k and majority vote from {exam.samples} answers at temperature {exam.temperature:g}; "
+        f"bits per byte of held-out pretraining text. Seed {config.seed}."
+    )
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

@@ -1,0 +1,298 @@
+"""Pretraining: predict the next token.
+
+Take a stretch of text, and at every position ask for the token that follows. The loss is the mean surprise, in nats::
+
+    L = - 1/N  Σ log p(token t+1 | tokens ≤ t)
+
+Nothing else happens in this stage, and everything the later ones shape comes from it. What is taught here and used by
+all of them: the optimizer with its two groups of weights, the learning rate's rise and fall, the clipping of
+gradients, their accumulation, and the validation loss as bits per byte, which unlike the loss does not depend on the
+tokenizer.
+
+    python pretrain.py                                            # the embedded task, two minutes on a laptop
+    python pretrain.py configs/pretrain_tinystories_cpu.py --data_dir DIR
+    python pretrain.py --optimizer muon --steps 1000
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import nn
+
+from data import TokenFile, bits_per_byte, prepare_tokens, train_tokenizer
+from generate import generate
+from runtime import processes
+from runtime.config import RunConfig, parse
+from runtime.errors import UserError, run_main
+from runtime.run import Run, start
+from tokenizer import Tokenizer, load_tokenizer
+from transformer import ModelConfig, Transformer, token_logps
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "arith"
+    """arith, tinystories, pile, books, or the path of a text file or of a folder with .txt files."""
+    max_documents: int | None = None
+    """Read only so many documents of each split (None: all)."""
+    tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
+    """bpe is trained on the data; r50k is GPT-2's."""
+    vocab_size: int = 512
+    """Of the BPE, special tokens included."""
+
+    d_model: int = 128
+    """Width of the model."""
+    n_layers: int = 4
+    """Blocks."""
+    n_heads: int = 4
+    """Query heads."""
+    n_kv_heads: int = 2
+    """Key/value heads, each shared by n_heads / n_kv_heads query heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
+    max_seq_len: int = 256
+    """The longest row that later stages may use."""
+    positions: Literal["rope", "learned", "sinusoidal"] = "rope"
+    """How the model knows where a token stands."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """The normalisation before each half of a block."""
+    mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """The feed-forward layer."""
+    bias: bool = False
+    """Biases in the linear layers."""
+    qk_norm: bool = False
+    """Normalise queries and keys."""
+    tie_embeddings: bool = False
+    """One matrix for reading and for predicting tokens."""
+    window: int | None = None
+    """Sliding-window attention (None: full)."""
+    sinks: int = 0
+    """With a window: the first tokens that stay visible."""
+
+    seq_len: int = 128
+    """Tokens of a training window."""
+    batch_size: int = 32
+    """Windows of one step, over all processes."""
+    micro_batch_size: int = 0
+    """Windows at a time in each process; gradients accumulate (0: all at once)."""
+    steps: int = 500
+    """Updates."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices inside the blocks; everything else stays with AdamW."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    final_lr: float = 0.1
+    """Share of the peak at which the cosine ends."""
+    warmup: int = 50
+    """Steps of linear rise."""
+    weight_decay: float = 0.1
+    """Of matrices; vectors are not decayed."""
+    beta2: float = 0.95
+    """AdamW's memory of squared gradients."""
+    clip: float = 1.0
+    """Longest gradient."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more work."""
+    eval_every: int = 100
+    """Steps between two validations."""
+    eval_windows: int = 128
+    """Windows of a validation, spread evenly over the split."""
+    sample_prompt: str = "Tom has 4 apples. Mia gives Tom 3 more."
+    """What the model continues at each validation."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation, as every later stage uses it
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float = 0.1) -> float:
+    """Linear rise over ``warmup`` steps, then half a cosine down to ``final`` of the peak. ``step`` counts from 0.
+
+    The rate is that at the end of the step, so the first is not 0 and wastes no batch.
+
+    >>> [round(learning_rate(s, steps=6, peak=1.0, warmup=2, final=0.0), 3) for s in range(6)]
+    [0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    done = step + 1
+    if done < warmup:
+        return peak * done / warmup
+    progress = (done - warmup) / max(1, steps - warmup)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizers(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, beta2: float = 0.95, kind: str = "adamw"
+) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) in two groups: matrices are pulled towards zero, vectors (norms, biases) are
+    not. With kind="muon", the matrices inside the blocks go to Muon (Jordan et al. 2024), which makes each update
+    nearly orthogonal; its step is scaled to AdamW's, so one learning rate serves both.
+
+    A weight that two modules share is listed once, so it is updated and decayed once.
+    """
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in parameters if kind == "muon" and p.dim() == 2 and name.startswith("blocks.")]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in parameters if id(p) not in chosen]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)]
+    if hidden:
+        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, clip: float) -> float:
+    """Sum the gradients of all processes, clip their length, take a step, clear them. Returns the length before
+    clipping.
+
+    A gradient that is not finite changes nothing: the step is left out and said aloud. (With fp16 this is routine:
+    the scaler multiplied the loss so that small gradients survive, and now lowers its factor.)"""
+    parameters = list(model.parameters())
+    processes.sum_gradients(parameters)  # before unscaling: then every process sees the same infinities
+    for optimizer in optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    if math.isfinite(norm) or run.scaler.is_enabled():
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            run.scaler.step(optimizer)
+        run.scaler.update()
+    else:
+        run.print("the gradient is not finite: this step was left out. If it happens again, lower --lr or --clip")
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+@torch.no_grad()
+def validation_loss(run: Run, model: Transformer, file: TokenFile, windows: int, seq_len: int, batch: int) -> float:
+    """Mean loss, in nats per token, over windows spread evenly over the validation split."""
+    n = len(file.file["validation"]) - seq_len - 1
+    if n < 0:
+        raise UserError(f"the validation split is shorter than one window of {seq_len + 1} tokens")
+    starts = torch.linspace(0, n, min(windows, n + 1)).long().tolist()
+    total = 0.0
+    for first in range(0, len(starts), batch):
+        tokens = file.windows("validation", starts[first : first + batch], seq_len + 1).to(run.device)
+        with run.autocast():
+            total -= float(token_logps(model, tokens).sum(dtype=torch.float64))
+    return total / (len(starts) * seq_len)
+
+
+def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str, n: int = 60) -> str:
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    with run.autocast():
+        tokens, mask, _ = generate(model, [ids], n, temperature=0.8, eot_id=tokenizer.eot_id, seed=0)
+    return prompt + tokenizer.decode(tokens[0][mask[0]].tolist())
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    if config.seq_len > config.max_seq_len:
+        raise UserError(f"seq_len {config.seq_len} is longer than max_seq_len {config.max_seq_len}")
+    if config.tokenizer == "r50k" and config.vocab_size not in (512, 50304):
+        raise UserError("vocab_size belongs to --tokenizer bpe; r50k has 50,304")
+    try:
+        model_config(config, config.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_batch(config.batch_size, config.micro_batch_size)
+
+
+def check_batch(batch_size: int, micro_batch_size: int) -> None:
+    _, world, _ = processes.setup_processes()
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} cannot be shared evenly by {world} processes")
+    if micro_batch_size < 0 or batch_size < 1:
+        raise UserError("batch_size starts at 1, micro_batch_size at 0")
+
+
+def model_config(config: Config, vocab_size: int) -> ModelConfig:
+    names = {field.name for field in fields(ModelConfig)} & {field.name for field in fields(Config)} - {"vocab_size"}
+    return ModelConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
+
+
+def run(config: Config) -> dict:
+    """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
+    check(config)
+    run = start(config, "pretrain")
+
+    # Data: a tokenizer, and a file of tokens made with it.
+    if run.state is not None:
+        tokenizer = load_tokenizer(run.state["tokenizer"])
+    else:
+        tokenizer = train_tokenizer(
+            config.tokenizer, config.vocab_size, config.data, config.data_dir, config.seed, config.max_documents
+        )
+    path = run.folder / "tokens.h5"
+    if run.is_main:
+        prepare_tokens(path, tokenizer, config.data, config.data_dir, config.seed, config.max_documents)
+    processes.barrier()
+    file = TokenFile(path)
+
+    # Model and optimizer.
+    torch.manual_seed(config.seed)
+    model = Transformer(model_config(config, tokenizer.vocab_size)).to(run.device)
+    model.activation_checkpointing = config.activation_checkpointing
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2, config.optimizer)
+    first = run.resume(model, optimizers)
+    tokens_per_step = config.batch_size * config.seq_len
+
+    def evaluate(step: int) -> dict:
+        with run.eager():
+            loss = validation_loss(run, model, file, config.eval_windows, config.seq_len, config.batch_size)
+            text = continuation(run, model, tokenizer, config.sample_prompt)
+        bpb = bits_per_byte(loss, file.bytes_per_token["validation"])
+        run.sample(step, text)
+        return {"val_loss": loss, "bits_per_byte": bpb}
+
+    if not run.finished:
+        work = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_step
+        how = run.maybe_compile(model, config.steps, step_seconds=work / (1e11 if run.device.type == "cpu" else 1e14))
+        run.banner(
+            model, config.steps, tokens_per_step, config.seq_len, how,
+            data=f"{config.data}: {len(file):,} tokens, {file.bytes_per_token['train']:.2f} bytes each",
+        )  # fmt: skip
+    for step in run.steps(first, config.steps):
+        # Each step's windows depend on the seed and the step alone: a resumed run sees what it would have seen.
+        windows = file.random_windows("train", config.batch_size, config.seq_len + 1, (config.seed, step))
+        windows = processes.my_share(windows).to(run.device)  # (B, T+1)
+        loss = torch.zeros((), device=run.device)
+        for tokens in windows.split(config.micro_batch_size or len(windows)):
+            with run.autocast():
+                logps = token_logps(model, tokens)  # (b, T)
+            part = -logps.sum() / tokens_per_step  # over the whole batch, so that parts add up to its mean
+            run.scaler.scale(part).backward()
+            loss += part.detach()
+        lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
+        norm = update(run, model, optimizers, lr, config.clip)
+        loss = processes.sum_over_processes(loss)
+        run.log(step, tokens=tokens_per_step, show=("loss",), loss=loss, grad_norm=norm, lr=lr)
+
+        figures = {}
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            figures = evaluate(step + 1)
+            run.evaluation(step + 1, **figures)
+        if run.should_save(step, config.steps):
+            run.save(step, config.steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
+    with run.eager():
+        loss = validation_loss(run, model, file, config.eval_windows, config.seq_len, config.batch_size)
+    file.close()
+    figures = {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, file.bytes_per_token["validation"])}
+    task = "" if config.task == "arith" else f" --task {config.task}"
+    run.close(f"{figures['bits_per_byte']:.3f} bits per byte", next_command=f"python sft.py{task}")
+    return figures
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

@@ -327,7 +327,7 @@ def accumulate_gradients(
     # stays counted.
     useful = torch.ones_like(advantages, dtype=torch.bool) if in_loss else advantages != 0
     sums = dict.fromkeys(("loss", "tokens", "clipped", "moved", "kl", "gap"), 0.0)
-    for rows in useful.nonzero().squeeze(1).split(config.micro_batch_size):
+    for rows in useful.nonzero().squeeze(1).split(config.micro_batch_size) if useful.any() else ():
         tokens, mask = rollout.tokens[rows], rollout.mask[rows]
         width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
         mask = mask[:, :width]
@@ -558,7 +558,7 @@ def warn(run: Run, config: Config, silent: int, figures: dict, norm: float) -> N
     """Say loudly when a run learns nothing: reinforcement learning fails in silence otherwise."""
     if silent and silent % 10 == 0:
         run.print(
-            f"WARNING: {silent} steps in a row taught nothing (groups with equal rewards: {figures['flat_groups']:.2f}, "
+            f"WARNING: {silent} steps in a row taught nothing (flat groups: {figures['flat_groups']:.2f}, "
             f"gradient {norm:.1e}): raise --group_size or --temperature, or change the prompts"
         )
     if figures["finished"] == 0:

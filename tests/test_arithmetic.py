@@ -1,0 +1,102 @@
+import re
+from fractions import Fraction
+
+import pytest
+
+from arithmetic import QUESTIONS, documents, is_heldout, preference_pairs, problems, solution
+from verify import correctness_reward, extract_answer, format_reward
+
+TRAIN, HELD = problems(3000, seed=0), problems(1000, seed=0, heldout=True)
+
+
+def test_all_kinds_occur_in_both_parts():
+    assert {p.kind for p in TRAIN} == {p.kind for p in HELD} == set(QUESTIONS)
+
+
+def test_training_and_held_out_share_neither_question_nor_numbers():
+    assert not {p.question for p in TRAIN} & {p.question for p in HELD}
+    assert not {(p.kind, p.numbers) for p in TRAIN} & {(p.kind, p.numbers) for p in HELD}
+    assert all(is_heldout(p.kind, p.numbers) for p in HELD)
+
+
+def test_no_stage_of_training_ever_sees_a_held_out_question_in_any_seed():
+    held = {p.question for p in problems(4000, seed="exam", heldout=True)}
+    for seed in range(3):
+        text = "\n".join(documents(4000, seed=f"{seed} train"))
+        asked = {p.question for p in problems(768, seed=f"{seed} sft")} | {
+            p.question for p in problems(4096, f"{seed} rl")
+        }
+        pairs = {pair["prompt"][0]["content"] for pair in preference_pairs(500, seed)}
+        assert not held & (asked | pairs) and not any(question in text for question in held)
+
+
+def test_no_question_comes_twice():
+    assert len({p.question for p in TRAIN}) == len(TRAIN)
+
+
+@pytest.mark.parametrize("problem", TRAIN[:200] + HELD[:100], ids=lambda p: f"{p.kind}{p.numbers}")
+def test_steps_are_true_and_lead_to_the_answer(problem):
+    for step in problem.steps:
+        left, right = step.split("=")
+        a, sign, b = re.fullmatch(r"(\d+)([-+*/])(\d+)", left).groups()
+        value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": Fraction(int(a), int(b))}[sign]
+        assert value == int(right) > 0
+    assert int(problem.steps[-1].split("=")[1]) == problem.answer
+    assert correctness_reward(solution(problem), problem.answer) == 1.0
+
+
+@pytest.mark.parametrize("problem", TRAIN[:200], ids=lambda p: f"{p.kind}{p.numbers}")
+def test_the_answer_is_that_of_the_story_worked_out_anew(problem):
+    n = problem.numbers
+    expected = {
+        "gain": lambda: n[0] + n[1], "lose": lambda: n[0] - n[1], "gain_lose": lambda: n[0] + n[1] - n[2],
+        "lose_gain": lambda: n[0] - n[1] + n[2], "groups": lambda: n[0] * n[1], "groups_gain": lambda: n[0] * n[1] + n[2],
+        "share": lambda: n[0] // n[1], "both": lambda: n[0] + n[0] + n[1],
+    }[problem.kind]()  # fmt: skip
+    assert problem.answer == expected
+    assert sorted(map(int, re.findall(r"\d+", problem.question))) == sorted(n)
+
+
+def test_stories_tell_the_truth():
+    """Follow every count through the pretraining text."""
+    followed = 0
+    for text in documents(3000, seed=1):
+        if "Now" not in text:
+            continue
+        have = int(re.search(r"(?:with|had) (\d+) ", text).group(1))
+        for sign, n, now in re.findall(
+            r"(gave \w+ \d+ more|found|bought|lost|gave|sold) ?(\d*)[^.]*\. Now \w+ had (\d+)", text
+        ):
+            if sign.endswith("more"):
+                have += int(re.search(r"\d+", sign).group())
+            else:
+                have += int(n) if sign in ("found", "bought") else -int(n)
+            assert have == int(now), text
+            followed += 1
+    assert followed > 500
+
+
+def test_pretraining_text_has_no_chat_and_no_tags():
+    assert not any("<" in text or "|" in text for text in documents(2000, seed=0))
+
+
+def test_same_seed_same_world():
+    assert documents(50, seed=3) == documents(50, seed=3) != documents(50, seed=4)
+    assert problems(50, seed=3) == problems(50, seed=3) != problems(50, seed=4)
+    first = problems(1, seed=0)[0]
+    assert first.question == problems(9, seed=0)[0].question
+
+
+def test_preference_pairs_have_a_known_truth():
+    pairs = preference_pairs(600, seed=0)
+    right = {p.question: p.answer for p in problems(600, seed=0)}
+    assert {pair["flaw"] for pair in pairs} == {"sum", "operation", "skipped", "form"}
+    for pair in pairs:
+        gold = right[pair["prompt"][0]["content"]]
+        assert correctness_reward(pair["chosen"], gold) == 1.0 and correctness_reward(pair["rejected"], gold) == 0.0
+        assert format_reward(pair["rejected"]) == (pair["flaw"] != "form")
+        assert pair["flaw"] == "form" or extract_answer(pair["rejected"]) != gold
+
+
+def test_numbers_stay_small():
+    assert max(max(p.numbers) for p in TRAIN) < 100 and max(p.answer for p in TRAIN) < 100

@@ -1,0 +1,302 @@
+"""Defaults, then a preset, then the command line; and one line for everything that can be wrong."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+
+from runtime.config import RunConfig, as_dict, fits, parse
+from runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage(RunConfig):
+    """As a chapter would write it."""
+
+    lr: float = 1e-3
+    """Learning rate."""
+    steps: int = 100
+    shuffle: bool = True
+    loss: typing.Literal["dapo", "grpo"] = "dapo"
+    window: int | None = None
+    weights: tuple[float, ...] = (1.0, 0.5)
+    name: str = "x"
+    level: typing.Literal[1, 2] = 1
+
+
+@dataclass(frozen=True)
+class Plain:
+    lr: float = 1e-3
+    sizes: tuple[int, ...] = (1, 2)
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Talk:
+    checkpoint: tyro.conf.Positional[str] = "out/grpo"
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Compare:
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
+    n: int = 1
+
+
+def preset(tmp_path, text: str, name: str = "sft_gsm8k.py") -> str:
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def refusal(config_class, argv) -> str:
+    with pytest.raises(UserError) as error:
+        parse(config_class, argv)
+    text = str(error.value)
+    assert len(text.splitlines()) == 1 and text.strip() == text and text
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is accepted
+
+
+@pytest.mark.parametrize("config_class", [Stage, Plain, RunConfig])
+def test_nothing_given_is_the_defaults(config_class):
+    assert parse(config_class, []) == config_class()
+
+
+@pytest.mark.parametrize(
+    "argv, field, value",
+    [
+        (["--lr", "1e-5"], "lr", 1e-5),
+        (["--lr=1e-5"], "lr", 1e-5),
+        (["--lr", "3"], "lr", 3.0),
+        (["--lr", "-0.5"], "lr", -0.5),
+        (["--lr", "-1e-3"], "lr", -1e-3),
+        (["--lr=-1"], "lr", -1.0),
+        (["--steps", "-7"], "steps", -7),
+        (["--no-shuffle"], "shuffle", False),
+        (["--shuffle"], "shuffle", True),
+        (["--fresh"], "fresh", True),
+        (["--no-fresh"], "fresh", False),
+        (["--loss", "grpo"], "loss", "grpo"),
+        (["--level", "2"], "level", 2),
+        (["--window", "4"], "window", 4),
+        (["--window", "None"], "window", None),
+        (["--weights", "1", "2", "-3.5"], "weights", (1.0, 2.0, -3.5)),
+        (["--weights", "2"], "weights", (2.0,)),
+        (["--name", "two words"], "name", "two words"),
+        (["--out-dir", "here"], "out_dir", "here"),
+        (["--out_dir", "here"], "out_dir", "here"),
+        (["--precision", "bf16"], "precision", "bf16"),
+    ],
+)
+def test_one_override(argv, field, value):
+    config = parse(Stage, argv)
+    assert getattr(config, field) == value and type(getattr(config, field)) is type(value)
+    assert dataclasses.replace(config, **{field: getattr(Stage(), field)}) == Stage()
+
+
+def test_several_overrides():
+    config = parse(Stage, ["--weights", "1", "-2", "--no-shuffle", "--lr", "-1", "--steps", "5"])
+    assert (config.weights, config.shuffle, config.lr, config.steps) == ((1.0, -2.0), False, -1.0, 5)
+
+
+def test_a_plain_dataclass():
+    assert parse(Plain, ["--sizes", "3", "4", "5", "--packed"]) == Plain(sizes=(3, 4, 5), packed=True)
+    assert refusal(Plain, ["--steps", "3"])
+
+
+def test_positional_fields_follow_the_preset(tmp_path):
+    path = preset(tmp_path, "top_k = 3\n")
+    assert parse(Talk, []) == Talk()
+    assert parse(Talk, ["out/sft", "--top_k", "5"]) == Talk(checkpoint="out/sft", top_k=5)
+    assert parse(Talk, [path, "out/sft"]) == Talk(checkpoint="out/sft", top_k=3)
+    assert parse(Compare, ["a", "b", "--n", "2"]) == Compare(checkpoints=("a", "b"), n=2)
+    assert "out/dpo" in refusal(Talk, ["out/sft", "out/dpo"])
+
+
+def test_a_preset_changes_the_defaults(tmp_path):
+    text = "import math\n_base = 4\nlr = math.sqrt(_base)\nsteps = _base * 5\nloss = 'grpo'\nwindow = 8\nfresh = True\n"
+    config = parse(Stage, [preset(tmp_path, text)])
+    assert config == Stage(lr=2.0, steps=20, loss="grpo", window=8, fresh=True)
+
+
+def test_an_override_wins_over_the_preset(tmp_path):
+    path = preset(tmp_path, "lr = 0.5\nsteps = 7\nshuffle = False\nweights = (1.0, 2.0)\n")
+    config = parse(Stage, [path, "--lr", "0.25", "--shuffle"])
+    assert (config.lr, config.steps, config.shuffle, config.weights) == (0.25, 7, True, (1.0, 2.0))
+
+
+def test_a_whole_number_is_a_number_in_a_preset(tmp_path):
+    assert parse(Stage, [preset(tmp_path, "lr = 1\nwindow = None\n")]).lr == 1
+
+
+def test_the_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse(Stage, []).lr = 2.0
+
+
+def test_as_dict_rebuilds_the_configuration():
+    config = parse(Stage, ["--weights", "1", "2", "--window", "3"])
+    assert Stage(**as_dict(config)) == config
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_the_fields(flag, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(Stage, [flag])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    assert "--lr" in text and "Learning rate." in text and "--no-shuffle" in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused on the command line
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--learning_rate", "1"], "no field 'learning_rate' in the test_config configuration"),
+        (["--stepz", "3"], "no field 'stepz' in the test_config configuration; did you mean steps?"),
+        (["--weight", "3"], "did you mean weights?"),
+        (["--keep-lst", "3"], "did you mean keep_last?"),
+        (["--zzzzqq", "3"], "--help lists them"),
+        (["--stepz=3"], "did you mean steps?"),
+        (["--no-lr"], "no field 'no_lr'"),
+        (["--no-loss"], "no field 'no_loss'"),
+        (["--lr", "fast"], "--lr fast: not a number"),
+        (["--lr", ""], "not a number"),
+        (["--steps", "1.5"], "--steps 1.5: not a whole number"),
+        (["--steps", "1e3"], "--steps 1e3: not a whole number"),
+        (["--steps=many"], "--steps many: not a whole number"),
+        (["--loss", "ppo"], "--loss ppo: not one of dapo, grpo"),
+        (["--level", "3"], "--level 3: not one of 1, 2"),
+        (["--precision", "fp8"], "--precision fp8: not one of auto, fp32, bf16, fp16"),
+        (["--window", "wide"], "--window wide: not a whole number or None"),
+        (["--weights", "1", "x"], "--weights x: not a list of a number"),
+        (["--lr"], "--lr needs a value: a number"),
+        (["--lr", "--steps", "3"], "--lr needs a value: a number"),
+        (["--weights", "--steps", "3"], "--weights needs a value"),
+        (["--shuffle", "true"], "--shuffle is a switch: write --shuffle or --no-shuffle"),
+        (["--shuffle=False"], "--shuffle is a switch"),
+        (["--steps", "3", "--lrr", "3"], "did you mean lr?"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(argv, says):
+    assert says in refusal(Stage, argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [["foo"], ["--lr", "1", "2"], ["--shuffle", "foo"], ["-x"], ["--lr", "1", "preset.py"]]
+)
+def test_a_stray_word_is_one_line(argv):
+    assert argv[-1] in refusal(Stage, argv)
+
+
+SCRIPT = """
+from dataclasses import dataclass
+from runtime.config import RunConfig, parse
+from runtime.errors import run_main
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    lr: float = 1e-3
+    '''Learning rate.'''
+
+if __name__ == "__main__":
+    run_main(lambda: print("lr", parse(Config).lr))
+"""
+
+
+@pytest.mark.parametrize(
+    "argv, code, says",
+    [
+        (["--lr", "2"], 0, "lr 2.0"),
+        (["--help"], 0, "Learning rate."),
+        (["--lrr", "2"], 1, "error: no field 'lrr' in the stage configuration; did you mean lr?"),
+    ],
+)
+def test_a_script_is_configured(tmp_path, argv, code, says):
+    """As ``python stage.py``, where the class lives in ``__main__``."""
+    script = tmp_path / "stage.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = subprocess.run([sys.executable, script, *argv], env=environment, capture_output=True, text=True)
+    assert run.returncode == code and says in run.stdout + run.stderr and "Traceback" not in run.stderr
+    assert code == 0 or len(run.stderr.splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused in a preset
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("lrr = 1e-3\n", "no field 'lrr' in the test_config configuration; did you mean lr?"),
+        ("keep_lst = 2\n", "did you mean keep_last?"),
+        ("lr = 'fast'\n", "lr = 'fast' is not a number"),
+        ("lr = True\n", "lr = True is not a number"),
+        ("lr = None\n", "lr = None is not a number"),
+        ("steps = 1.5\n", "steps = 1.5 is not a whole number"),
+        ("steps = True\n", "steps = True is not a whole number"),
+        ("shuffle = 1\n", "shuffle = 1 is not True or False"),
+        ("shuffle = 'no'\n", "shuffle = 'no' is not True or False"),
+        ("loss = 'ppo'\n", "loss = 'ppo' is not one of dapo, grpo"),
+        ("level = 3\n", "level = 3 is not one of 1, 2"),
+        ("window = 'wide'\n", "window = 'wide' is not a whole number or None"),
+        ("weights = 3.0\n", "weights = 3.0 is not a list of a number"),
+        ("weights = (1.0, 'x')\n", "weights = (1.0, 'x') is not a list of a number"),
+        ("name = 3\n", "name = 3 is not a text"),
+        ("lr = 1 / 0\n", "does not run: ZeroDivisionError"),
+        ("raise ValueError('two\\nlines')\n", "does not run: ValueError"),
+        ("lr = (\n", "does not run: SyntaxError"),
+    ],
+)
+def test_a_wrong_preset_is_one_line(tmp_path, text, says):
+    path = preset(tmp_path, text)
+    message = refusal(Stage, [path])
+    assert says in message and path in message
+
+
+def test_a_missing_preset_names_the_nearest(tmp_path):
+    preset(tmp_path, "lr = 1.0\n")
+    message = refusal(Stage, [str(tmp_path / "sft_gsm8.py")])
+    assert "there is no preset" in message and "sft_gsm8k.py?" in message
+    assert "did you mean" not in refusal(Stage, ["no/such/folder/zzz.py"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Types
+
+
+@pytest.mark.parametrize(
+    "value, hint, yes",
+    [
+        (1, float, True),
+        (1.0, int, False),
+        (True, int, False),
+        (True, float, False),
+        (1, bool, False),
+        ("a", typing.Literal["a", "b"], True),
+        ("c", typing.Literal["a", "b"], False),
+        (None, int | None, True),
+        ("1", int | None, False),
+        ([1, 2], tuple[int, ...], True),
+        ((1, 2.5), tuple[int, ...], False),
+        (3, tuple[int, ...], False),
+        (1, typing.Annotated[int, "note"], True),
+        ("x", typing.Annotated[int, "note"], False),
+    ],
+)
+def test_fits(value, hint, yes):
+    assert fits(value, hint) is yes

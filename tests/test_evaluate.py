@@ -1,0 +1,96 @@
+import json
+from decimal import Decimal
+
+import pytest
+import torch
+from conftest import load_json
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_pretrain
+
+import evaluate
+import pretrain
+from evaluate import majority_vote, pass_at_k, rouge_l, wilson_interval
+from transformer import token_logps
+
+
+@pytest.mark.parametrize("case", load_json("eval_pass_at_k.json")["pass_at_k"], ids=str)
+def test_pass_at_k_is_that_of_human_eval(case):
+    assert pass_at_k(case["n"], case["c"], case["k"]) == pytest.approx(case["pass_at_k"], rel=1e-9, abs=1e-12)
+
+
+def test_pass_at_k_is_unbiased_and_the_naive_formula_is_not():
+    n, c, k = 4, 1, 2  # two answers of four: of the six pairs, three hold the right one
+    assert pass_at_k(n, c, k) == 0.5 and 1 - (1 - c / n) ** k != 0.5
+    with pytest.raises(ValueError):
+        pass_at_k(4, 1, 5)
+
+
+@pytest.mark.parametrize("case", load_json("eval_pass_at_k.json")["intervals_INDEPENDENT"], ids=str)
+def test_wilson_interval_is_that_of_the_formula(case):
+    assert wilson_interval(case["c"], case["n"]) == pytest.approx(tuple(case["wilson95"]), abs=1e-9)
+
+
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_interval_holds_the_proportion_and_stays_in_bounds(c, n):
+    c = min(c, n)
+    low, high = wilson_interval(c, n)
+    assert 0 <= low <= c / n <= high <= 1 and low < high
+
+
+def test_votes():
+    one, two = Decimal(1), Decimal(2)
+    assert majority_vote([two, one, one]) == one
+    assert majority_vote([None, None, two]) == two  # what could not be read does not vote
+    assert majority_vote([two, one]) == two  # a tie goes to the first
+    assert majority_vote([Decimal("1.0"), two, one]) == one  # equal numbers are one candidate
+    assert majority_vote([None]) is None and majority_vote([]) is None
+
+
+def test_rouge_l_by_hand():
+    assert rouge_l("the cat", "the cat") == 1.0
+    assert rouge_l("The CAT!", "the cat") == 1.0
+    assert rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
+    assert rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(0.5)  # order matters
+    assert rouge_l("", "x") == 0.0 and rouge_l("a b c d", "a") == pytest.approx(2 * 1 * 0.25 / 1.25)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    pretrain.run(tiny_pretrain(folder, steps=4))
+    return folder
+
+
+def test_report_has_a_row_for_each_checkpoint_with_its_interval(base, tmp_path):
+    config = evaluate.Config(data="arith", n=20, samples=4, ks=(1, 4, 16), out=str(tmp_path), device="cpu")
+    row = evaluate.measure(str(base), config)
+    assert {"stage", "accuracy", "low", "high", "n", "cut_off", "unreadable", "pass@1", "pass@4", "maj@4"} <= row.keys()
+    assert "pass@16" not in row and row["n"] == 20 and row["low"] <= row["accuracy"] <= row["high"]
+    evaluate.write_report(tmp_path, [row, row], "title")
+    assert json.loads((tmp_path / "report.json").read_text())[1]["stage"] == "pretrain"
+    table = (tmp_path / "report.md").read_text()
+    assert table.count("| pretrain |") == 2 and "95 % interval" in table
+
+
+def test_bits_per_byte_are_nats_over_bytes(base, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("One day Tom went to the market. " * 40)
+    config = evaluate.Config(data=str(text), n=1, device="cpu")
+    row = evaluate.measure(str(base), config)
+    model, tokenizer, _ = evaluate.load_stage(str(base))
+    held = text.read_text()[int(0.95 * 32 * 40) :]
+    ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(held), tokenizer.eot_id]])
+    nats = -float(token_logps(model, ids).detach().sum())
+    assert row["bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / len(held), rel=1e-4)
+
+
+def test_instruction_data_gives_perplexity_and_rouge(base, tmp_path):
+    folder = tmp_path / "databricks__databricks-dolly-15k"
+    folder.mkdir()
+    row = {"instruction": "Name a fruit.", "context": "", "response": "An apple.", "category": "x"}
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for _ in range(60)))
+    figures = evaluate.measure(
+        str(base), evaluate.Config(data="dolly", data_dir=str(tmp_path), max_new_tokens=8, device="cpu")
+    )
+    assert figures["perplexity"] > 1 and 0 <= figures["rouge_l"] <= 1 and figures["n"] == 2

@@ -1,0 +1,433 @@
+import contextlib
+import json
+import math
+from decimal import Decimal
+
+import pytest
+import torch
+from conftest import load_json, load_npz
+from tiny import llama_tiny, tiny_pretrain, tiny_sft
+
+import grpo
+import pretrain
+import sft
+from grpo import (
+    Config,
+    accumulate_gradients,
+    flat_groups,
+    group_advantages,
+    grpo_loss,
+    kl_estimate,
+    loss_normalizer,
+    sample_answers,
+)
+from runtime.errors import UserError
+from tokenizer import ByteTokenizer
+from transformer import ModelConfig, Transformer, token_logps
+
+NUMBERS = load_npz("trl_grpo_loss")
+OURS = ("grpo", "dapo", "dr_grpo", "cispo")
+CASES = [
+    case
+    for case in load_json("trl_grpo_loss.meta.json")["cases"]
+    if case["loss_type"] in OURS and not {"delta", "quantile", "off_policy"} & case.keys()
+]
+
+
+def options(case: dict) -> dict:
+    """A case of TRL's options in our names. TRL's CISPO bound is the ratio itself, ours its distance from 1; its KL
+    is k3 · ratio by default."""
+    high = case.get("eps_high")
+    low = case.get("eps", 0.2)
+    return {
+        "loss_type": case["loss_type"],
+        "ratio_level": case.get("level", "token"),
+        "clip_low": low,
+        "clip_high": (high - 1 if case["loss_type"] == "cispo" else high) if high is not None else low,
+        "beta": case.get("beta", 0.0),
+        "kl_times_ratio": case.get("bias_corr", True),
+        "max_length": case.get("max_len", 16),
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_loss_and_gradient_are_those_of_trl(case):
+    logps = NUMBERS["logps"].clone().requires_grad_()
+    old = logps.detach() if case["on_policy"] else NUMBERS["old_logps"]
+    loss = grpo_loss(logps, old, NUMBERS["advantages"], NUMBERS[case["mask"]], NUMBERS["ref_logps"], **options(case))
+    assert loss.shape == ()
+    loss.backward()
+    torch.testing.assert_close(loss, NUMBERS[f"{case['name']}::loss"], rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(logps.grad, NUMBERS[f"{case['name']}::grad"], rtol=1e-7, atol=1e-10)
+
+
+def test_the_cases_cover_every_loss_type_and_level():
+    assert {(case["loss_type"], case.get("level", "token")) for case in CASES} == {
+        (loss_type, level) for loss_type in OURS for level in ("token", "sequence")
+    }
+
+
+@pytest.mark.parametrize("loss_type", OURS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_gradient_by_finite_differences(loss_type, level):
+    logps = NUMBERS["logps"].clone().requires_grad_()
+    # Away from the corners of min and clip, and CISPO's weight held fixed: a detached ratio has no finite difference.
+    if loss_type == "cispo":
+        weight = (logps.detach() - NUMBERS["old_logps"]).exp()
+        expected = -weight * NUMBERS["advantages"][:, None] * NUMBERS["mask"] / NUMBERS["mask"].sum()
+        if level == "token":
+            loss = grpo_loss(
+                logps, NUMBERS["old_logps"], NUMBERS["advantages"], NUMBERS["mask"], loss_type="cispo", clip_high=9
+            )
+            loss.backward()
+            torch.testing.assert_close(logps.grad, expected)
+        return
+    f = lambda x: grpo_loss(  # noqa: E731
+        x, NUMBERS["old_logps"], NUMBERS["advantages"], NUMBERS["mask"], NUMBERS["ref_logps"], 0.1,
+        loss_type=loss_type, ratio_level=level, max_length=16,
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(f, (logps,), eps=1e-7, atol=1e-5)
+
+
+def test_loss_by_hand():
+    # Two answers, three tokens, the second token of the second answer is padding. Ratios 1.5 and 0.5, clip 0.2.
+    old = torch.zeros(2, 2, dtype=torch.float64)
+    logps = torch.tensor([[1.5, 0.5], [1.5, 1.0]], dtype=torch.float64).log()
+    mask = torch.tensor([[1, 1], [1, 0]])
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    # A > 0: 1.5 is clipped to 1.2, 0.5 stays 0.5 (the minimum). A < 0: -1.5 stays -1.5 (the minimum again, not -1.2).
+    terms = [-1.2, -0.5, 1.5]
+    assert float(grpo_loss(logps, old, advantages, mask)) == pytest.approx(sum(terms) / 3)
+    assert float(grpo_loss(logps, old, advantages, mask, loss_type="grpo")) == pytest.approx(
+        ((-1.2 - 0.5) / 2 + 1.5) / 2
+    )
+    dr = grpo_loss(logps, old, advantages, mask, loss_type="dr_grpo", max_length=10)
+    assert float(dr) == pytest.approx(sum(terms) / 20)
+    cispo = grpo_loss(logps, old, advantages, mask, loss_type="cispo")
+    assert float(cispo) == pytest.approx((-1.2 * math.log(1.5) - 0.5 * math.log(0.5) + 1.2 * math.log(1.5)) / 3)
+
+
+def test_loss_changes_none_of_its_inputs():
+    inputs = [NUMBERS[n].clone() for n in ("logps", "old_logps", "advantages", "mask", "ref_logps")]
+    before = [x.clone() for x in inputs]
+    grpo_loss(*inputs, beta=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before))
+
+
+@pytest.mark.parametrize("loss_type", OURS)
+def test_parts_with_the_normalizer_of_the_whole_add_up(loss_type):
+    n = NUMBERS
+    whole = grpo_loss(n["logps"], n["old_logps"], n["advantages"], n["mask"], loss_type=loss_type, max_length=16)
+    normalizer = loss_normalizer(n["mask"], loss_type)
+    parts = [
+        grpo_loss(
+            n["logps"][i : i + 1], n["old_logps"][i : i + 1], n["advantages"][i : i + 1], n["mask"][i : i + 1],
+            loss_type=loss_type, max_length=16, normalizer=normalizer,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("meta", load_json("advantages_grpo_gdpo.meta.json")["sets"], ids=lambda meta: meta["name"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_are_those_of_trl(meta, scale):
+    numbers = load_npz("advantages_grpo_gdpo")
+    rewards = numbers[f"{meta['name']}::rewards"]
+    checked = 0
+    for w in ("w1", "w2"):
+        key = f"{meta['name']}::{w}::trl_sum_then_normalize_{scale}"
+        if key in numbers:
+            total = (rewards * numbers[f"{meta['name']}::{w}::weights"]).nansum(dim=1)
+            total[rewards.isnan().all(dim=1)] = float("nan")  # no reward at all: unknown
+            torch.testing.assert_close(group_advantages(total, meta["G"], scale), numbers[key], rtol=1e-4, atol=1e-4)
+            checked += 1
+    assert checked
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 5.0, 5.0, 5.0, 5.0])
+    ours = group_advantages(rewards, 4)
+    std = math.sqrt((0.75**2 + 3 * 0.25**2) / 3)  # the sample's
+    assert ours.tolist() == pytest.approx([0.75 / (std + 1e-4)] + [-0.25 / (std + 1e-4)] * 3 + [0.0] * 4)
+    assert not ours.isnan().any()
+    with pytest.raises(ValueError):
+        group_advantages(rewards, 1)
+
+
+def test_advantages_have_no_gradient_and_groups_are_contiguous():
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], requires_grad=True)
+    assert not group_advantages(rewards, 2).requires_grad
+    assert group_advantages(rewards, 2).tolist() == [0.0] * 4  # (1,1) and (0,0), not (1,0) and (1,0)
+
+
+def test_kl_estimates_are_right_on_average():
+    logits, ref = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    p, logp, logq = logits.softmax(0), logits.log_softmax(0), ref.log_softmax(0)
+    true = (p * (logp - logq)).sum()
+    for kind in ("k1", "k3"):
+        torch.testing.assert_close((p * kl_estimate(logp, logq, kind)).sum(), true)
+    assert (kl_estimate(logp, logq, "k3") >= 0).all() and (kl_estimate(logp, logq, "k2") >= 0).all()
+
+
+def test_expected_gradients_of_the_kl_estimates():
+    """As a loss, k1's is zero and k2's is that of the KL; k3's becomes so when weighed by the ratio."""
+    logits, ref = torch.randn(7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64)
+    p, logq = logits.softmax(0), ref.log_softmax(0)
+
+    def gradient(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    logp = logits.log_softmax(0)
+    true = gradient((p * (logp - logq)).sum())
+    expected = {kind: gradient((p.detach() * kl_estimate(logp, logq, kind)).sum()) for kind in ("k1", "k2", "k3")}
+    torch.testing.assert_close(expected["k1"], torch.zeros(7, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(expected["k2"], true)
+    assert (expected["k3"] - true).abs().max() > 1e-2
+    ratio = (logp - logp.detach()).exp()
+    torch.testing.assert_close(gradient((p.detach() * ratio * kl_estimate(logp, logq, "k3")).sum()), true)
+
+
+def e2e() -> tuple[dict, torch.Tensor, torch.Tensor, Transformer]:
+    """The rows of grpo_e2e_llama as ours: [prompt | answer | padding], without padding on the left."""
+    f = load_npz("grpo_e2e_llama")
+    model = llama_tiny(f, "policy::")
+    rows, masks = [], []
+    for prompt, real, answer, counts in zip(
+        f["prompt_ids"], f["prompt_mask"], f["completion_ids"], f["completion_mask"]
+    ):
+        ids = torch.cat([prompt[real.bool()], answer[counts.bool()]])
+        mask = torch.cat([torch.zeros(int(real.sum())), torch.ones(int(counts.sum()))])
+        rows.append(torch.nn.functional.pad(ids, (0, 9 - len(ids))))
+        masks.append(torch.nn.functional.pad(mask, (0, 9 - len(mask))).bool())
+    return f, torch.stack(rows), torch.stack(masks)[:, 1:], model
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("dapo", {}),
+        ("grpo", {"loss_type": "grpo"}),
+        ("dr_grpo", {"loss_type": "dr_grpo"}),
+        ("gspo", {"loss_type": "grpo", "ratio_level": "sequence"}),
+        ("dapo_kl_bias", {"kl_times_ratio": True, "beta": 0.04}),
+    ],
+)
+def test_from_tokens_to_gradient_as_trl_does_it(name, settings):
+    f, tokens, mask, model = e2e()
+    temperature = float(f["temperature"])
+    logps = token_logps(model, tokens, temperature, where=mask)
+    counted = f["completion_mask"].bool()
+    torch.testing.assert_close(logps[mask].detach(), f["logps"][counted], rtol=0, atol=1e-4)
+    old = torch.zeros_like(logps).masked_scatter(mask, f["old_logps"][counted])
+    loss = grpo_loss(logps, old, f["advantages"], mask, old, max_length=5, **settings)
+    torch.testing.assert_close(loss.detach(), f[f"{name}::loss"], rtol=1e-4, atol=1e-5)
+    loss.backward()
+    torch.testing.assert_close(model.head.weight.grad, f[f"{name}::grad_lm_head"], rtol=1e-3, atol=1e-5)
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(float(f[f"{name}::grad_norm"]), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollouts and updates
+
+
+class StubRun:
+    """As much of a run as the update needs."""
+
+    precision, device = "fp32", torch.device("cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    autocast = staticmethod(contextlib.nullcontext)
+
+
+TOKENIZER = ByteTokenizer()
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(3)
+    model = Transformer(ModelConfig(TOKENIZER.vocab_size, 32, 2, 2, max_seq_len=64))
+    with torch.no_grad():
+        model.head.weight.mul_(6)  # an untrained head is nearly uniform: sharpen it, so that temperature shows
+    return model
+
+
+def rollout_of(policy, temperature=0.7, n=4, new=12):
+    return sample_answers(policy, TOKENIZER, [[65, 66, 67], [68], [69, 70]], n, new, temperature, seed=1)
+
+
+def test_rollout_rows_are_prompt_answer_padding(policy):
+    rollout = rollout_of(policy)
+    assert len(rollout) == 12 and rollout.mask.shape == (12, rollout.tokens.shape[1] - 1)
+    for i, prompt in enumerate([[65, 66, 67]] * 4 + [[68]] * 4 + [[69, 70]] * 4):
+        row, mask = rollout.tokens[i].tolist(), rollout.mask[i].tolist()
+        assert row[: len(prompt)] == prompt
+        answer = [t for t, m in zip(row[1:], mask) if m]
+        assert mask[: len(prompt) - 1] == [False] * (len(prompt) - 1) and mask[len(prompt) - 1]
+        assert (answer[-1] == TOKENIZER.eot_id) == bool(rollout.finished[i])
+        assert row[len(prompt) + len(answer) :] == [TOKENIZER.pad_id] * (len(row) - len(prompt) - len(answer))
+        text = answer[:-1] if rollout.finished[i] else answer
+        assert rollout.texts[i] == TOKENIZER.decode(text)
+
+
+def test_the_stop_token_counts(policy):
+    with torch.no_grad():
+        policy.head.weight[TOKENIZER.eot_id] = policy.head.weight.mean(0) + 0.5  # make ends frequent
+    rollout = rollout_of(policy, temperature=1.0)
+    ended = rollout.finished.nonzero().squeeze(1)
+    assert len(ended)
+    for i in ended:
+        column = int(rollout.mask[i].nonzero().max())
+        assert rollout.tokens[i, column + 1] == TOKENIZER.eot_id and rollout.sampled_logps[i, column] != 0
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_the_policy_that_samples_is_the_policy_that_trains(policy, temperature):
+    rollout = rollout_of(policy, temperature)
+    logps = token_logps(policy, rollout.tokens, temperature, where=rollout.mask)
+    torch.testing.assert_close(logps, rollout.sampled_logps, rtol=0, atol=1e-5)
+
+
+def test_another_temperature_in_training_is_noticed(policy):
+    rollout = rollout_of(policy, temperature=0.5)
+    with pytest.raises(AssertionError, match="not the policy that sampled"):
+        accumulate_gradients(StubRun(), policy, rollout, torch.randn(12), Config(temperature=1.0))
+
+
+def gradients(policy, rollout, advantages, config, **more):
+    policy.zero_grad()
+    old, statistics = accumulate_gradients(StubRun(), policy, rollout, advantages, config, **more)
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), old, statistics
+
+
+@pytest.mark.parametrize("loss_type", OURS)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_the_gradient_does_not_depend_on_micro_batches(policy, loss_type, beta):
+    rollout = rollout_of(policy)
+    advantages = group_advantages(torch.tensor([1.0, 0, 0, 0] + [1.0] * 4 + [0, 1.0, 1.0, 0]), 4)  # one flat group
+    ref = rollout.sampled_logps - 0.1 * torch.rand_like(rollout.sampled_logps)
+    settings = {"temperature": 0.7, "loss_type": loss_type, "beta": beta, "max_new_tokens": 12}
+    whole = gradients(policy, rollout, advantages, Config(**settings, micro_batch_size=64), ref_logps=ref)[0]
+    parts = gradients(policy, rollout, advantages, Config(**settings, micro_batch_size=5), ref_logps=ref)[0]
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-7)
+    logps = token_logps(policy, rollout.tokens, 0.7, where=rollout.mask)  # and it is that of the plain loss
+    loss = grpo_loss(logps, logps.detach(), advantages, rollout.mask, ref, beta, loss_type=loss_type, max_length=12)
+    policy.zero_grad()
+    loss.backward()
+    plain = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_the_first_update_has_ratio_one_and_the_second_has_not(policy):
+    rollout, config = rollout_of(policy), Config(temperature=0.7)
+    advantages = group_advantages(torch.arange(12.0), 4)
+    _, old, first = gradients(policy, rollout, advantages, config)
+    assert first["clip_fraction"] == 0 and first["kl_old"] == 0 and first["sampler_gap"] < 1e-5
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= 2.0 * p.grad
+    _, same, second = gradients(policy, rollout, advantages, config, old_logps=old)
+    assert torch.equal(old, same) and second["kl_old"] > 0 and "sampler_gap" not in second
+
+
+def test_a_step_along_the_gradient_favours_the_better_answer(policy):
+    """The sign of everything at once: after one small step, answers with positive advantage are likelier, others less
+    likely."""
+    rollout, config = rollout_of(policy), Config(temperature=0.7)
+    advantages = group_advantages(torch.tensor([1.0, 0, 0, 0] * 3), 4)
+    _, old, _ = gradients(policy, rollout, advantages, config)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p -= 0.5 * p.grad
+        new = token_logps(policy, rollout.tokens, 0.7, where=rollout.mask)
+    change = (new - old).sum(1)
+    assert float((change * advantages).sum()) > 0 and float(change[advantages > 0].mean()) > 0
+
+
+def test_flat_groups_give_no_gradient(policy):
+    rollout = rollout_of(policy)
+    flat = group_advantages(torch.ones(12), 4)
+    _, statistics = accumulate_gradients(StubRun(), policy, rollout, flat, Config(temperature=0.7))
+    assert all(p.grad is None or not p.grad.any() for p in policy.parameters()) and statistics["loss"] == 0
+    assert float(flat_groups(torch.tensor([1.0, 1, 0, 1, 0, 0]), 2)) == pytest.approx(2 / 3)
+
+
+def test_an_unfinished_answer_earns_nothing():
+    good = "<think>a</think><answer>7</answer>"
+    correct, formed = grpo.score([good, good, "7"], [Decimal(7)] * 3, torch.tensor([True, False, True]))
+    assert correct.tolist() == [1.0, 0.0, 0.0] and formed.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    pretrain.run(tiny_pretrain(folder / "pretrain", steps=60, lr=5e-3, eval_every=60, save_every=60))
+    sft.run(tiny_sft(folder / "sft", folder / "pretrain", n_examples=96, epochs=8.0, lr=5e-3, eval_every=100))
+    return folder / "sft"
+
+
+def tiny_grpo(folder, start, **changes) -> Config:
+    settings = {
+        "out_dir": str(folder), "init_from": str(start), "steps": 3, "prompts_per_step": 4, "group_size": 4,
+        "n_prompts": 64, "eval_prompts": 8, "eval_every": 2, "save_every": 1, "device": "cpu", "micro_batch_size": 8,
+    }  # fmt: skip
+    return Config(**(settings | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta": 0.05, "kl": "k3", "updates_per_rollout": 2},
+        {"beta": 0.05, "kl": "k1", "kl_in": "reward"},
+        {"beta": 0.05, "kl": "k2", "loss_type": "grpo", "ratio_level": "sequence"},
+        {"loss_type": "dr_grpo", "scale": "none"},
+        {"loss_type": "cispo", "scale": "batch", "activation_checkpointing": True},
+        {"arith_warmup": 2},
+        {"precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):
+    figures = grpo.run(tiny_grpo(tmp_path, start, **changes))
+    assert 0 <= figures["accuracy"] <= 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "reward" in row]
+    named = {"correct", "formatted", "flat_groups", "truncated", "finished", "entropy", "grad_norm", "clip_fraction"}
+    assert [row["step"] for row in steps] == [1, 2, 3] and named <= steps[0].keys()
+    assert ("kl_ref" in steps[0]) == (changes.get("beta", 0) > 0 and changes.get("kl_in") != "reward")
+    assert "pass@1" in capsys.readouterr().out and "question:" in (tmp_path / "samples.txt").read_text()
+
+
+def test_the_reference_is_the_start_and_stays_it(tmp_path, start):
+    grpo.run(
+        tiny_grpo(tmp_path, start, beta=0.05, lr=3e-3, warmup=1, scale="none", correct_weight=0.0, format_weight=1.0)
+    )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kl = [row["kl_ref"] for row in rows if "kl_ref" in row]
+    assert (
+        kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-4
+    )  # against the old policy it would be 0 in every first update
+
+
+def test_an_impossible_start_is_said_loudly(tmp_path, capsys):
+    pretrain.run(tiny_pretrain(tmp_path / "base", steps=1))
+    grpo.run(tiny_grpo(tmp_path / "grpo", tmp_path / "base", steps=10, max_new_tokens=4, eval_every=10))
+    out = capsys.readouterr().out
+    assert "every group's rewards are equal" in out and "10 steps in a row taught nothing" in out and "cut off" in out
+    before, after = (torch.load(tmp_path / n / "ckpt.pt", weights_only=True)["model"] for n in ("base", "grpo"))
+    assert all(torch.equal(before[name], after[name]) for name in before)  # flat groups move nothing
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"group_size": 1}, "group_size"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"beta": 0.1, "kl": "k1"}, "k1"),
+        ({"max_new_tokens": 4096}, "max_new_tokens"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path, start, changes, word):
+    with pytest.raises(UserError, match=word):
+        grpo.run(tiny_grpo(tmp_path / "run", start, **changes))

@@ -1,0 +1,98 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import load_npz
+from tiny import assert_same_training, tiny_pretrain, tiny_sft
+
+import pretrain
+import sft
+from runtime.errors import UserError
+from sft import sft_loss
+
+
+def test_loss_and_gradient_are_those_of_the_reference():
+    fixture = load_npz("trl_sft")
+    mask = fixture["labels"][:, 1:] != -100
+    logps = fixture["logps"].clone().requires_grad_()
+    loss = sft_loss(logps, mask)
+    loss.backward()
+    torch.testing.assert_close(loss, fixture["nll_nNone::loss"], rtol=1e-7, atol=0)
+    torch.testing.assert_close(logps.grad, fixture["nll_nNone::grad"], rtol=1e-7, atol=1e-12)
+
+
+def test_parts_weighted_by_their_tokens_add_up_to_the_loss_of_a_larger_batch():
+    fixture = load_npz("trl_sft")
+    mask = fixture["labels"][:, 1:] != -100
+    part = sft_loss(fixture["logps"], mask) * mask.sum() / 10  # ten tokens count in the whole batch
+    torch.testing.assert_close(part, fixture["nll_n10::loss"], rtol=1e-7, atol=0)
+
+
+def test_loss_of_logits_is_that_of_transformers():
+    fixture = load_npz("trl_sft")
+    labels = fixture["labels"]
+    logps = fixture["logits"].log_softmax(-1)[:, :-1].gather(2, labels[:, 1:, None].clamp(min=0)).squeeze(2)
+    torch.testing.assert_close(sft_loss(logps, labels[:, 1:] != -100), fixture["hf_loss_mean"], rtol=1e-5, atol=0)
+
+
+def test_loss_by_hand():
+    logps = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, -16.0, -32.0]])
+    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    assert float(sft_loss(logps, mask)) == pytest.approx((2 + 4 + 32) / 3)  # row means would give (3 + 32) / 2
+    assert float(sft_loss(logps, torch.zeros_like(mask))) == 0.0
+
+
+def test_loss_changes_none_of_its_inputs():
+    logps, mask = torch.randn(2, 3), torch.ones(2, 3)
+    before = logps.clone(), mask.clone()
+    sft_loss(logps, mask)
+    assert torch.equal(logps, before[0]) and torch.equal(mask, before[1])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    pretrain.run(tiny_pretrain(folder, steps=4))
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"activation_checkpointing": True}])
+def test_micro_batches_change_nothing_but_rounding(tmp_path, base, changes):
+    sft.run(tiny_sft(tmp_path / "whole", base))
+    sft.run(tiny_sft(tmp_path / "parts", base, **changes))
+    assert_same_training(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
+    figures = sft.run(tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.75 * losses[0] and figures["perplexity"] == pytest.approx(math.exp(figures["val_loss"]))
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert [stage["stage"] for stage in state["lineage"]] == ["pretrain"] and state["finished"]
+    assert "reference:" in (tmp_path / "samples.txt").read_text()
+
+
+def test_curriculum_and_unpacked_rows_run(tmp_path, base):
+    assert math.isfinite(sft.run(tiny_sft(tmp_path / "a", base, curriculum=True))["val_loss"])
+    assert math.isfinite(sft.run(tiny_sft(tmp_path / "b", base, packing=False, epochs=0.5))["val_loss"])
+
+
+def test_sweep_writes_a_table_and_a_plot(tmp_path, base, capsys):
+    sft.sweep(tiny_sft(tmp_path, base, sweep=(1e-4, 5e-3), epochs=1.0))
+    rows = json.loads((tmp_path / "sweep.json").read_text())
+    assert [row["lr"] for row in rows] == [1e-4, 5e-3]
+    best = min(rows, key=lambda row: row["val_loss"])["lr"]
+    assert f"| {best:g} (best) |" in (tmp_path / "sweep.md").read_text()
+    assert (tmp_path / "sweep.png").stat().st_size > 0
+
+
+def test_a_missing_base_model_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="python pretrain.py"):
+        sft.run(tiny_sft(tmp_path / "run", tmp_path / "nothing"))
+
+
+def test_rows_longer_than_the_context_are_refused(tmp_path, base):
+    with pytest.raises(UserError, match="max_seq_len"):
+        sft.run(tiny_sft(tmp_path / "run", base, seq_len=1024))

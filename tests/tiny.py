@@ -1,0 +1,69 @@
+"""Small things that several tests share: a tiny model, its weights from a fixture, and runs of a few seconds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pretrain
+import sft
+from transformer import ModelConfig, Transformer
+
+NAMES = {  # Hugging Face's name -> ours
+    "model.embed_tokens": "embed",
+    "model.norm": "final_norm",
+    "lm_head": "head",
+    "self_attn": "attn",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "model.layers": "blocks",
+}
+
+SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "seq_len": 64, "batch_size": 4}
+
+
+def llama_tiny(fixture: dict, prefix: str = "w::") -> Transformer:
+    """The model of llama_tiny.npz (or the policy of another fixture, by prefix) in our names."""
+    config = ModelConfig(61, 32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=44, max_seq_len=64, norm_eps=1e-5)
+    model = Transformer(config)
+    weights = {}
+    for key, value in fixture.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            for theirs, ours in NAMES.items():
+                name = name.replace(theirs, ours)
+            weights[name] = value
+    model.load_state_dict(weights)
+    return model
+
+
+def tiny_pretrain(folder, **changes) -> pretrain.Config:
+    """A pretraining run of a few seconds."""
+    settings = SMALL | {
+        "out_dir": str(folder), "steps": 6, "eval_every": 3, "save_every": 2, "log_every": 1, "eval_windows": 8,
+        "warmup": 2, "compile": "off", "device": "cpu", "max_documents": 300, "vocab_size": 300,
+    }  # fmt: skip
+    return replace(pretrain.Config(), **(settings | changes))
+
+
+def tiny_sft(folder, init_from, **changes) -> sft.Config:
+    settings = {
+        "out_dir": str(folder), "init_from": str(init_from), "n_examples": 24, "epochs": 2.0, "batch_size": 4,
+        "eval_every": 3, "save_every": 2, "log_every": 1, "compile": "off", "device": "cpu",
+    }  # fmt: skip
+    return replace(sft.Config(), **(settings | changes))
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """The same losses and gradient norms in every step, and the same weights, but for rounding."""
+    rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]
+    assert len(rows[0]) == len(rows[1])
+    for a, b in zip(*rows):
+        for name in ("loss", "grad_norm"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-3), (name, a["step"])
+    a, b = (torch.load(f / "ckpt.pt", weights_only=True)["model"] for f in (one, other))
+    for name in a:  # Adam turns the rounding of a gradient near zero into a step of full size, so: in the norm
+        assert float((a[name] - b[name]).norm()) < 0.01 * float(a[name].norm()), name

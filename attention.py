@@ -27,6 +27,11 @@ from torch import Tensor
 # The operation
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions as float32: a softmax or a log-probability in bfloat16 has two or three digits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention, by hand.
 
@@ -36,14 +41,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tu
     repeats = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(repeats, dim=1)  # (B, H, Tk, d): heads 0,0,1,1 and not 0,1,0,1
     v = v.repeat_interleave(repeats, dim=1)
-    scores = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).float()  # (B, H, Tq, Tk)
+    scores = at_least_float32(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))  # (B, H, Tq, Tk)
     if mask is None:
         weights = scores.softmax(dim=-1)
     else:
         alive = mask.any(dim=-1, keepdim=True)  # rows that may attend to something
-        scores = scores.masked_fill(
-            ~mask & alive, float("-inf")
-        )  # a row of -inf alone would be NaN, forward and backward
+        scores = scores.masked_fill(~mask & alive, float("-inf"))  # a row of -inf alone would be NaN on the way
         weights = scores.softmax(dim=-1).masked_fill(~mask, 0.0)
     weights = weights.to(v.dtype)
     return weights @ v, weights

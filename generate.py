@@ -114,6 +114,8 @@ def generate(
     """
     if not len(prompts) or not all(len(p) for p in prompts):
         raise ValueError("every prompt needs at least one token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1")
     device = model.head.weight.device
     generator = None
     if seed is not None:

@@ -66,7 +66,7 @@ class ByteTokenizer:
         return list(_utf8(text))
 
     def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token < 256 else self._names.get(token, b"\xef\xbf\xbd")
+        return bytes([token]) if 0 <= token < 256 else self._names.get(token, b"\xef\xbf\xbd")
 
     def decode(self, ids: Iterable[int]) -> str:
         return _decode(self, ids)
@@ -178,7 +178,7 @@ class BPETokenizer:
         return out
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[token]
+        return self._bytes[token] if 0 <= token < self.vocab_size else b"\xef\xbf\xbd"
 
     def decode(self, ids: Iterable[int]) -> str:
         return _decode(self, ids)

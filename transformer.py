@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from attention import KVCache, SelfAttention, may_attend, rope_cos_sin, sinusoidal_positions
+from attention import KVCache, SelfAttention, at_least_float32, may_attend, rope_cos_sin, sinusoidal_positions
 
 
 @dataclass(frozen=True)
@@ -222,11 +222,11 @@ class Transformer(nn.Module):
         """tokens (B, T) -> the stream after the final norm (B, T, D).
 
         mask: (B, T), 1 = a real token; needed for padding on the left (padding on the right is never seen by what
-        stands before it). segments: (B, T) integers, for rows that hold several documents: a token sees its own
-        document only, and positions restart. positions: (B, T) or (T,); by default they count the real tokens of each
-        document, or continue where the cache ends. cache: appended to; tokens see what it holds. Not together with
-        segments. Learned and sinusoidal positions end at ``max_seq_len`` (ValueError past it); rotary ones go on,
-        untrained."""
+        stands before it). segments: (B, T) integers, one number for each document of a row that holds several: a
+        token sees its own document only, and positions restart. positions: (B, T) or (T,); by default they count the
+        real tokens of each document, or continue where the cache ends. cache: appended to; tokens see what it holds.
+        Not together with segments. Learned and sinusoidal positions end at ``max_seq_len`` (ValueError past it);
+        rotary ones go on, untrained."""
         B, T = tokens.shape
         real = None if mask is None else mask.bool()
         if positions is None:
@@ -307,8 +307,8 @@ def token_logps(
     max_logits: int = 2**24,
     **context,
 ) -> Tensor:
-    """log p(token t+1 | tokens ≤ t) under ``softmax(logits / temperature)``: (B, T) -> (B, T-1), float32, with
-    gradient.
+    """log p(token t+1 | tokens ≤ t) under ``softmax(logits / temperature)``: (B, T) -> (B, T-1), float32 or better,
+    with gradient.
 
     Column t scores token t+1. where: (B, T-1), 1 = wanted; the others are not computed and come back as 0. The
     temperature must be the one that the tokens were sampled with, or the policy that trains is not the policy that
@@ -335,11 +335,11 @@ def token_logps(
         logps = torch.cat(chunks)
     if where is None:
         return logps.view_as(targets)
-    return torch.zeros(targets.shape, device=logps.device).masked_scatter(wanted, logps)
+    return torch.zeros(targets.shape, dtype=logps.dtype, device=logps.device).masked_scatter(wanted, logps)
 
 
 def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = F.linear(hidden, weight).float() / temperature  # (N, V); float32 before the softmax, always
+    logits = at_least_float32(F.linear(hidden, weight)) / temperature  # (N, V); never a softmax over bfloat16
     return -F.cross_entropy(logits, targets, reduction="none")  # log_softmax, then the target's entry
 
 

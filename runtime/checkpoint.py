@@ -90,7 +90,8 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
             f"{path} holds more than tensors and plain values{inside} and was refused: it could run code"
         ) from None
     except Exception as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+        why = " ".join(str(error).split())[:120]  # some errors have several lines, some none
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {why}") from None
     if not isinstance(state, dict) or state.get("magic") != MAGIC:
         raise UserError(f"{path} is not an alignbook checkpoint")
     missing = [name for name in FIELDS if name not in state]

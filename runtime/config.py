@@ -73,17 +73,18 @@ def read_preset(config_class, path: str) -> dict:
     try:
         names = runpy.run_path(path)
     except Exception as error:
-        raise UserError(f"{path} does not run: {type(error).__name__}: {error}") from None
+        why = " ".join(str(error).split())
+        raise UserError(f"{path} does not run: {type(error).__name__}: {why}") from None
     hints = typing.get_type_hints(config_class)
     values = {}
     for name, value in names.items():
-        if name.startswith("_") or isinstance(value, ModuleType):
+        if name.startswith("_") or isinstance(value, ModuleType) or callable(value):
             continue
         if name not in hints:
             raise UserError(f"{path}: {_unknown(name, list(hints), config_class)}")
         if not fits(value, hints[name]):
             raise UserError(f"{path}: {name} = {value!r} is not {_describe(hints[name])}")
-        values[name] = value
+        values[name] = tuple(value) if isinstance(value, list) else value
     return values
 
 
@@ -121,19 +122,26 @@ def _describe(hint) -> str:
 def _unknown(name: str, fields: list[str], config_class) -> str:
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists them"
-    return f"no field {name!r} in the {config_class.__module__} configuration; {hint}"
+    stage = config_class.__module__ if config_class.__module__ != "__main__" else Path(sys.argv[0]).stem
+    return f"no field {name!r} in the {stage} configuration; {hint}"
 
 
 def _check_arguments(config_class, argv: list[str]) -> None:
     """tyro explains an error in a box of many lines; we look first, argument by argument."""
     hints = {f.name: typing.get_type_hints(config_class)[f.name] for f in dataclasses.fields(config_class)}
-    if config_class.__module__ == "__main__":  # name the script, not "__main__"
-        config_class.__module__ = Path(sys.argv[0]).stem
+    full = typing.get_type_hints(config_class, include_extras=True)
+    positional = [name for name in hints if "Positional" in repr(full[name])]
+    room = len(argv) if any(typing.get_origin(hints[name]) is tuple for name in positional) else len(positional)
     i = 0
     while i < len(argv):
         word = argv[i]
         i += 1
-        if word in ("-h", "--help") or not word.startswith("--"):
+        if word in ("-h", "--help"):
+            continue
+        if not word.startswith("--"):
+            room -= 1
+            if room < 0 or word.startswith("-"):
+                raise UserError(f"{word!r} belongs to no field: a preset comes first, a value after its --field")
             continue
         flag, _, given = word[2:].partition("=")
         name = flag.replace("-", "_")

@@ -49,8 +49,9 @@ def test_steps_are_true_and_lead_to_the_answer(problem):
 def test_the_answer_is_that_of_the_story_worked_out_anew(problem):
     n = problem.numbers
     expected = {
-        "gain": lambda: n[0] + n[1], "lose": lambda: n[0] - n[1], "gain_lose": lambda: n[0] + n[1] - n[2],
-        "lose_gain": lambda: n[0] - n[1] + n[2], "groups": lambda: n[0] * n[1], "groups_gain": lambda: n[0] * n[1] + n[2],
+        "gain": lambda: n[0] + n[1], "lose": lambda: n[0] - n[1],
+        "gain_lose": lambda: n[0] + n[1] - n[2], "lose_gain": lambda: n[0] - n[1] + n[2],
+        "groups": lambda: n[0] * n[1], "groups_gain": lambda: n[0] * n[1] + n[2],
         "share": lambda: n[0] // n[1], "both": lambda: n[0] + n[0] + n[1],
     }[problem.kind]()  # fmt: skip
     assert problem.answer == expected

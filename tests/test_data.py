@@ -201,7 +201,8 @@ def test_sources_are_joined_and_unknown_ones_refused(tmp_path):
         load_chats("arith+nope", "train")
 
 
-CHATS = [[{"role": "user", "content": "q" * a}, {"role": "assistant", "content": "a" * b}] for a, b in [(3, 4), (2, 9), (5, 1), (20, 20), (1, 1), (6, 6)]]  # fmt: skip
+LENGTHS = [(3, 4), (2, 9), (5, 1), (20, 20), (1, 1), (6, 6)]
+CHATS = [[{"role": "user", "content": "q" * a}, {"role": "assistant", "content": "a" * b}] for a, b in LENGTHS]
 
 
 @pytest.mark.parametrize("packing", [True, False])

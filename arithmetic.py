@@ -265,7 +265,8 @@ def preference_pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     known flaw.
 
     The flaw is a wrong sum (the error is carried through to the answer), a wrong operation, a skipped second step, or
-    the right answer outside the answer tags."""
+    the right answer outside the answer tags.
+    """
     rng = random.Random(f"pairs {seed} {heldout}")
     pairs = []
     for problem in problems(n, seed=seed, heldout=heldout):

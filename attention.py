@@ -37,7 +37,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tu
 
     q (B, H, Tq, d); k and v (B, Hkv, Tk, d), where H is a multiple of Hkv and query head h reads key/value head h //
     (H / Hkv); mask: boolean, broadcastable to (B, H, Tq, Tk), True = may attend. Returns the output (B, H, Tq, d) and
-    the weights (B, H, Tq, Tk). A query that may attend to nothing gets zeros, not NaN."""
+    the weights (B, H, Tq, Tk). A query that may attend to nothing gets zeros, not NaN.
+    """
     repeats = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(repeats, dim=1)  # (B, H, Tk, d): heads 0,0,1,1 and not 0,1,0,1
     v = v.repeat_interleave(repeats, dim=1)
@@ -56,7 +57,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     """The same output from PyTorch's fused kernel, which never stores the (Tq, Tk) weights. A test holds the two equal.
 
     ``causal`` is for Tq == Tk only: PyTorch aligns its causal mask top-left, so with a cache (Tq < Tk) a new token
-    would see the first keys instead of the last."""
+    would see the first keys instead of the last.
+    """
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError("causal=True needs as many queries as keys; pass causal_mask(t_q, t_k) instead")
     return F.scaled_dot_product_attention(
@@ -133,7 +135,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     After rotation the product q·k depends only on the distance between the two positions. Which coordinates form a
     pair is a convention: ours is the half-split layout of Llama in transformers; Meta's own code pairs neighbours
     (x_2i, x_2i+1). The two differ by a permutation of the rows of the q and k projections, and mixing them up breaks
-    a loaded model without an error."""
+    a loaded model without an error.
+    """
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (..., 1, T, d/2): the same for every head
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
@@ -150,7 +153,8 @@ class KVCache:
     Column j of every row is one step of the model. Prompts of unequal length are padded on the left, so all rows
     write to the same column; ``real`` says which columns hold a token, ``positions`` where that token stands in its
     own text. Keys are stored after rotation and never rotated again. The model calls ``begin`` once per forward pass
-    and ``write`` once per layer."""
+    and ``write`` once per layer.
+    """
 
     def __init__(self, n_layers: int, batch: int, max_len: int, device=None):
         self.k: list[Tensor | None] = [None] * n_layers  # (B, Hkv, max_len, d) each, made at the first write
@@ -163,7 +167,8 @@ class KVCache:
 
     def begin(self, real: Tensor | None, positions: Tensor) -> None:
         """Announce T new columns: ``real`` (B, T) boolean, or None if no row is padded there; ``positions`` (B, T) or
-        (T,)."""
+        (T,).
+        """
         self.start, self.length = self.length, self.length + positions.shape[-1]
         if self.length > self.max_len:
             raise ValueError(f"the cache holds {self.max_len} tokens, {self.length} are needed")
@@ -197,7 +202,8 @@ class SelfAttention(nn.Module):
 
     With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one key/value head: the cache shrinks by that
     factor. ``qk_norm`` normalises every q and k to unit root mean square before the rotation, which bounds the
-    scores."""
+    scores.
+    """
 
     def __init__(
         self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool = False, qk_norm: bool = False, eps: float = 1e-5
@@ -220,7 +226,8 @@ class SelfAttention(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). ``mask`` (B, 1, T, Tk) boolean; None = causal among the T tokens, or, for a
-        single new token with a cache, everything before it."""
+        single new token with a cache, everything before it.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, d)

@@ -5,7 +5,8 @@
     python chat.py out/arith/pretrain --raw --prompt "One day Tom went to"
 
 The model answers in the chat template it was trained with; a base model knows none, so with ``--raw`` it continues
-the text itself."""
+the text itself.
+"""
 
 import codecs
 import sys
@@ -50,7 +51,8 @@ class Config:
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """The text of ids as they arrive. A character whose bytes are spread over several tokens comes when it is
-    complete."""
+    complete.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if text := decoder.decode(tokenizer.token_bytes(token)):

@@ -46,7 +46,8 @@ def read_dataset(
     hub_id: str, config: str | None, split: str, data_dir: str = "", streaming: bool = False
 ) -> Iterator[dict]:
     """The rows of ``DIR/<hub id, / as __>/[config/]<split>.jsonl[.xz|.gz]`` if ``data_dir`` has it, else of the hub's
-    dataset."""
+    dataset.
+    """
     stem = Path(data_dir, hub_id.replace("/", "__"), config or "", split)
     for ending, opener in ((".jsonl.xz", lzma.open), (".jsonl.gz", gzip.open), (".jsonl", open)):
         path = Path(f"{stem}{ending}")
@@ -162,7 +163,8 @@ def train_tokenizer(kind: str, vocab_size: int, source: str, data_dir: str, seed
 
 class TokenFile:
     """A token file on disk (HDF5: ``train`` and ``validation``, uint16 or uint32). Windows are read without loading
-    it."""
+    it.
+    """
 
     def __init__(self, path: Path):
         self.file = h5py.File(path, "r")
@@ -193,7 +195,8 @@ class TokenFile:
 
 def write_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[str]], fingerprint: str) -> None:
     """Encode the documents of each split into a new token file, as they stream in; every document ends with
-    end-of-text."""
+    end-of-text.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
     def write(temporary):
@@ -253,7 +256,8 @@ def load_chats(names: str, split: str, data_dir: str = "", seed: int = 0, n: int
     """Conversations of one or several sources, ``"gsm8k+dolly+alpaca"``, as lists of messages.
 
     arith: ``n`` (default 768) problems of the embedded task, for validation held-out ones. The others have no
-    validation split of their own here: every 50th row is kept for it. ``n`` limits each source."""
+    validation split of their own here: every 50th row is kept for it. ``n`` limits each source.
+    """
     chats, skipped = [], Counter()
     for name in names.split("+"):
         if name == "arith":
@@ -322,7 +326,8 @@ CHATS = {  # hub id, configuration, row -> messages
 @dataclass
 class PackedRows:
     """``tokens``, ``loss_mask`` and ``segments``, each (R, T). Segment 0 is padding; documents count from 1 in each
-    row."""
+    row.
+    """
 
     tokens: Tensor
     loss_mask: Tensor
@@ -343,7 +348,8 @@ def pack(
     reported and left out.
 
     A conversation goes into the first of the open rows with room for it. packing=False: one in each row. by_length:
-    shortest first, and rows stay in that order."""
+    shortest first, and rows stay in that order.
+    """
     encoded = [encode_chat(tokenizer, chat) for chat in chats]
     skipped = Counter(f"longer than {length} tokens" for ids, _ in encoded if len(ids) > length)
     report_skipped(skipped, "conversations")
@@ -427,7 +433,8 @@ def _gold(answer, skipped: Counter) -> Decimal | None:
 
 def load_prompts(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Prompt]:
     """``n`` prompts of "arith", "gsm8k" or "svamp"; split is "train" or "test" (of arith: the held-out problems,
-    which do not depend on the seed, so that every run is examined on the same questions)."""
+    which do not depend on the seed, so that every run is examined on the same questions).
+    """
     if name == "arith":
         heldout = split != "train"
         found = arithmetic.problems(n or (512 if heldout else 4096), "exam" if heldout else f"{seed} rl", heldout)
@@ -464,7 +471,8 @@ def encode_prompts(
     prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int
 ) -> tuple[list[list[int]], list[Prompt]]:
     """Prompts as ids that end where the assistant speaks, and the prompts they belong to; longer ones are counted and
-    left out."""
+    left out.
+    """
     encoded = [(encode_chat(tokenizer, prompt.messages, add_generation_prompt=True)[0], prompt) for prompt in prompts]
     kept = [(ids, prompt) for ids, prompt in encoded if len(ids) <= longest]
     if len(kept) < len(encoded):

@@ -50,14 +50,16 @@ class Config:
     """Run folders or checkpoint files, in the order of the table. Default: the stages found in out/arith."""
     data: str = "arith"
     """arith, gsm8k or svamp (accuracy); alpaca or dolly (perplexity, ROUGE-L); tinystories, books, pile or a text
-    file (bits per byte)."""
+    file (bits per byte).
+    """
     data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
     """A local mirror of datasets, looked in before the hub."""
     n: int = 512
     """Questions, references or documents."""
     max_new_tokens: int = 0
     """An answer that does not end by then is cut off (0: 48 for arith, else 256, and never more than the context
-    allows)."""
+    allows).
+    """
     samples: int = 0
     """Also sample so many answers to each question, for pass@k and the majority vote."""
     ks: tuple[int, ...] = (1, 4, 16)
@@ -185,7 +187,8 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
 @torch.no_grad()
 def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
     """Bits per byte of the first ``n`` validation documents, each on its own; long ones in pieces of the context's
-    length."""
+    length.
+    """
     device, length = model.head.weight.device, model.config.max_seq_len
     pieces, n_bytes = [], 0
     for text in text_documents(config.data, "validation", config.data_dir, limit=config.n):
@@ -213,7 +216,8 @@ def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> di
 @torch.no_grad()
 def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
     """Perplexity of the reference answers, and ROUGE-L of greedy answers against them, on conversations kept from
-    training."""
+    training.
+    """
     device = model.head.weight.device
     chats = load_chats(config.data, "validation", config.data_dir, n=config.n)
     rows = pack(chats, tokenizer, model.config.max_seq_len)

@@ -61,7 +61,8 @@ def sample(logits: Tensor, generator: torch.Generator | None = None, **knobs) ->
     We draw by the inverse of the cumulative distribution: one uniform number u a row, and the first token at which
     the cumulated probability exceeds u. (``torch.multinomial`` draws a random number for every word of the
     vocabulary.) With ``temperature=0`` the most likely token is taken, and its log-probability is that under
-    temperature 1."""
+    temperature 1.
+    """
     if knobs.get("temperature", 1.0) == 0:
         logps = logits.float().log_softmax(dim=-1)
         tokens = logps.argmax(dim=-1)
@@ -79,7 +80,8 @@ def sample(logits: Tensor, generator: torch.Generator | None = None, **knobs) ->
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor | None]:
     """Prompts as one (P, T) tensor that ends where each prompt ends, and a mask of the real tokens (None if all are
-    equally long)."""
+    equally long).
+    """
     longest = max(map(len, prompts))
     tokens = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)

@@ -61,7 +61,8 @@ class Config(RunConfig):
     """Use only so many of them (None: 4096 of arith, all of the others)."""
     arith_warmup: int = 0
     """Draw the prompts of the first steps from the embedded task: a weak model finds no reward in GSM8K to begin
-    with."""
+    with.
+    """
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
     steps: int = 150
@@ -76,7 +77,8 @@ class Config(RunConfig):
     """Of sampling, and of every log-probability."""
     correct_weight: float = 1.0
     """Reward for the right answer in the strict form (verify.py). Negative: the policy should unlearn; a test of the
-    signs."""
+    signs.
+    """
     format_weight: float = 0.1
     """Reward for the strict form, whatever the number."""
     scale: Literal["group", "batch", "none"] = "group"
@@ -91,7 +93,8 @@ class Config(RunConfig):
     """Ratios above 1 + clip_high are clipped. DAPO: 0.28."""
     beta: float = 0.0
     """Weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: no reference
-    is kept."""
+    is kept.
+    """
     kl: Literal["k1", "k2", "k3"] = "k3"
     """The estimator of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
@@ -192,7 +195,8 @@ def grpo_loss(
     logps, old_logps, ref_logps, mask: (B, C), the answers' tokens; advantages: (B,). max_length: the constant of
     dr_grpo. kl_times_ratio: weigh each KL estimate by ρ, which makes the gradient of k3 that of the KL (TRL's default
     since 1.16). normalizer: what the sum is divided by when this is one part of a larger batch, ``loss_normalizer``
-    of the whole; by default of this batch. An answer with no token that counts adds 0 and is counted in B."""
+    of the whole; by default of this batch. An answer with no token that counts adds 0 and is counted in B.
+    """
     mask = mask.to(logps.dtype)
     weight = advantages.unsqueeze(1)  # (B, 1): every token of an answer has its advantage
     log_ratio = logps - old_logps.detach()
@@ -239,7 +243,8 @@ def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
 @dataclass
 class Rollout:
     """Answers and what is known about them. Rows are [prompt | answer | padding]; column t of the (N, T-1) tensors is
-    token t+1."""
+    token t+1.
+    """
 
     tokens: Tensor  # (N, T)
     mask: Tensor  # (N, T-1) boolean: the answer's tokens, its end-of-text among them; never the prompt, never padding
@@ -262,7 +267,8 @@ def sample_answers(
     **knobs,
 ) -> Rollout:
     """``n`` answers to each of the encoded prompts, side by side. Training passes no further knobs: see
-    ``generate``."""
+    ``generate``.
+    """
     new, new_mask, new_logps = generate(
         model, prompts, max_new, n, temperature, eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, seed=seed, **knobs
     )  # (N, C) each
@@ -318,7 +324,8 @@ def accumulate_gradients(
     whole batch.
 
     Without ``old_logps`` this is the first update after sampling, and the policy's own log-probabilities, before any
-    step, are the old ones. Returns them (N, T-1), and statistics."""
+    step, are the old ones. Returns them (N, T-1), and statistics.
+    """
     in_loss = bool(config.beta) and config.kl_in == "loss"
     normalizer = processes.sum_over_processes(loss_normalizer(rollout.mask, config.loss_type))
     first = old_logps is None

@@ -6,7 +6,8 @@
 
 Each stage writes into its own folder of ``out`` and starts from the one before. The report card, ``report.md`` and
 ``report.json``, is written anew after each stage; ``curves.png`` shows them all. If it is interrupted, the same
-command continues where it stopped."""
+command continues where it stopped.
+"""
 
 import dataclasses
 import json

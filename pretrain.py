@@ -153,7 +153,8 @@ def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     clipping.
 
     A gradient that is not finite changes nothing: the step is left out and said aloud. (With fp16 this is routine:
-    the scaler multiplied the loss so that small gradients survive, and now lowers its factor.)"""
+    the scaler multiplied the loss so that small gradients survive, and now lowers its factor.)
+    """
     parameters = list(model.parameters())
     processes.sum_gradients(parameters)  # before unscaling: then every process sees the same infinities
     for optimizer in optimizers:

@@ -106,7 +106,8 @@ class BPETokenizer:
 
         Joining the most frequent pair changes only the words that contain it, so we keep where each pair occurs and
         correct the counts there. Ties go to the pair with the smaller ids: the same text always gives the same
-        tokenizer."""
+        tokenizer.
+        """
         n_merges = vocab_size - 256 - len(SPECIALS)
         if n_merges < 0:
             raise UserError(
@@ -164,7 +165,8 @@ class BPETokenizer:
 
     def encode_readable(self, text: str) -> list[int]:
         """The same ids as ``encode``, by the rule itself: in each piece, join the pair that was learned first, until
-        none is left."""
+        none is left.
+        """
         out = []
         for piece in regex.findall(SPLIT, _utf8(text).decode("utf-8")):
             ids = list(_utf8(piece))
@@ -203,7 +205,8 @@ def _merge(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
 class TiktokenTokenizer:
     """A published tiktoken vocabulary; its size is rounded up to a multiple of 128 (r50k_base: 50,257 to 50,304),
     which matrix units like, and our special tokens live in the ids gained by it. The vocabulary is downloaded once;
-    offline, set ``TIKTOKEN_CACHE_DIR`` to a folder that holds it."""
+    offline, set ``TIKTOKEN_CACHE_DIR`` to a folder that holds it.
+    """
 
     def __init__(self, name: str = "r50k_base"):
         try:

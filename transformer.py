@@ -147,7 +147,8 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 class Block(nn.Module):
     """Pre-norm: each half reads a normalised copy of the stream and adds to the stream itself, which stays an open
-    path for gradients."""
+    path for gradients.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -221,12 +222,15 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens (B, T) -> the stream after the final norm (B, T, D).
 
-        mask: (B, T), 1 = a real token; needed for padding on the left (padding on the right is never seen by what
-        stands before it). segments: (B, T) integers, one number for each document of a row that holds several: a
-        token sees its own document only, and positions restart. positions: (B, T) or (T,); by default they count the
-        real tokens of each document, or continue where the cache ends. cache: appended to; tokens see what it holds.
-        Not together with segments. Learned and sinusoidal positions end at ``max_seq_len`` (ValueError past it);
-        rotary ones go on, untrained."""
+        * mask: (B, T), 1 = a real token; needed for padding on the left (what is padded on the right is never seen by
+          what stands before it).
+        * segments: (B, T) integers, one number for each document of a row that holds several: a token sees its own
+          document only, and positions restart.
+        * positions: (B, T) or (T,); by default they count the real tokens of each document, or continue the cache's.
+        * cache: appended to; tokens see what it holds. Not together with segments.
+
+        Learned and sinusoidal positions end at ``max_seq_len`` (ValueError past it); rotary ones go on, untrained.
+        """
         B, T = tokens.shape
         real = None if mask is None else mask.bool()
         if positions is None:
@@ -316,7 +320,8 @@ def token_logps(
 
     The logits of a batch are its largest tensor by far: 8 × 1,024 tokens × 50,304 words are 1.6 GB in float32, and
     the backward pass wants them again. So we take the positions in chunks of at most ``max_logits`` logits and
-    recompute each chunk in the backward pass. Keyword arguments go to ``forward_hidden``."""
+    recompute each chunk in the backward pass. Keyword arguments go to ``forward_hidden``.
+    """
     hidden = model.forward_hidden(tokens, **context)[:, :-1]  # (B, T-1, D)
     targets = tokens[:, 1:]
     wanted = torch.ones_like(targets, dtype=torch.bool) if where is None else where.bool()
@@ -355,7 +360,8 @@ def count_parameters(model: nn.Module) -> int:
 def flops_per_token(model: Transformer, seq_len: int) -> float:
     """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward),
     and 6·T·D a layer for causal attention, whose average query sees half of T keys (Kaplan et al. 2020; Chowdhery et
-    al. 2022, appendix B)."""
+    al. 2022, appendix B).
+    """
     looked_up = [model.embed.weight.numel()] if not model.config.tie_embeddings else []
     if model.config.positions == "learned":
         looked_up.append(model.position_embed.weight.numel())
@@ -365,7 +371,8 @@ def flops_per_token(model: Transformer, seq_len: int) -> float:
 
 def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_activation: int = 4) -> dict[str, float]:
     """Bytes of one training step with AdamW, an estimate: weights, gradients and two moments in float32; activations
-    kept for the backward pass; one chunk of logits with its softmax (see ``token_logps``)."""
+    kept for the backward pass; one chunk of logits with its softmax (see ``token_logps``).
+    """
     with torch.device("meta"):
         n = count_parameters(Transformer(config))
     kv = config.n_kv_heads * config.head_dim

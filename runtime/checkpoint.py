@@ -2,7 +2,8 @@
 
 A checkpoint is one dictionary of tensors and plain Python values. It is written to a temporary file, flushed to the
 disk, then renamed: whatever happens, the last good one is there. It is read with ``weights_only=True``, so a file
-from a stranger can hold numbers and nothing else."""
+from a stranger can hold numbers and nothing else.
+"""
 
 import os
 import pickle
@@ -20,7 +21,8 @@ FIELDS = ("model", "model_config", "tokenizer", "stage", "config", "step", "line
 
 def write_atomically(path: Path, write) -> None:
     """``write(temporary path)``, flush to the disk, rename over ``path``: readers see the old file or the new one,
-    never a part."""
+    never a part.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     write(temporary)
@@ -41,7 +43,8 @@ def write_text(path: Path, text: str) -> None:
 
 def save_checkpoint(folder: Path, state: dict, keep_last: int = 1, best: bool = False) -> Path:
     """Write ``ckpt.pt``; with keep_last > 1 also ``ckpt_<step>.pt`` for the last so many; with ``best``,
-    ``best.pt``."""
+    ``best.pt``.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {"magic": MAGIC, **state}

@@ -58,7 +58,8 @@ FREE_FIELDS = {"out_dir", "data_dir", "log_every", "save_every", "keep_last", "t
 
 def parse(config_class, argv: list[str] | None = None):
     """The configuration for a command line: ``[preset.py] [--field value ...]``. Positional fields of the class
-    follow the preset."""
+    follow the preset.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     values = read_preset(config_class, argv.pop(0)) if argv and argv[0].endswith(".py") else {}
     _check_arguments(config_class, argv)

@@ -34,7 +34,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """auto: bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere (a CPU without bf16 units is slower in
-    bf16)."""
+    bf16).
+    """
     if name != "auto":
         if name == "fp16" and device.type == "cpu":
             raise UserError("--precision fp16 is for GPUs; on a CPU use fp32 or bf16")
@@ -67,7 +68,8 @@ def can_compile(device: torch.device) -> bool:
 
 def compile_blocks(model) -> None:
     """Compile the blocks in place. They have one shape, so one compilation serves all of them; names and weights stay
-    what they are."""
+    what they are.
+    """
     for block in model.blocks:
         block.compile()
 
@@ -101,7 +103,8 @@ _PEAKS = {
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """What the device could do at best: the data sheet for known GPUs in 16 bits, else a large matrix product,
-    timed."""
+    timed.
+    """
     if device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(device)
         for card, peak in _PEAKS.items():

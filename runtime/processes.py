@@ -4,7 +4,8 @@ Every process holds the whole model and its share of the batch. Each stage divid
 batch (the tokens of all processes), so the gradient of the whole batch is the plain sum of the processes' gradients;
 ``sum_gradients`` takes it after the last backward pass. There is no wrapper around the model, hence no attribute
 access that goes around one and leaves gradients unsynchronised, and no ``module.`` in front of the names of the
-weights."""
+weights.
+"""
 
 import datetime
 import os

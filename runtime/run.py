@@ -137,7 +137,8 @@ class Run:
         the warm-up.
 
         The choice depends on the configuration alone, never on where a run resumes: compiled and eager sums round
-        differently."""
+        differently.
+        """
         wanted = self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type in ("cpu", "cuda") and steps * step_seconds > 60
         )
@@ -154,7 +155,8 @@ class Run:
 
     def eager(self):
         """Run without compiled code: for evaluation and generation, whose changing shapes would each be compiled
-        anew."""
+        anew.
+        """
         return torch.compiler.set_stance("force_eager")
 
     def banner(self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", **more) -> None:
@@ -183,7 +185,8 @@ class Run:
 
     def steps(self, first: int, last: int):
         """first, first + 1, ..., last - 1 under a progress bar. Ctrl-C finishes the step, saves it, and stops; a
-        second one stops at once."""
+        second one stops at once.
+        """
         before = {}
         if self.world == 1 and _in_main_thread():
 
@@ -230,7 +233,8 @@ class Run:
     def log(self, step: int, tokens: int = 0, always: bool = False, show: tuple = (), **metrics) -> None:
         """Report one step, counted from 0. ``tokens``: how many all processes trained on; speed and MFU come from
         them. A row is written every ``log_every`` steps (or ``always``); values may be tensors and are read only
-        then. ``show``: names for the bar."""
+        then. ``show``: names for the bar.
+        """
         self._tokens += tokens
         self._seconds += time.perf_counter() - self._mark
         self._mark = time.perf_counter()

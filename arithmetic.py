@@ -121,24 +121,24 @@ def is_heldout(kind: str, numbers: tuple[int, ...]) -> bool:
 def _numbers(rng: random.Random, kind: str) -> tuple[int, ...]:
     small = lambda: rng.randint(2, 9)  # noqa: E731
     if kind == "gain":
-        return rng.randint(2, 60), rng.randint(2, 29)
+        return rng.randint(2, 40), rng.randint(2, 19)
     if kind == "lose":
-        a = rng.randint(4, 80)
-        return a, rng.randint(2, min(a - 1, 39))
+        a = rng.randint(4, 50)
+        return a, rng.randint(2, min(a - 1, 19))
     if kind == "gain_lose":
-        a, b = rng.randint(2, 50), rng.randint(2, 29)
-        return a, b, rng.randint(2, min(a + b - 1, 29))
+        a, b = rng.randint(2, 30), rng.randint(2, 19)
+        return a, b, rng.randint(2, min(a + b - 1, 19))
     if kind == "lose_gain":
-        a = rng.randint(4, 60)
-        return a, rng.randint(2, min(a - 1, 29)), rng.randint(2, 19)
+        a = rng.randint(4, 40)
+        return a, rng.randint(2, min(a - 1, 19)), rng.randint(2, 12)
     if kind == "groups":
         return small(), small()
     if kind == "groups_gain":
-        return small(), small(), rng.randint(2, 18)
+        return small(), small(), rng.randint(2, 12)
     if kind == "share":
         b = small()
         return b * small(), b
-    return rng.randint(2, 30), rng.randint(2, 19)  # both: a + (a + b)
+    return rng.randint(2, 20), rng.randint(2, 12)  # both: a + (a + b)
 
 
 def _steps(kind: str, n: tuple[int, ...]) -> tuple[tuple[str, ...], int]:
@@ -211,7 +211,7 @@ def _story(rng: random.Random) -> str:
     """Two people and what happens to their things; every count that is told is true."""
     A, B = rng.sample(NAMES, 2)
     x, place = rng.choice(THINGS), rng.choice(PLACES)
-    have = rng.randint(2, 40)
+    have = rng.randint(2, 30)
     lines = [
         rng.choice((
             f"One day {A} went to {place} with {have} {x}.",
@@ -220,8 +220,8 @@ def _story(rng: random.Random) -> str:
         ))
     ]  # fmt: skip
     for _ in range(rng.randint(1, 3)):
-        more = have < 5 or (have < 60 and rng.random() < 0.5)
-        n = rng.randint(2, 19) if more else rng.randint(2, min(have - 2, 29))
+        more = have < 5 or (have < 40 and rng.random() < 0.5)
+        n = rng.randint(2, 19) if more else rng.randint(2, min(have - 2, 19))
         if is_heldout("gain" if more else "lose", (have, n)):
             continue
         if more:

@@ -33,7 +33,7 @@ import tyro
 from tqdm import tqdm
 
 from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
-from grpo import sample_answers, score
+from rollout import sample_answers, score
 from runtime.checkpoint import write_text
 from runtime.config import parse
 from runtime.device import autocast, pick_device, pick_precision

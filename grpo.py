@@ -32,25 +32,21 @@ temperature: the policy that samples is the policy that trains. The first update
 """
 
 import copy
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from data import Prompt, encode_prompts, epoch_batch, load_prompts
-from generate import generate
+from data import encode_prompts, epoch_batch, load_prompts
 from pretrain import learning_rate, make_optimizers, update
+from rollout import Rollout, examine, flat_groups, render, report_start, sample_answers, score, warn
 from runtime import processes
 from runtime.config import RunConfig, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, descend, load_stage, start
-from tokenizer import Tokenizer
 from transformer import Transformer, token_logps
-from verify import correctness_reward, format_reward
 
 
 @dataclass(frozen=True)
@@ -111,6 +107,8 @@ class Config(RunConfig):
     """Steps of linear rise."""
     weight_decay: float = 0.0
     """Of matrices."""
+    beta2: float = 0.999
+    """AdamW's memory of squared gradients: long, because the gradients of few answers are noisy."""
     clip: float = 1.0
     """Longest gradient."""
     activation_checkpointing: bool = False
@@ -237,67 +235,7 @@ def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Rollouts
-
-
-@dataclass
-class Rollout:
-    """Answers and what is known about them. Rows are [prompt | answer | padding]; column t of the (N, T-1) tensors is
-    token t+1.
-    """
-
-    tokens: Tensor  # (N, T)
-    mask: Tensor  # (N, T-1) boolean: the answer's tokens, its end-of-text among them; never the prompt, never padding
-    sampled_logps: Tensor  # (N, T-1), as the sampler had them
-    texts: list[str]  # without end-of-text
-    finished: Tensor  # (N,) boolean: ended by itself
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-def sample_answers(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    n: int,
-    max_new: int,
-    temperature: float,
-    seed: int,
-    **knobs,
-) -> Rollout:
-    """``n`` answers to each of the encoded prompts, side by side. Training passes no further knobs: see
-    ``generate``.
-    """
-    new, new_mask, new_logps = generate(
-        model, prompts, max_new, n, temperature, eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, seed=seed, **knobs
-    )  # (N, C) each
-    N, C = new.shape
-    starts = torch.tensor([len(p) for p in prompts], device=new.device).repeat_interleave(
-        n
-    )  # (N,): where answers begin
-    T = int(starts.max()) + C
-    tokens = torch.full((N, T), tokenizer.pad_id, device=new.device)
-    mask = torch.zeros(N, T, dtype=torch.bool, device=new.device)
-    logps = torch.zeros(N, T, device=new.device)
-    for i, prompt in enumerate(prompts):
-        tokens[i * n : (i + 1) * n, : len(prompt)] = torch.tensor(prompt, device=new.device)
-    place = starts[:, None] + torch.arange(C, device=new.device)  # (N, C): column of each new token in its row
-    tokens.scatter_(1, place, new)  # padding lands on padding
-    mask.scatter_(1, place, new_mask)
-    logps.scatter_(1, place, new_logps)
-    finished = ((new == tokenizer.eot_id) & new_mask).any(dim=1)
-    lengths = (new_mask.sum(dim=1) - finished.long()).tolist()
-    texts = [tokenizer.decode(ids[:length]) for ids, length in zip(new.tolist(), lengths)]
-    return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
-
-
-def score(texts: Sequence[str], golds: Sequence, finished: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither."""
-    done = finished.tolist()
-    correct = [correctness_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
-    formed = [format_reward(text) * ok for text, ok in zip(texts, done)]
-    return torch.tensor(correct, device=finished.device), torch.tensor(formed, device=finished.device)
+# The update
 
 
 def logps_in_parts(run: Run, model: Transformer, rollout: Rollout, config: Config) -> Tensor:
@@ -305,10 +243,6 @@ def logps_in_parts(run: Run, model: Transformer, rollout: Rollout, config: Confi
     with torch.no_grad(), run.autocast():
         parts = zip(rollout.tokens.split(config.micro_batch_size), rollout.mask.split(config.micro_batch_size))
         return torch.cat([token_logps(model, tokens, config.temperature, where=mask) for tokens, mask in parts])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The update
 
 
 def accumulate_gradients(
@@ -381,25 +315,6 @@ def accumulate_gradients(
 # The stage
 
 
-def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """The share of groups whose rewards are all equal: they teach nothing."""
-    groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(dim=1).float().mean()
-
-
-def examine(
-    run: Run, model: Transformer, tokenizer: Tokenizer, ids: list, prompts: list[Prompt], max_new: int
-) -> float:
-    """Greedy accuracy on held-out questions."""
-    right = 0.0
-    for first in range(0, len(ids), 128):
-        with run.autocast():
-            rollout = sample_answers(model, tokenizer, ids[first : first + 128], 1, max_new, 0.0, seed=0)
-        golds = [prompt.gold for prompt in prompts[first : first + 128]]
-        right += float(score(rollout.texts, golds, rollout.finished)[0].sum())
-    return right / len(ids)
-
-
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     _, world, _ = processes.setup_processes()
@@ -442,7 +357,7 @@ def run(config: Config) -> dict:
     # The policy learns; the reference stays what the policy was at the start.
     reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
     model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
     first = run.resume(model, optimizers)
 
     def rollout_of(step: int, name: str):
@@ -472,7 +387,9 @@ def run(config: Config) -> dict:
             starts=str(init_from),
         )  # fmt: skip
     if first == 0:
-        report_start(run, config, rollout_of(0, "arith" if config.arith_warmup else config.data))
+        rollout, correct, formed, asked = rollout_of(0, "arith" if config.arith_warmup else config.data)
+        flat = flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size)
+        report_start(run, rollout, correct, formed, float(flat), asked[0])
         accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
     silent = 0  # steps in a row from which nothing could be learned
@@ -518,11 +435,10 @@ def run(config: Config) -> dict:
             rollout_share=rollout_seconds / (time.perf_counter() - started),
         )  # fmt: skip
         silent = silent + 1 if figures["flat_groups"] == 1 or norm == 0 else 0
-        warn(run, config, silent, figures, norm)
+        warn(run, silent, figures, norm)
 
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            with run.eager():
-                accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+            accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
             run.evaluation(step + 1, accuracy=accuracy)
             run.sample(step + 1, render(asked[0], rollout, correct))
         if run.should_save(step, config.steps):
@@ -531,47 +447,6 @@ def run(config: Config) -> dict:
     task = "" if config.task == "arith" else f"--data {config.data} "
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python evaluate.py {task}{init_from} {run.folder}")
     return {"accuracy": accuracy}
-
-
-def render(prompt: Prompt, rollout: Rollout, correct: Tensor) -> str:
-    lines = [f"question: {prompt.messages[-1]['content']}", f"gold:     {prompt.gold}"]
-    for text, ok, done in list(zip(rollout.texts, correct.tolist(), rollout.finished.tolist()))[:4]:
-        lines.append(f"{'right' if ok else 'wrong'}{'' if done else ', cut off'}: {text}")
-    return "\n".join(lines)
-
-
-def report_start(run: Run, config: Config, sampled) -> None:
-    """What the policy can do before the first step: if it never succeeds, it has nothing to learn from."""
-    rollout, correct, formed, asked = sampled
-    flat = float(flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size))
-    finished = float(rollout.finished.float().mean())
-    run.print(
-        f"  start      pass@1 {float(correct.mean()):.3f}, well-formed {float(formed.mean()):.3f}, "
-        f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
-    )
-    run.print("             " + render(asked[0], rollout, correct).split("\nwrong")[0].replace("\n", "\n             "))
-    if flat == 1:
-        run.print(
-            "WARNING: every group's rewards are equal, so nothing can be learned: start from a better model, "
-            "or raise --group_size, --temperature or --arith_warmup"
-        )
-    if finished == 0:
-        run.print(
-            "WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that knows how to end"
-        )
-
-
-def warn(run: Run, config: Config, silent: int, figures: dict, norm: float) -> None:
-    """Say loudly when a run learns nothing: reinforcement learning fails in silence otherwise."""
-    if silent and silent % 10 == 0:
-        run.print(
-            f"WARNING: {silent} steps in a row taught nothing (flat groups: {figures['flat_groups']:.2f}, "
-            f"gradient {norm:.1e}): raise --group_size or --temperature, or change the prompts"
-        )
-    if figures["finished"] == 0:
-        run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
-    if not math.isfinite(norm):
-        run.print("WARNING: the gradient is not finite: lower --lr")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""GRPO as DeepSeekMath has it, on the embedded task: means by answer, a KL to the start, two updates on each rollout."""
+"""GRPO as DeepSeekMath has it, on the embedded task: means by answer, a KL to the start, two updates on each
+rollout."""
 
 loss_type = "grpo"
 beta = 0.04

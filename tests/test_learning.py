@@ -17,7 +17,8 @@ from transformer import ModelConfig, Transformer
 
 
 def practise(tmp_path, sign: float, **settings) -> tuple[float, float]:
-    """GRPO on a made-up task, from nothing: answer with as many letters "a" as possible. The share of "a" before and after."""
+    """GRPO on a made-up task, from nothing: answer with as many letters "a" as possible. The share of "a" before and
+    after."""
     tokenizer = ByteTokenizer()
     torch.manual_seed(0)
     model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, max_seq_len=32))
@@ -69,8 +70,13 @@ def test_grpo_on_the_embedded_task_rises_and_with_the_reward_negated_falls(tmp_p
     sft.run(sft.Config(out_dir=str(root / "sft"), init_from=str(root / "pretrain"), device="cpu"))
     grpo.run(
         grpo.Config(
-            out_dir=str(root / "grpo"), init_from=str(root / "sft"), device="cpu", steps=40, eval_every=40,
-            correct_weight=sign, eval_prompts=256,
+            out_dir=str(root / "grpo"),
+            init_from=str(root / "sft"),
+            device="cpu",
+            steps=40,
+            eval_every=40,
+            correct_weight=sign,
+            eval_prompts=256,
         )  # fmt: skip
     )
     rows = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().splitlines()]

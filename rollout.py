@@ -1,0 +1,163 @@
+"""Rollouts: the policy answers, a rule judges, and the rows for training are laid out.
+
+Reinforcement learning on a language model begins each step like this, whatever the algorithm: take some prompts,
+sample answers from the policy as it is now, and find out how good they are. Three things must be exactly right here,
+or everything after is quietly wrong:
+
+* the tokens that count: those the policy chose, its end-of-text among them (stopping is a decision, and is learned
+  like any other); never the prompt, never padding;
+* the log-probabilities: those of the distribution that was sampled from, ``softmax(logits / temperature)``;
+* the judgement: an answer that was cut off has not answered, whatever it says so far.
+
+An answer becomes a row [prompt | answer | padding], so the model needs no mask for padding on the left, and the
+columns of ``mask`` and of the log-probabilities agree with those of ``token_logps``: column t is about token t+1.
+
+Run ``python rollout.py`` to see the rows of two answers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import Prompt
+from generate import generate
+from runtime.run import Run
+from tokenizer import ByteTokenizer, Tokenizer
+from transformer import ModelConfig, Transformer
+from verify import correctness_reward, format_reward
+
+
+@dataclass
+class Rollout:
+    """Answers and what is known about them; N rows, those of one prompt side by side."""
+
+    tokens: Tensor  # (N, T): prompt, answer, padding
+    mask: Tensor  # (N, T-1) boolean: is token t+1 one that the policy chose?
+    sampled_logps: Tensor  # (N, T-1): log-probability of token t+1 as it was sampled; 0 where the mask is False
+    texts: list[str]  # the answers, without end-of-text
+    finished: Tensor  # (N,) boolean: ended by itself
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def sample_answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    n: int,
+    max_new: int,
+    temperature: float,
+    seed: int,
+    **knobs,
+) -> Rollout:
+    """``n`` answers to each of the encoded prompts. Further knobs (top_p, ...) go to ``generate``; training gives
+    none."""
+    new, new_mask, new_logps = generate(
+        model, prompts, max_new, n, temperature, eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, seed=seed, **knobs
+    )  # (N, C) each
+    N, C = new.shape
+    device = new.device
+    starts = torch.tensor([len(prompt) for prompt in prompts for _ in range(n)], device=device)  # (N,)
+    T = int(starts.max()) + C
+    tokens = torch.full((N, T), tokenizer.pad_id, device=device)
+    mask = torch.zeros(N, T, dtype=torch.bool, device=device)
+    logps = torch.zeros(N, T, device=device)
+    for i, prompt in enumerate(prompts):
+        tokens[i * n : (i + 1) * n, : len(prompt)] = torch.tensor(prompt, device=device)
+    columns = starts[:, None] + torch.arange(C, device=device)  # (N, C): where each new token goes in its row
+    tokens.scatter_(1, columns, new)  # padding lands on padding
+    mask.scatter_(1, columns, new_mask)
+    logps.scatter_(1, columns, new_logps)
+    finished = ((new == tokenizer.eot_id) & new_mask).any(dim=1)
+    lengths = (new_mask.sum(dim=1) - finished.long()).tolist()
+    texts = [tokenizer.decode(ids[:length]) for ids, length in zip(new.tolist(), lengths)]
+    return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
+
+
+def score(texts: Sequence[str], golds: Sequence, finished: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither."""
+    done = finished.tolist()
+    correct = [correctness_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
+    formed = [format_reward(text) * ok for text, ok in zip(texts, done)]
+    return torch.tensor(correct, device=finished.device), torch.tensor(formed, device=finished.device)
+
+
+def examine(
+    run: Run, model: Transformer, tokenizer: Tokenizer, ids: list, prompts: list[Prompt], max_new: int
+) -> float:
+    """Greedy accuracy on held-out questions (``evaluate.py`` adds intervals and more)."""
+    right = 0.0
+    for first in range(0, len(ids), 128):
+        with run.autocast(), run.eager():
+            rollout = sample_answers(model, tokenizer, ids[first : first + 128], 1, max_new, 0.0, seed=0)
+        golds = [prompt.gold for prompt in prompts[first : first + 128]]
+        right += float(score(rollout.texts, golds, rollout.finished)[0].sum())
+    return right / len(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reinforcement learning fails in silence: what to look at before and while it runs
+
+
+def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """The share of groups whose rewards are all equal: between equals nothing can be learned."""
+    groups = rewards.view(-1, group_size)
+    return (groups == groups[:, :1]).all(dim=1).float().mean()
+
+
+def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str:
+    """A question and the first ``n`` answers to it, for a human eye."""
+    lines = [f"question: {prompt.messages[-1]['content']}", f"gold:     {prompt.gold}"]
+    for text, ok, done in list(zip(rollout.texts, correct.tolist(), rollout.finished.tolist()))[:n]:
+        lines.append(f"{'right' if ok else 'wrong'}{'' if done else ', cut off'}: {text}")
+    return "\n".join(lines)
+
+
+def report_start(run: Run, rollout: Rollout, correct: Tensor, formed: Tensor, flat: float, asked: Prompt) -> None:
+    """What the policy can do before the first step: if it never succeeds, it has nothing to learn from."""
+    finished = float(rollout.finished.float().mean())
+    run.print(
+        f"  start      pass@1 {float(correct.mean()):.3f}, well-formed {float(formed.mean()):.3f}, "
+        f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
+    )
+    run.print("             " + render(asked, rollout, correct, n=1).replace("\n", "\n             "))
+    if flat == 1:
+        run.print(
+            "WARNING: every group's rewards are equal, so nothing can be learned: start from a better model, "
+            "or raise --group_size, --temperature or --arith_warmup"
+        )
+    if finished == 0:
+        run.print("WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that can end")
+
+
+def warn(run: Run, silent: int, figures: dict, norm: float) -> None:
+    """Say loudly when a run learns nothing. ``silent``: how many steps in a row have taught nothing."""
+    if silent and silent % 10 == 0:
+        run.print(
+            f"WARNING: {silent} steps in a row taught nothing (flat groups: {figures['flat_groups']:.2f}, "
+            f"gradient {norm:.1e}): raise --group_size or --temperature, or change the prompts"
+        )
+    if figures["finished"] == 0:
+        run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
+    if not math.isfinite(norm):
+        run.print("WARNING: the gradient is not finite: lower --lr")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    demo = ByteTokenizer()
+    policy = Transformer(ModelConfig(demo.vocab_size, 32, 2, 2))
+    with torch.no_grad():
+        policy.head.weight[[ord("o"), ord("k"), demo.eot_id]] += (
+            0.5 * policy.final_norm.weight
+        )  # so that it says something
+    rows = sample_answers(policy, demo, [[*b"Hi"], [*b"Bye"]], 1, 6, temperature=1.0, seed=4)
+    for i, text in enumerate(rows.texts):
+        print(f"answer {text!r}, {'finished' if rows.finished[i] else 'cut off'}")
+        for t, token in enumerate(rows.tokens[i, 1:].tolist()):
+            counts, logp = bool(rows.mask[i, t]), float(rows.sampled_logps[i, t])
+            print(f"  column {t}: token {demo.decode([token])!r:18} {f'counts, log p {logp:.2f}' if counts else ''}")

@@ -1,0 +1,357 @@
+"""Two processes compute what one computes on the whole batch. They meet through gloo, as under torchrun."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_grpo import TOKENIZER, StubRun
+from tiny import assert_same_training, tiny_pretrain, tiny_sft
+
+import grpo
+import pretrain
+import sft
+from data import epoch_batch, load_chats, pack
+from grpo import Rollout, accumulate_gradients, group_advantages, sample_answers
+from runtime import processes
+from runtime.errors import UserError
+from runtime.run import load_stage
+from transformer import ModelConfig, Transformer
+
+ROOT = Path(__file__).parent.parent
+STAGES = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+
+
+def worker(rank: int, world: int, meeting: str, function, args) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        result = function(*args)
+    torch.save({"result": result, "printed": printed.getvalue()}, f"{meeting}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two_processes(folder: Path, function, *args) -> list:
+    """``function(*args)`` on both of two processes: their results, by rank."""
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        context.set_forkserver_preload(["grpo", "tiny", "test_processes", "torch._dynamo", "matplotlib.pyplot"])
+    meeting = folder / f"meeting{len(list(folder.iterdir()))}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        started = [context.Process(target=worker, args=(rank, 2, str(meeting), function, args)) for rank in (0, 1)]
+        for process in started:
+            process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+    return [torch.load(f"{meeting}.{rank}", weights_only=False) for rank in (0, 1)]
+
+
+def results(both: list) -> list:
+    return [one["result"] for one in both]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The helpers
+
+
+def use_helpers() -> dict:
+    rank = processes.rank()
+    value = torch.tensor([1.0, 2.0]) + 10 * rank
+    total = processes.sum_over_processes(value)
+    layer, unused = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    (layer(torch.ones(1, 2)) * (rank + 1)).sum().backward()
+    if rank == 1:
+        unused(torch.ones(1, 2)).sum().backward()
+    processes.sum_gradients([*layer.parameters(), *unused.parameters(), frozen])
+    try:
+        refused = processes.my_share(list(range(5)))
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "rank": rank, "world": processes.world_size(), "sum": total.tolist(), "value": value.tolist(),
+        "gather": processes.gather(torch.tensor([[rank, 5]])).tolist(),
+        "objects": processes.gather_objects({"rank": rank}),
+        "share": processes.my_share(list(range(6))), "rows": processes.my_share(torch.arange(4)).tolist(),
+        "gradients": [p.grad.tolist() for p in (layer.weight, unused.weight)], "frozen": frozen.grad,
+        "refused": refused,
+    }  # fmt: skip
+
+
+def test_sums_shares_and_gathering(tmp_path):
+    zero, one = results(on_two_processes(tmp_path, use_helpers))
+    assert (zero.pop("rank"), one.pop("rank")) == (0, 1)
+    assert (zero.pop("value"), one.pop("value")) == ([1.0, 2.0], [11.0, 12.0])  # the input of a sum is not written
+    assert (zero.pop("share"), one.pop("share")) == ([0, 1, 2], [3, 4, 5])
+    assert (zero.pop("rows"), one.pop("rows")) == ([0, 1], [2, 3])
+    assert zero == one
+    assert zero["sum"] == [12.0, 14.0] and zero["gather"] == [[0, 5], [1, 5]] and zero["world"] == 2
+    assert zero["objects"] == [{"rank": 0}, {"rank": 1}]
+    assert zero["gradients"] == [[[3.0, 3.0]], [[1.0, 1.0]]] and zero["frozen"] is None  # sums, not means
+    assert "5 rows cannot be shared evenly by 2 processes" in zero["refused"]
+
+
+def test_alone_the_helpers_change_nothing():
+    value = torch.tensor([1.0, 2.0])
+    assert processes.sum_over_processes(value).tolist() == [1.0, 2.0] and processes.gather(value) is value
+    assert processes.my_share(value) is not None and len(processes.my_share(value)) == 2
+    assert processes.gather_objects(7) == [7] and (processes.rank(), processes.world_size()) == (0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The gradient of GRPO on a given rollout
+
+
+def policy_and_rollout() -> tuple[Transformer, Rollout]:
+    torch.manual_seed(3)
+    model = Transformer(ModelConfig(TOKENIZER.vocab_size, 32, 2, 2, max_seq_len=64))
+    with torch.no_grad():
+        model.head.weight.mul_(6)
+        model.head.weight[TOKENIZER.eot_id] = model.head.weight.mean(0) + 0.5  # some answers end early
+    prompts = [[65, 66, 67], [68], [69, 70], [71, 72, 73, 74]]
+    return model, sample_answers(model, TOKENIZER, prompts, 3, 14, 0.7, seed=5)
+
+
+REWARDS = {
+    "both learn": torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0.5, 0, 1, 0, 1]),
+    "one has only flat groups": torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]),
+}
+CASES = [
+    {"loss_type": loss_type, "beta": beta, "micro_batch_size": size, "ratio_level": level}
+    for loss_type in ("grpo", "dapo", "dr_grpo", "cispo")
+    for beta, size, level in ((0.0, 64, "token"), (0.1, 4, "token"), (0.0, 5, "sequence"))
+]
+
+
+def grpo_gradients(rewards: dict) -> list:
+    """For each case: the summed gradient of the first and of a second update, and the statistics."""
+    model, rollout = policy_and_rollout()
+    share = slice(None)
+    if processes.world_size() == 2:
+        share = slice(0, 6) if processes.rank() == 0 else slice(6, 12)
+    mask = rollout.mask[share]
+    width = int(mask.any(dim=0).nonzero().max()) + 1  # each process has its own longest answer
+    mine = Rollout(
+        rollout.tokens[share][:, : width + 1], mask[:, :width], rollout.sampled_logps[share][:, :width],
+        rollout.texts[share], rollout.finished[share],
+    )  # fmt: skip
+    out = [{"tokens": int(mask.sum())}]
+    for name, values in rewards.items():
+        for case in CASES:
+            config = grpo.Config(temperature=0.7, max_new_tokens=14, **case)
+            advantages = group_advantages(values, 3)[share]
+            ref = mine.sampled_logps - 0.1 * mine.mask * (mine.tokens[:, 1:] % 3)
+            old = mine.sampled_logps + 0.3 * mine.mask * ((mine.tokens[:, 1:] % 5) - 2)  # some ratios are clipped
+            for old_logps in (None, old):
+                model.zero_grad(set_to_none=True)
+                _, statistics = accumulate_gradients(StubRun(), model, mine, advantages, config, old_logps, ref)
+                processes.sum_gradients(model.parameters())
+                gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+                out.append({"case": (name, case, old_logps is None), "gradient": gradient, **statistics})
+    return out
+
+
+def test_grpo_on_two_processes_has_the_gradient_of_the_whole_batch(tmp_path):
+    whole = grpo_gradients(REWARDS)
+    zero, one = results(on_two_processes(tmp_path, grpo_gradients, REWARDS))
+    assert zero[0]["tokens"] != one[0]["tokens"] and zero[0]["tokens"] + one[0]["tokens"] == whole[0]["tokens"]
+    for a, b, all_of_it in zip(zero[1:], one[1:], whole[1:]):
+        assert torch.equal(a["gradient"], b["gradient"])
+        assert all_of_it["gradient"].abs().max() > 1e-4
+        torch.testing.assert_close(a["gradient"], all_of_it["gradient"], rtol=1e-3, atol=1e-6, msg=str(a["case"]))
+        for name in ("loss", "clip_fraction", "kl_old", "tokens", "kl_ref", "sampler_gap"):
+            if name in all_of_it:
+                assert a[name] == pytest.approx(all_of_it[name], rel=1e-4, abs=1e-6), (name, a["case"])
+    assert any(row["clip_fraction"] > 0 for row in whole[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole stages
+
+
+def tiny(stage: str, folder: Path, start: Path, **changes):
+    if stage == "pretrain":
+        small = {"steps": 3, "max_documents": 60, "vocab_size": 270, "eval_windows": 4}
+        return tiny_pretrain(folder, **(small | changes))
+    if stage == "sft":
+        return tiny_sft(
+            folder, start, **({"n_examples": 16, "epochs": 1.0, "packing": False, "batch_size": 4} | changes)
+        )
+    small = {
+        "out_dir": str(folder), "init_from": str(start), "steps": 3, "prompts_per_step": 4, "group_size": 4,
+        "n_prompts": 16, "eval_prompts": 4, "max_new_tokens": 8, "eval_every": 2, "save_every": 2, "device": "cpu",
+        "lr": 2e-3,
+    }  # fmt: skip
+    return grpo.Config(**(small | changes))
+
+
+def watched_run(stage: str, config) -> dict:
+    """Run a stage. Returns the gradients of its updates, its last weights, the files that this process opened for
+    writing, and of GRPO the rewards and advantages of each step."""
+    seen = {"gradients": [], "written": [], "rewards": [], "advantages": []}
+    clip, accumulate = torch.nn.utils.clip_grad_norm_, grpo.accumulate_gradients
+    parameters: list = []
+    watching = True
+
+    def clipped(params, *args):  # called when the gradients of all processes have been summed
+        parameters[:] = list(params)
+        seen["gradients"].append(torch.cat([p.grad.flatten() for p in params]))
+        return clip(params, *args)
+
+    def scored(texts, golds, finished):  # of an untrained policy, something that differs between answers
+        seen["rewards"].append(torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts]))
+        return seen["rewards"][-1], torch.zeros(len(texts))
+
+    def accumulated(run, model, rollout, advantages, *args):
+        seen["advantages"].append(advantages.clone())
+        return accumulate(run, model, rollout, advantages, *args)
+
+    def audit(event, args):
+        if watching and event in ("open", "os.rename", "os.mkdir"):
+            writes = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            if writes and str(args[0]).startswith(config.out_dir):
+                seen["written"].append(str(args[0]))
+
+    sys.addaudithook(audit)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
+        patch.setattr(grpo, "score", scored)
+        patch.setattr(grpo, "accumulate_gradients", accumulated)
+        STAGES[stage].run(config)
+    watching = False  # a hook stays for ever
+    return seen | {"weights": torch.cat([p.detach().flatten() for p in parameters])}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    pretrain.run(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [("pretrain", {}), ("pretrain", {"micro_batch_size": 1}), ("sft", {}), ("sft", {"micro_batch_size": 1})],
+    ids=str,
+)
+def test_a_stage_on_two_processes_takes_the_steps_of_one(tmp_path, base, stage, changes):
+    one = watched_run(stage, tiny(stage, tmp_path / "one", base, **changes))
+    both = results(on_two_processes(tmp_path, watched_run, stage, tiny(stage, tmp_path / "two", base, **changes)))
+    assert len(one["gradients"]) == len(both[0]["gradients"]) > 2
+    torch.testing.assert_close(both[0]["gradients"][0], one["gradients"][0], rtol=1e-3, atol=1e-6)
+    for a, b in zip(both[0]["gradients"], both[1]["gradients"]):
+        assert torch.equal(a, b)
+    assert torch.equal(both[0]["weights"], both[1]["weights"])
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_halves_of_the_sft_batches_above_count_unequally(base):
+    config = tiny("sft", base, base)
+    _, tokenizer, _ = load_stage(str(base))
+    rows = pack(load_chats("arith", "train", "", 0, 16), tokenizer, config.seq_len, packing=False)
+    counts = rows.batch(epoch_batch(len(rows), 4, 0, 0))[1].sum(dim=1)
+    assert counts[:2].sum() != counts[2:].sum()  # else a mean of means would pass
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_the_first_process_writes_and_both_have_the_same_weights(tmp_path, base, stage):
+    folder = tmp_path / "run"
+    both = on_two_processes(tmp_path, watched_run, stage, tiny(stage, folder, base))
+    zero, one = results(both)
+    assert zero["written"] and one["written"] == []
+    assert "done" in both[0]["printed"] and both[1]["printed"] == ""
+    assert torch.equal(zero["weights"], one["weights"])
+    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert saved["finished"] and not any(name.startswith(("module.", "_orig_mod.")) for name in saved["model"])
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["step"] for row in rows if "grad_norm" in row]
+    assert trained == list(range(1, saved["step"] + 1))
+    sections = re.findall(r"=== step (\d+) ===", (folder / "samples.txt").read_text())
+    assert len(sections) == len(set(sections)) > 0
+    names = {"config.json", "metrics.jsonl", "ckpt.pt", "samples.txt", "curves.png", "best.pt"}
+    assert {path.name for path in folder.iterdir()} - {"tokens.h5"} == names
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_grpo_advantages_are_those_of_the_batch_of_all_processes(tmp_path, base, scale):
+    config = tiny("grpo", tmp_path / "run", base, scale=scale, eval_every=100, steps=2)
+    zero, one = results(on_two_processes(tmp_path, watched_run, "grpo", config))
+    rewards = [pair for pair in zip(zero["rewards"], one["rewards"]) if len(pair[0]) == 8]
+    rewards = rewards[1:]  # the first is the report on the start
+    assert len(rewards) == len(zero["advantages"]) == 2
+    for (r0, r1), a0, a1 in zip(rewards, zero["advantages"], one["advantages"]):
+        assert r0.std() > 0 and r1.std() > 0 and not torch.equal(r0, r1)
+        torch.testing.assert_close(torch.cat([a0, a1]), group_advantages(torch.cat([r0, r1]), 4, scale))
+
+
+def start_with_odd_batch(stage: str, config) -> str:
+    try:
+        STAGES[stage].run(config)
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("stage", "field"), [("pretrain", "batch_size"), ("sft", "batch_size"), ("grpo", "prompts_per_step")]
+)
+def test_a_batch_that_cannot_be_shared_is_refused_in_one_line(tmp_path, base, stage, field):
+    config = replace(tiny(stage, tmp_path / "run", base), **{field: 3})
+    for message in results(on_two_processes(tmp_path, start_with_odd_batch, stage, config)):
+        assert message == f"{field} 3 cannot be shared evenly by 2 processes"
+    assert not (tmp_path / "run").exists()
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+SMALL = ["--d_model", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1", "--seq_len", "32"]
+SMALL += ["--max_documents", "60", "--vocab_size", "270"]
+
+
+def test_torchrun_starts_a_stage_unchanged(tmp_path):
+    done = torchrun(
+        "pretrain.py", "--out_dir", str(tmp_path / "run"), *SMALL, "--steps", "2", "--eval_windows", "4",
+        "--batch_size", "4", "--device", "cpu", "--compile", "off",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pretrain done") == 1 and "2 processes" in done.stdout
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_whole_chain_and_refuses_in_one_line(tmp_path):
+    common = ["--device", "cpu", "--compile", "off", "--log_every", "1"]
+    base = ["pretrain.py", "--out_dir", str(tmp_path / "a"), *SMALL, "--steps", "4", "--batch_size", "4", *common]
+    fine = ["sft.py", "--out_dir", str(tmp_path / "b"), "--init_from", str(tmp_path / "a"), "--n_examples", "16"]
+    last = ["grpo.py", "--out_dir", str(tmp_path / "c"), "--init_from", str(tmp_path / "b"), "--steps", "2"]
+    last += ["--prompts_per_step", "2", "--group_size", "4", "--n_prompts", "8", "--eval_prompts", "4", *common[:2]]
+    for command in (base, [*fine, "--epochs", "1", *common], last):
+        done = torchrun(*command)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(" done: ") == 1
+    refused = torchrun(*base[:2], str(tmp_path / "d"), *base[3:], "--batch_size", "3")
+    assert refused.returncode != 0 and "error: batch_size 3 cannot be shared evenly by 2 processes" in refused.stderr

@@ -99,7 +99,7 @@ class Config(RunConfig):
     """Updates on the same answers; from the second on, ratios differ from 1 and clipping acts."""
     micro_batch_size: int = 64
     """Answers at a time in each process; gradients accumulate."""
-    lr: float = 5e-4
+    lr: float = 2e-4
     """Peak learning rate."""
     final_lr: float = 0.1
     """Share of the peak at which the cosine ends."""
@@ -107,7 +107,7 @@ class Config(RunConfig):
     """Steps of linear rise."""
     weight_decay: float = 0.0
     """Of matrices."""
-    beta2: float = 0.999
+    beta2: float = 0.99
     """AdamW's memory of squared gradients: long, because the gradients of few answers are noisy."""
     clip: float = 1.0
     """Longest gradient."""

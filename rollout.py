@@ -26,7 +26,7 @@ from data import Prompt
 from generate import generate
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
-from transformer import ModelConfig, Transformer
+from transformer import ModelConfig, Transformer, token_logps
 from verify import correctness_reward, format_reward
 
 
@@ -151,11 +151,14 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     demo = ByteTokenizer()
     policy = Transformer(ModelConfig(demo.vocab_size, 32, 2, 2))
-    with torch.no_grad():
-        policy.head.weight[[ord("o"), ord("k"), demo.eot_id]] += (
-            0.5 * policy.final_norm.weight
-        )  # so that it says something
-    rows = sample_answers(policy, demo, [[*b"Hi"], [*b"Bye"]], 1, 6, temperature=1.0, seed=4)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    lessons = torch.tensor([[*b"Hi", *b"hello", demo.eot_id], [*b"By", *b"ebye.", demo.eot_id]])
+    for _ in range(30):  # a policy that has something to say
+        loss = -token_logps(policy, lessons).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = sample_answers(policy, demo, [[*b"Hi"], [*b"Bye"]], 1, max_new=5, temperature=1.0, seed=0)
     for i, text in enumerate(rows.texts):
         print(f"answer {text!r}, {'finished' if rows.finished[i] else 'cut off'}")
         for t, token in enumerate(rows.tokens[i, 1:].tolist()):

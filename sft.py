@@ -44,7 +44,7 @@ class Config(RunConfig):
     data: str = "arith"
     """arith, gsm8k, alpaca, dolly, or several joined by +."""
     n_examples: int | None = None
-    """Conversations of each source (None: 768 of arith, all of the others)."""
+    """Conversations of each source (None: 128 of arith, all of the others)."""
     init_from: str = ""
     """The pretrained model: a run's folder or a checkpoint. Default: out/<task>/pretrain."""
     seq_len: int = 256
@@ -53,11 +53,11 @@ class Config(RunConfig):
     """Several conversations in one row, unable to see each other."""
     curriculum: bool = False
     """Short conversations first, in every epoch; otherwise a new random order in each."""
-    batch_size: int = 8
+    batch_size: int = 2
     """Rows of one step, over all processes."""
     micro_batch_size: int = 0
     """Rows at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 4.0
+    epochs: float = 6.0
     """Passes over the data."""
     lr: float = 1e-3
     """Peak learning rate."""
@@ -71,7 +71,7 @@ class Config(RunConfig):
     """Longest gradient."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 25
+    eval_every: int = 50
     """Steps between two validations."""
     sweep: tuple[float, ...] = ()
     """Learning rates to try, one run for each, in <out_dir>/lr_<rate>; the table and the plot stand in <out_dir>."""

@@ -14,6 +14,7 @@ seq_len = 1024
 batch_size = 256
 micro_batch_size = 32
 steps = 10000
+optimizer = "adamw"
 lr = 2e-3
 warmup = 500
 activation_checkpointing = False

@@ -14,6 +14,7 @@ seq_len = 1024
 batch_size = 512
 micro_batch_size = 8
 steps = 40000
+optimizer = "adamw"
 lr = 4e-4
 warmup = 500
 activation_checkpointing = True

@@ -12,6 +12,7 @@ seq_len = 512
 batch_size = 128
 micro_batch_size = 64
 steps = 8000
+optimizer = "adamw"
 lr = 1e-3
 warmup = 200
 eval_every = 500

@@ -140,7 +140,7 @@ def test_impossible_settings_are_refused_in_one_line(tmp_path, changes, word):
 
 def test_a_folder_with_another_run_is_not_overwritten(tmp_path):
     pretrain.run(tiny_pretrain(tmp_path / "run", steps=2))
-    with pytest.raises(UserError, match="lr=0.002, now 0.1"):
+    with pytest.raises(UserError, match="lr=0.004, now 0.1"):
         pretrain.run(tiny_pretrain(tmp_path / "run", steps=2, lr=0.1))
     pretrain.run(tiny_pretrain(tmp_path / "run", steps=2, lr=0.1, fresh=True))
     assert (tmp_path / "run.old1" / "ckpt.pt").exists() and (tmp_path / "run" / "ckpt.pt").exists()

@@ -1,0 +1,243 @@
+"""Every chapter runs, explains its fields, and imports only what a reader has read before."""
+
+import ast
+import dataclasses
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.config import parse, read_preset
+from transformer import ModelConfig, Transformer
+
+ROOT = Path(__file__).parent.parent
+ORDER = [
+    "tokenizer", "attention", "transformer", "moe", "lora", "generate", "arithmetic", "verify", "data", "pretrain",
+    "encoder", "sft", "reward", "dpo", "rollout", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
+]  # fmt: skip
+CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
+STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
+CONCEPTS = [name for name in CHAPTERS if name not in STAGES and name not in ("moe", "lora")]
+PRESETS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def run_all(commands: dict[str, list[str]]) -> dict[str, subprocess.CompletedProcess]:
+    """Start all scripts, two at a time; their results."""
+    waiting, running, done = list(commands.items()), {}, {}
+    while waiting or running:
+        while waiting and len(running) < 2:
+            name, command = waiting.pop(0)
+            running[name] = subprocess.Popen(
+                [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        name = next(iter(running))
+        process = running.pop(name)
+        out, err = process.communicate()
+        done[name] = subprocess.CompletedProcess(commands[name], process.returncode, out, err)
+    return done
+
+
+@pytest.fixture(scope="module")
+def printed():
+    return run_all({name: [f"{name}.py"] for name in CONCEPTS})
+
+
+EXAMPLES = {
+    "tokenizer": ["merges, in the order", "'<|assistant|>'", "loss 1"],
+    "attention": ["who may see whom", "rotary positions"],
+    "transformer": ["parameters", "ln 512 = 6.238"],
+    "generate": ["top_k 2", "min_p 0.25", "10,000 draws"],
+    "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
+    "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
+    "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
+    "rollout": ["finished", "counts, log p"],
+}
+
+
+@pytest.mark.parametrize("name", CONCEPTS)
+def test_a_concept_prints_its_example(name, printed):
+    done = printed[name]
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert len(done.stdout.splitlines()) >= 5
+    for words in EXAMPLES.get(name, []):
+        assert words in done.stdout
+
+
+def numbers_below(text: str, heading: str) -> list[list[float]]:
+    """The rows of the tensor that is printed after a heading."""
+    after = text.split(heading, 1)[1].split("tensor(", 1)[1].split(")", 1)[0].split(", dtype", 1)[0]
+    return [[float(x) for x in re.findall(r"-?\d+\.?\d*", row)] for row in after.split("\n")]
+
+
+def test_the_numbers_that_attention_prints_are_right(printed):
+    out = printed["attention"].stdout
+    q, k, v = (torch.tensor(numbers_below(out, heading)) for heading in ("queries", "keys", "values"))
+    scores = q @ k.T / 2**0.5
+    torch.testing.assert_close(torch.tensor(numbers_below(out, "scores")), scores, atol=6e-4, rtol=0)
+    seen = torch.tensor(numbers_below(out, "who may see whom"))
+    assert torch.equal(seen, torch.ones(3, 3).tril())
+    exponentials = scores.exp() * seen
+    weights = exponentials / exponentials.sum(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(numbers_below(out, "weights")), weights, atol=6e-4, rtol=0)
+    torch.testing.assert_close(torch.tensor(numbers_below(out, "output")), weights @ v, atol=6e-4, rtol=0)
+    windowed = exponentials.clone()
+    windowed[2, 0] = 0
+    windowed /= windowed.sum(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(numbers_below(out, "window of 2")), windowed, atol=6e-4, rtol=0)
+    one, two = map(float, re.search(r"distance alone: (\S+) (\S+)", out).groups())
+    assert one == pytest.approx(two, abs=1e-6) and one == pytest.approx(2 * torch.cos(torch.tensor(1.0)).item())
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_examples_in_docstrings_are_true(name):
+    failed, tried = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+    if name in ("attention", "pretrain", "sft", "grpo", "evaluate", "generate", "verify", "tokenizer"):
+        assert tried
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_help_explains_every_field(name, capsys):
+    config_class = importlib.import_module(name).Config
+    with pytest.raises(SystemExit) as stop:
+        parse(config_class, ["--help"])
+    assert stop.value.code == 0
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    for field, text in documented_fields(config_class).items():
+        first = re.findall(r"\w+", text)[:2]  # a long text is broken into lines, but its first words stand together
+        assert re.search(r"\W+".join(first), words), field
+
+
+def documented_fields(config_class) -> dict[str, str]:
+    """The docstrings that stand under the fields, in the class and those it inherits from."""
+    texts: dict[str, str] = {}
+    for base in config_class.__mro__[:-1]:
+        tree = ast.parse(Path(sys.modules[base.__module__].__file__).read_text())
+        body = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == base.__name__).body
+        for field, text in zip(body, body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                texts.setdefault(field.target.id, str(text.value.value).strip())
+    return texts
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_field_has_a_docstring(name):
+    config_class = importlib.import_module(name).Config
+    texts = documented_fields(config_class)
+    assert all(len(texts.get(field.name, "")) >= 5 for field in dataclasses.fields(config_class)), texts
+
+
+def attributes_read(path: Path) -> set[str]:
+    """Names that occur as ``something.name`` or ``getattr(something, "name")`` outside the fields of a dataclass."""
+    tree = ast.parse(path.read_text())
+    names = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call):
+            names |= {a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    loops = [n.iter for n in ast.walk(tree) if isinstance(n, (ast.For, ast.comprehension))]
+    texts = [c.value for loop in loops for c in ast.walk(loop) if isinstance(c, ast.Constant)]
+    return names | {text for text in texts if isinstance(text, str)}  # getattr(config, name) for name in ("...", ...)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_field_is_dead(name):
+    module = importlib.import_module(name)
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    shared = {field.name for base in module.Config.__mro__[1:-1] for field in dataclasses.fields(base)}
+    own = attributes_read(ROOT / f"{name}.py")
+    runtime = set().union(*(attributes_read(path) for path in (ROOT / "runtime").glob("*.py")))
+    if name == "pretrain":  # it hands on by name whatever the model's configuration has too
+        own |= {field.name for field in dataclasses.fields(ModelConfig)}
+    assert not (fields - shared) - own
+    assert not (fields & shared) - own - runtime
+
+
+def test_no_field_of_the_model_is_dead():
+    read = attributes_read(ROOT / "transformer.py") | attributes_read(ROOT / "generate.py")
+    assert not {field.name for field in dataclasses.fields(ModelConfig)} - read
+
+
+def test_the_search_for_dead_fields_finds_one(tmp_path):
+    (tmp_path / "stage.py").write_text("class C:\n    dead: int = 0\n    alive: int = 1\n\nprint(C().alive)\n")
+    assert "alive" in attributes_read(tmp_path / "stage.py") and "dead" not in attributes_read(tmp_path / "stage.py")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_its_stage_and_builds_its_model(path):
+    stage = importlib.import_module(path.stem.split("_")[0])
+    values = read_preset(stage.Config, str(path))
+    assert values and ast.get_docstring(ast.parse(path.read_text()))
+    config = stage.Config(**values)
+    assert config == parse(stage.Config, [str(path)])
+    if hasattr(stage, "check"):
+        stage.check(config)
+    if path.stem.startswith("pretrain"):
+        with torch.device("meta"):  # in full size, without its memory
+            model = Transformer(stage.model_config(config, config.vocab_size))
+        assert model.config.d_model == config.d_model
+        heads = max(1, config.n_heads // config.n_kv_heads)
+        small = dataclasses.replace(config, d_model=16 * heads, n_heads=heads, n_kv_heads=1, n_layers=1, d_ff=32)
+        model = Transformer(stage.model_config(small, 64))
+        assert model(torch.randint(64, (1, 8))).shape == (1, 8, 64)
+
+
+def test_presets_are_named_after_their_stage():
+    assert {path.stem.split("_")[0] for path in PRESETS} <= set(STAGES)
+
+
+@pytest.fixture(scope="module")
+def refused():
+    return run_all({name: [f"{name}.py", "--no_such_field", "1"] for name in STAGES})
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_unknown_flag_is_one_line_and_status_1(name, refused):
+    assert refused[name].returncode == 1 and refused[name].stdout == ""
+    assert len(refused[name].stderr.splitlines()) == 1
+    assert refused[name].stderr.startswith("error: no field 'no_such_field'") and name in refused[name].stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Imports
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+ALLOWED = {
+    "torch", "numpy", "tiktoken", "regex", "datasets", "h5py", "tyro", "tqdm", "matplotlib", "tensorboard", "wandb",
+} | set(sys.stdlib_module_names)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_imports_only_what_comes_before_it(name):
+    before = set(ORDER[: ORDER.index(name)])
+    assert imported(ROOT / f"{name}.py") <= before | {"runtime"} | ALLOWED
+
+
+def test_every_file_at_the_root_has_its_place_in_the_order():
+    assert {path.stem for path in ROOT.glob("*.py")} <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)
+def test_the_plumbing_imports_no_stage(path):
+    assert imported(path) <= {"runtime", "tokenizer", "transformer", "triton"} | ALLOWED

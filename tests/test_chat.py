@@ -1,0 +1,196 @@
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_pretrain
+
+import chat
+import pretrain
+from chat import pieces
+from runtime.errors import run_main
+from runtime.run import load_stage
+from tokenizer import BPETokenizer, ByteTokenizer, encode_chat
+
+ROOT = Path(__file__).parent.parent
+TEXT = "aé€😀 z"
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer.train([TEXT * 3], 262)], ids=["bytes", "bpe"])
+def test_a_character_comes_when_its_last_byte_has_come(tokenizer):
+    ids = tokenizer.encode(TEXT)
+    assert len(ids) > len(TEXT)  # some characters are spread over tokens
+    parts = list(pieces(tokenizer, ids))
+    assert "".join(parts) == TEXT and "\N{REPLACEMENT CHARACTER}" not in "".join(parts)
+    assert all(parts)  # nothing is given out before there is something
+
+
+def test_pieces_come_as_early_as_they_can():
+    asked = []
+
+    def ids():
+        for token in ByteTokenizer().encode("é!"):
+            asked.append(token)
+            yield token
+
+    stream = pieces(ByteTokenizer(), ids())
+    assert next(stream) == "é" and len(asked) == 2
+    assert next(stream) == "!" and len(asked) == 3
+
+
+def test_bytes_that_are_no_character_are_replaced_and_the_rest_goes_on():
+    assert "".join(pieces(ByteTokenizer(), [0xC3, ord("x"), 0xE2, 0x82])) == "\ufffdx\ufffd"
+    assert list(pieces(ByteTokenizer(), [])) == []
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pretrain.run(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270, max_seq_len=96))
+    return folder
+
+
+@pytest.fixture
+def talk(model, monkeypatch, capsys):
+    """``python chat.py MODEL ARGUMENTS`` with lines on stdin: (status, stdout, stderr)."""
+
+    def run(*arguments, lines="", checkpoint=model):
+        monkeypatch.setattr(sys, "argv", ["chat.py", str(checkpoint), *map(str, arguments), "--device", "cpu"])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        status = 0
+        try:
+            run_main(chat.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def greedy(folder, ids: list[int], n: int) -> str:
+    """The likeliest continuation, computed anew for each token."""
+    net, tokenizer, _ = load_stage(str(folder))
+    new: list[int] = []
+    with torch.no_grad():
+        for _ in range(n):
+            token = int(net(torch.tensor([ids + new]))[0, -1].argmax())
+            if token == tokenizer.eot_id:
+                break
+            new.append(token)
+    return "".join(pieces(tokenizer, new))
+
+
+def test_a_prompt_is_answered_in_the_chat_template(talk, model):
+    status, out, err = talk("--prompt", "How many?", "--system", "Be brief.", "--temperature", 0, "--max_new_tokens", 6)
+    tokenizer = load_stage(str(model))[1]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
+    assert status == 0 and out == greedy(model, encode_chat(tokenizer, messages, True)[0], 6) + "\n"
+    assert "--raw" in err  # a base model knows no template, and that is said
+
+
+def test_raw_continues_the_text_itself(talk, model):
+    status, out, err = talk("--raw", "--prompt", "Tom has", "--temperature", 0, "--max_new_tokens", 6)
+    tokenizer = load_stage(str(model))[1]
+    assert (status, err) == (0, "") and out == "Tom has" + greedy(model, tokenizer.encode("Tom has"), 6) + "\n"
+
+
+def test_raw_asks_for_the_text_and_its_end_is_no_error(talk):
+    assert talk("--raw", "--max_new_tokens", 2, lines="Tom\n")[0] == 0
+    status, _, err = talk("--raw", "--max_new_tokens", 2)
+    assert "Traceback" not in err and len(err.splitlines()) <= 1
+
+
+def test_the_same_seed_gives_the_same_answer(talk):
+    first, again, other = (
+        talk("--prompt", "Hi", "--temperature", 2, "--seed", s, "--max_new_tokens", 20) for s in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.fixture
+def prompts_of(monkeypatch):
+    """The ids from which each answer starts; the answers are ``x`` and ``y`` in turn."""
+    seen: list[list[int]] = []
+
+    def stream(model, ids, *args, **more):
+        seen.append(list(ids))
+        yield ord("xy"[len(seen) % 2])
+
+    monkeypatch.setattr(chat, "stream", stream)
+    return seen
+
+
+def test_a_conversation_remembers_until_new_and_ends_with_an_empty_line(talk, model, prompts_of):
+    status, out, _ = talk(lines="one\ntwo\n/new\nthree\n\nnever asked\n")
+    tokenizer = load_stage(str(model))[1]
+    assert status == 0 and out.count("model: ") == 3
+    one = [{"role": "user", "content": "one"}]
+    two = [*one, {"role": "assistant", "content": "y"}, {"role": "user", "content": "two"}]
+    expected = [one, two, [{"role": "user", "content": "three"}]]
+    assert prompts_of == [encode_chat(tokenizer, messages, True)[0] for messages in expected]
+
+
+def test_the_end_of_the_input_ends_the_conversation(talk, prompts_of):
+    status, out, err = talk(lines="one\n")
+    assert status == 0 and "Traceback" not in err and len(prompts_of) == 1
+
+
+def test_new_keeps_the_system_message(talk, model, prompts_of):
+    talk("--system", "S", lines="one\n/new\ntwo\n\n")
+    tokenizer = load_stage(str(model))[1]
+    expected = [{"role": "system", "content": "S"}, {"role": "user", "content": "two"}]
+    assert prompts_of[-1] == encode_chat(tokenizer, expected, True)[0]
+
+
+def test_a_long_conversation_forgets_its_oldest_questions(talk, model, prompts_of):
+    status, _, err = talk("--system", "S", lines="a" * 30 + "\n" + "b" * 30 + "\n" + "c" * 30 + "\n\n")
+    tokenizer = load_stage(str(model))[1]
+    kept = tokenizer.decode(prompts_of[-1])
+    assert status == 0 and "forgotten" in err
+    assert "a" * 30 not in kept and "c" * 30 in kept and "S" in kept  # the system message stays
+    assert all(len(ids) < 96 for ids in prompts_of)
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["chat", "raw"])
+def test_a_question_longer_than_the_context_is_one_line(talk, raw):
+    status, _, err = talk("--prompt", "q" * 500, *raw)
+    error = [line for line in err.splitlines() if not line.startswith("note")]
+    assert status == 1 and len(error) == 1 and "tokens; the model's context holds 96" in error[0]
+
+
+def test_an_answer_stops_where_the_context_ends(talk):
+    status, out, _ = talk("--raw", "--prompt", "q" * 90, "--max_new_tokens", 500, "--temperature", 0)
+    assert status == 0 and len(out) < 200
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("min_p", -0.1), ("min_p", 2), ("top_k", -3),
+     ("max_new_tokens", 0)],
+)  # fmt: skip
+def test_knobs_out_of_range_are_one_line(talk, flag, value):
+    status, out, err = talk("--prompt", "x", f"--{flag}", value)
+    assert status == 1 and out == "" and len(err.splitlines()) == 1 and flag in err
+
+
+def test_a_wrong_path_is_one_line_that_says_how_to_make_one(talk, tmp_path):
+    status, out, err = talk("--prompt", "x", checkpoint=tmp_path / "nothing")
+    assert status == 1 and out == "" and len(err.splitlines()) == 1
+    assert str(tmp_path / "nothing") in err and "python pipeline.py" in err
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(talk, tmp_path):
+    (tmp_path / "x.pt").write_text("hello")
+    status, _, err = talk("--prompt", "x", checkpoint=tmp_path / "x.pt")
+    assert status == 1 and len(err.splitlines()) == 1 and "x.pt" in err
+
+
+def test_the_script_itself(model):
+    done = subprocess.run(
+        [sys.executable, "chat.py", str(model), "--raw", "--prompt", "Tom", "--temperature", "0", "--max_new_tokens=4"],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("Tom") and done.stderr == ""

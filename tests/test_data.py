@@ -80,8 +80,8 @@ def test_no_network_and_no_mirror_is_one_line_with_both_ways(tmp_path, monkeypat
 
 @pytest.mark.parametrize("ending", ["jsonl.xz", "jsonl.gz", "jsonl"])
 def test_a_cut_off_file_is_an_error_that_counts_its_rows(tmp_path, ending):
-    path = mirror(tmp_path, "x/y", "train", [{"a": i, "b": str(hash(str(i)))} for i in range(4000)], ending=ending)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    path = mirror(tmp_path, "x/y", "train", [{"a": i, "b": i * i} for i in range(4000)], ending=ending)
+    path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(UserError, match="cut off|damaged"):
         list(read_dataset("x/y", None, "train", str(tmp_path)))
 

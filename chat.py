@@ -92,7 +92,10 @@ def main() -> None:
         return text
 
     if config.raw:
-        text = config.prompt or input("text: ")
+        try:
+            text = config.prompt or input("text: ")
+        except EOFError:
+            return
         ids = tokenizer.encode(text) or [tokenizer.eot_id]
         if len(ids) >= model.config.max_seq_len:
             raise UserError(f"the text has {len(ids)} tokens; the model's context holds {model.config.max_seq_len}")

@@ -255,14 +255,14 @@ def prepare_tokens(path: Path, tokenizer: Tokenizer, source: str, data_dir: str,
 def load_chats(names: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[list[dict]]:
     """Conversations of one or several sources, ``"gsm8k+dolly+alpaca"``, as lists of messages.
 
-    arith: ``n`` (default 128) problems of the embedded task, for validation held-out ones. The others have no
+    arith: ``n`` problems of the embedded task (128; for validation 256 held-out ones). The others have no
     validation split of their own here: every 50th row is kept for it. ``n`` limits each source.
     """
     chats, skipped = [], Counter()
     for name in names.split("+"):
         if name == "arith":
             heldout = split == "validation"
-            found = arithmetic.problems(256 if heldout else n or 128, seed=f"{seed} sft", heldout=heldout)
+            found = arithmetic.problems(n or (256 if heldout else 128), seed=f"{seed} sft", heldout=heldout)
             chats += [arithmetic.chat(problem) for problem in found]
         elif name in CHATS:
             hub_id, config, convert = CHATS[name]

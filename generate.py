@@ -36,7 +36,8 @@ def filter_logits(
     """
     if temperature <= 0:
         raise ValueError("temperature must be positive; greedy decoding is generate(temperature=0)")
-    logits = logits / temperature
+    if temperature != 1.0:
+        logits = logits / temperature
     if top_k > 0:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -64,18 +65,16 @@ def sample(logits: Tensor, generator: torch.Generator | None = None, **knobs) ->
     temperature 1.
     """
     if knobs.get("temperature", 1.0) == 0:
-        logps = logits.float().log_softmax(dim=-1)
-        tokens = logps.argmax(dim=-1)
+        logps, tokens = logits.float().log_softmax(dim=-1).max(dim=-1, keepdim=True)  # (B, 1) each
     else:
-        logps = filter_logits(logits.float(), **knobs).log_softmax(dim=-1)
-        exact = torch.float32 if logps.device.type == "mps" else torch.float64  # 50,000 summands lose digits in float32
-        cumulated = logps.exp().cumsum(dim=-1, dtype=exact)
-        u = torch.rand(len(logps), 1, generator=generator, dtype=exact, device=logps.device)
-        tokens = torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True).squeeze(
-            1
-        )  # right: never one of probability 0
-        tokens = tokens.clamp(max=logps.shape[-1] - 1)
-    return tokens, logps.gather(1, tokens[:, None]).squeeze(1)
+        probabilities = filter_logits(logits.float(), **knobs).softmax(dim=-1)
+        exact = torch.float32 if logits.device.type == "mps" else torch.float64  # 50,000 summands need the digits
+        cumulated = probabilities.cumsum(dim=-1, dtype=exact)
+        u = torch.rand(len(logits), 1, generator=generator, dtype=exact, device=logits.device)
+        tokens = torch.searchsorted(cumulated, u * cumulated[:, -1:], right=True)  # right: never one of probability 0
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # (B, 1)
+        logps = probabilities.gather(1, tokens).log()
+    return tokens.squeeze(1), logps.squeeze(1)
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tuple[Tensor, Tensor | None]:
@@ -128,7 +127,8 @@ def generate(
     prompt, real = left_pad(prompts, pad_id, device)
     cache = KVCache(model.config.n_layers, len(prompts), prompt.shape[1] + max_new_tokens, device)
     hidden = model.forward_hidden(prompt, mask=real, cache=cache)[:, -1]  # (P, D): prefill
-    cache.select(torch.arange(len(prompts), device=device).repeat_interleave(n_samples))
+    if n_samples > 1:
+        cache.select(torch.arange(len(prompts), device=device).repeat_interleave(n_samples))
     logits = model.head(hidden).repeat_interleave(n_samples, dim=0)  # (N, V)
 
     N = len(logits)

@@ -392,6 +392,7 @@ def run(config: Config) -> dict:
         report_start(run, rollout, correct, formed, float(flat), asked[0])
         accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
+    in_loss = bool(config.beta) and config.kl_in == "loss"
     silent = 0  # steps in a row from which nothing could be learned
     for step in run.steps(first, config.steps):
         # 1. Answers, and how good each one is.
@@ -402,8 +403,9 @@ def run(config: Config) -> dict:
         if config.beta and config.kl_in == "reward":
             penalty = kl_estimate(rollout.sampled_logps, ref_logps, config.kl) * rollout.mask
             rewards = rewards - config.beta * penalty.sum(dim=1)  # what strays from the reference earns less
-        everyone = processes.gather(rewards)  # the rewards of all processes
-        advantages = processes.my_share(group_advantages(everyone, config.group_size, config.scale))
+        everyone = group_advantages(processes.gather(rewards), config.group_size, config.scale)  # of all processes
+        advantages = processes.my_share(everyone)
+        teaches = bool(everyone.any()) or in_loss
         rollout_seconds = time.perf_counter() - started
 
         # 2. One or several updates on them.
@@ -411,11 +413,9 @@ def run(config: Config) -> dict:
         old_logps, norm = None, 0.0
         for _ in range(config.updates_per_rollout):
             old_logps, statistics = accumulate_gradients(
-                run, model, rollout, advantages, config, old_logps, ref_logps if config.kl_in == "loss" else None
+                run, model, rollout, advantages, config, old_logps, ref_logps if in_loss else None
             )
-            if statistics["loss"] != 0.0 or bool(
-                everyone.std() > 0
-            ):  # else all groups are flat: momentum alone must not move us
+            if teaches:  # else all groups are flat, and momentum alone must not move the weights
                 norm = update(run, model, optimizers, lr, config.clip)
 
         # 3. What happened.
@@ -437,6 +437,7 @@ def run(config: Config) -> dict:
         silent = silent + 1 if figures["flat_groups"] == 1 or norm == 0 else 0
         warn(run, silent, figures, norm)
 
+        accuracy = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
             run.evaluation(step + 1, accuracy=accuracy)

@@ -57,7 +57,7 @@ class Config(RunConfig):
     """Rows of one step, over all processes."""
     micro_batch_size: int = 0
     """Rows at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 6.0
+    epochs: float = 8.0
     """Passes over the data."""
     lr: float = 1e-3
     """Peak learning rate."""
@@ -188,12 +188,12 @@ def run(config: Config) -> dict:
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
             figures = evaluate()
             run.evaluation(step + 1, **figures)
+        if step + 1 == steps:
+            with run.eager():
+                run.sample(steps, answers(run, model, tokenizer, held))
         if run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
     figures = evaluate()
-    with run.eager():
-        if not run.finished:
-            run.sample(steps, answers(run, model, tokenizer, held))
     task = "" if config.task == "arith" else f" --task {config.task}"
     run.close(f"validation loss {figures['val_loss']:.4f}", next_command=f"python grpo.py{task}")
     return figures

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, SelfAttention, at_least_float32, may_attend, rope_cos_sin, sinusoidal_positions
+from runtime.linear import Linear, linear  # nn.Linear and F.linear, faster on some CPUs
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.bias)
         self.activation = ACTIVATIONS[config.mlp]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +132,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.gate_proj = Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -184,7 +185,7 @@ class Transformer(nn.Module):
             )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight  # the same Parameter, not a copy: gradients of both uses add
         self._init_weights()
@@ -254,8 +255,10 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, allowed, use_reentrant=False)
-            else:
-                x = block(x, rope, allowed, cache, layer)
+            elif cache is None:
+                x = block(x, rope, allowed)
+            else:  # past torch.compile, which would compile again for the growing lengths of generation
+                x = block.forward(x, rope, allowed, cache, layer)
         return self.final_norm(x)
 
     def _positions(self, tokens, real, segments, cache) -> Tensor:
@@ -344,7 +347,9 @@ def token_logps(
 
 
 def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = at_least_float32(F.linear(hidden, weight)) / temperature  # (N, V); never a softmax over bfloat16
+    logits = at_least_float32(linear(hidden, weight))  # (N, V); never a softmax over bfloat16
+    if temperature != 1.0:  # a pass over the largest tensor of all, forward and backward
+        logits = logits / temperature
     return -F.cross_entropy(logits, targets, reduction="none")  # log_softmax, then the target's entry
 
 

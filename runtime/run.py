@@ -12,6 +12,7 @@ run.close("loss 1.234", next_command="python grpo.py")
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -194,7 +195,7 @@ class Run:
                 self._interrupted = True
                 for n, handler in before.items():
                     signal.signal(n, handler)
-                self.print("finishing this step, then saving (again to stop at once)")
+                os.write(2, b"\nfinishing this step, then saving (again to stop at once)\n")  # print is not reentrant
 
             before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         profiler = self._profiler()

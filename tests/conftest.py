@@ -1,11 +1,14 @@
 """Shared by all tests: the numbers of the reference libraries, and the switch for slow tests."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test waits for a network
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -68,8 +68,7 @@ def test_the_hub_path_loads_through_datasets(tmp_path):
         assert [row["text"] for row in rows] == ["one", "two"]
 
 
-def test_no_network_and_no_mirror_is_one_line_with_both_ways(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_no_network_and_no_mirror_is_one_line_with_both_ways(tmp_path):
     with pytest.raises(UserError) as error:
         list(read_dataset("no-such/data", None, "train"))
     text = str(error.value)

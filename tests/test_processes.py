@@ -204,9 +204,10 @@ def tiny(stage: str, folder: Path, start: Path, **changes):
     return grpo.Config(**(small | changes))
 
 
-def watched_run(stage: str, config) -> dict:
-    """Run a stage. Returns the gradients of its updates, its last weights, the files that this process opened for
-    writing, and of GRPO the rewards and advantages of each step."""
+def watched_run(stage: str, config, flat_from: int = 1000) -> dict:
+    """Run a stage; in GRPO, from rollout ``flat_from`` on, the rewards within each group are equal. Returns the
+    gradients of its updates, its last weights, the files that this process opened for writing, and of GRPO the
+    rewards and advantages of each step."""
     seen = {"gradients": [], "written": [], "rewards": [], "advantages": []}
     clip, accumulate = torch.nn.utils.clip_grad_norm_, grpo.accumulate_gradients
     parameters: list = []
@@ -218,7 +219,10 @@ def watched_run(stage: str, config) -> dict:
         return clip(params, *args)
 
     def scored(texts, golds, finished):  # of an untrained policy, something that differs between answers
-        seen["rewards"].append(torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts]))
+        rewards = torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts])
+        if len(seen["rewards"]) >= flat_from:
+            rewards = torch.arange(len(texts)).div(4, rounding_mode="floor") + 2.0 * processes.rank()
+        seen["rewards"].append(rewards)
         return seen["rewards"][-1], torch.zeros(len(texts))
 
     def accumulated(run, model, rollout, advantages, *args):
@@ -301,6 +305,40 @@ def test_grpo_advantages_are_those_of_the_batch_of_all_processes(tmp_path, base,
     for (r0, r1), a0, a1 in zip(rewards, zero["advantages"], one["advantages"]):
         assert r0.std() > 0 and r1.std() > 0 and not torch.equal(r0, r1)
         torch.testing.assert_close(torch.cat([a0, a1]), group_advantages(torch.cat([r0, r1]), 4, scale))
+
+
+def test_flat_groups_that_differ_from_each_other_move_nothing(tmp_path, base):
+    """Rewards (0, 0, 0, 0) and (1, 1, 1, 1) differ, but no answer did better than its siblings: the gradient is zero,
+    and the optimizer's momentum alone must not move the weights."""
+    config = tiny("grpo", tmp_path / "run", base, eval_every=100, steps=2, save_every=1, keep_last=2, weight_decay=0.1)
+    on_two_processes(tmp_path, watched_run, "grpo", config, 2)  # the report on the start, and step 1, have rewards
+    start, one, two = (
+        torch.load(path, weights_only=True)["model"]
+        for path in (base / "ckpt.pt", tmp_path / "run" / "ckpt_0000001.pt", tmp_path / "run" / "ckpt_0000002.pt")
+    )
+    assert not torch.equal(start["head.weight"], one["head.weight"])
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_strays_from_the_reference_earns_less(tmp_path, base, monkeypatch):
+    """In the reward of the first step the KL is zero, at the sampling temperature; later it only takes away."""
+    scored, rewarded = [], []
+    real = grpo.group_advantages
+
+    def score(texts, golds, finished):
+        scored.append(torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts]))
+        return scored[-1], torch.zeros(len(texts))
+
+    monkeypatch.setattr(grpo, "score", score)
+    monkeypatch.setattr(
+        grpo, "group_advantages", lambda rewards, *args: rewarded.append(rewards) or real(rewards, *args)
+    )
+    more = {"beta": 0.5, "kl": "k3", "kl_in": "reward", "temperature": 0.7, "correct_weight": 2.0}
+    grpo.run(tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, **more))
+    changes = [given - 2.0 * plain for given, plain in zip(rewarded, scored[1:])]  # scored[0]: the report on the start
+    assert len(changes) == 3
+    torch.testing.assert_close(changes[0], torch.zeros(16), rtol=0, atol=1e-4)
+    assert all((change < 1e-4).all() and change.min() < -1e-3 for change in changes[1:])
 
 
 def start_with_odd_batch(stage: str, config) -> str:

@@ -38,7 +38,7 @@ def write_atomically(path: Path, write) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: Path(temporary).write_bytes(text.encode("utf-8", "replace")))
 
 
 def save_checkpoint(folder: Path, state: dict, keep_last: int = 1, best: bool = False) -> Path:

@@ -13,6 +13,7 @@ run.close("loss 1.234", next_command="python grpo.py")
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -92,7 +93,7 @@ class Run:
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-            self._cut_back(self.state["step"] if self.state else 0)
+            self._cut_back(self.state["step"] if self.state else -1)
             self._tracker = _tracker(self.config, self.stage, folder)
         seed_everything(self.config.seed)
 
@@ -109,9 +110,9 @@ class Run:
                 if row["step"] <= step:
                     rows.append(line + "\n")
         write_text(metrics, "".join(rows))
-        parts = samples.read_text().split("=== step ") if samples.exists() else [""]
-        kept = [p for p in parts[1:] if int(p.split(" ", 1)[0]) <= step]
-        write_text(samples, "".join("=== step " + p for p in kept))
+        text = samples.read_bytes().decode("utf-8", "replace") if samples.exists() else ""
+        parts = re.split(r"^(?==== step \d+ ===$)", text, flags=re.MULTILINE)[1:]
+        write_text(samples, "".join(p for p in parts if int(p.split(" ", 3)[2]) <= step))
 
     @property
     def finished(self) -> bool:
@@ -272,7 +273,7 @@ class Run:
     def sample(self, step: int, text: str) -> None:
         """Append generated text to samples.txt."""
         if self.is_main:
-            with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
+            with open(self.folder / "samples.txt", "a", encoding="utf-8", newline="") as file:
                 file.write(f"=== step {step} ===\n{text.rstrip()}\n\n")
 
     def should_save(self, step: int, steps: int) -> bool:

@@ -54,7 +54,7 @@ def test_clipping_scales_by_the_global_norm():
     grads = [fixture["clip_g0"] * scale, fixture["clip_g1"] * scale]
     module.a, module.b = (torch.nn.Parameter(torch.zeros_like(g)) for g in grads)
     module.a.grad, module.b.grad = (g.clone() for g in grads)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=123.0)  # the schedule's rate counts, not this one
     norm = pretrain.update(run, module, [optimizer], lr=1.0, clip=1.0)
     total = math.sqrt(sum(float(g.square().sum()) for g in grads))
     assert norm == pytest.approx(total, rel=1e-5)

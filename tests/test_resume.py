@@ -205,7 +205,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_never_stopped(stage, seed, launch
     """Delays are drawn from the start of the process on: kills meet reading, writing, examining and training."""
     rng, whole = random.Random(f"{stage} {seed}"), never_stopped(stage)
     kills = 0
-    for pause in [0.1] * 3 + [0.02] * 12 + [0.0]:
+    for pause in [0.3] * 3 + [0.02] * 12 + [0.0]:  # the first run takes longer than the longest delay
         process = launch(stage, settings(stage, tmp_path, starts), pause=pause)
         if pause:
             process.join(rng.uniform(0.3, 2.5))

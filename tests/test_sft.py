@@ -1,15 +1,21 @@
+import contextlib
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import load_npz
 from tiny import assert_same_training, tiny_pretrain, tiny_sft
 
+import arithmetic
 import pretrain
 import sft
+from data import pack
 from runtime.errors import UserError
 from sft import sft_loss
+from tokenizer import ByteTokenizer, encode_chat
+from transformer import ModelConfig, Transformer, token_logps
 
 
 def test_loss_and_gradient_are_those_of_the_reference():
@@ -48,6 +54,19 @@ def test_loss_changes_none_of_its_inputs():
     before = logps.clone(), mask.clone()
     sft_loss(logps, mask)
     assert torch.equal(logps, before[0]) and torch.equal(mask, before[1])
+
+
+def test_validation_is_that_of_each_conversation_alone():
+    tokenizer, model = ByteTokenizer(), Transformer(ModelConfig(261, 32, 2, 2))
+    chats = [arithmetic.chat(problem) for problem in arithmetic.problems(5, seed=0)]
+    run = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext)
+    figures = sft.validation(run, model, pack(chats, tokenizer, 700), batch=2)
+    nats = count = 0
+    for chat in chats:
+        ids, mask = (torch.tensor([x]) for x in encode_chat(tokenizer, chat))
+        nats -= float((token_logps(model, ids) * mask[:, 1:]).sum().detach())
+        count += int(mask.sum())
+    assert figures["val_loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Data: where text comes from, and how it becomes batches.
 
-Three shapes are enough for the whole book so far:
+Three shapes are enough:
 
 * a flat array of tokens, documents joined by end-of-text, of which pretraining reads random windows (``TokenFile``);
 * conversations packed into rows of fixed length with a loss mask, and with document numbers so that no document
@@ -120,7 +120,6 @@ def text_documents(
             rows = read_dataset(hub_id, config, train if split == "train" else validation, data_dir, streaming=True)
         else:
             rows = read_dataset(hub_id, config, train, data_dir, streaming=True)
-        rows = itertools.islice(rows, limit)
         if validation is None:
             rows = (row for i, row in enumerate(rows) if (i % 100 == 0) == (split == "validation"))
         texts = (columns(row, [column], hub_id)[0] for row in rows)
@@ -432,18 +431,21 @@ def _gold(answer, skipped: Counter) -> Decimal | None:
 
 
 def load_prompts(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Prompt]:
-    """``n`` prompts of "arith", "gsm8k" or "svamp"; split is "train" or "test" (of arith: the held-out problems,
-    which do not depend on the seed, so that every run is examined on the same questions).
+    """``n`` prompts of "arith", "gsm8k" or "svamp"; split is "train", "validation" (every 50th row of train; of arith,
+    held-out problems) or "test" (of arith, other held-out problems). The last two do not depend on the seed, so that
+    every run is examined on the same questions.
     """
     if name == "arith":
         heldout = split != "train"
-        found = arithmetic.problems(n or (512 if heldout else 4096), "exam" if heldout else f"{seed} rl", heldout)
+        found = arithmetic.problems(n or (512 if heldout else 4096), split if heldout else f"{seed} rl", heldout)
         return [Prompt(({"role": "user", "content": p.question},), Decimal(p.answer)) for p in found]
     if name not in ("gsm8k", "svamp"):
         raise UserError(f"no prompts called {name!r}; there are arith, gsm8k, svamp")
     skipped, prompts = Counter(), []
     hub_id, config = ("openai/gsm8k", "main") if name == "gsm8k" else ("ChilleD/SVAMP", None)
-    for row in read_dataset(hub_id, config, split, data_dir):
+    for i, row in enumerate(read_dataset(hub_id, config, "test" if split == "test" else "train", data_dir)):
+        if split != "test" and (i % 50 == 0) != (split == "validation"):
+            continue
         if name == "gsm8k":
             question, answer = columns(row, ["question", "answer"], hub_id)
         else:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +35,8 @@ from tqdm import tqdm
 
 from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
 from rollout import sample_answers, score
-from runtime.checkpoint import write_text
-from runtime.config import parse
+from runtime.checkpoint import find_checkpoint, write_text
+from runtime.config import at_least, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.run import load_stage
@@ -191,7 +192,7 @@ def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> di
     """
     device, length = model.head.weight.device, model.config.max_seq_len
     pieces, n_bytes = [], 0
-    for text in text_documents(config.data, "validation", config.data_dir, limit=config.n):
+    for text in islice(text_documents(config.data, "validation", config.data_dir), config.n):
         if isinstance(text, str) and text.strip():
             ids = [
                 tokenizer.eot_id,
@@ -294,8 +295,11 @@ def write_report(folder: str | Path, rows: Sequence[dict], title: str, note: str
 
 def main() -> None:
     config = parse(Config)
+    at_least(config, n=1, max_new_tokens=0, samples=0, temperature=1e-9, top_p=1e-9, batch_size=1)
+    if any(k < 1 for k in config.ks):
+        raise UserError("the k of pass@k starts at 1")
     paths = config.checkpoints or tuple(
-        path for stage in ("pretrain", "sft", "grpo") if Path(path := f"out/arith/{stage}").exists()
+        path for stage in ("pretrain", "sft", "grpo") if find_checkpoint(path := f"out/arith/{stage}").exists()
     )
     if not paths:
         raise UserError("nothing to evaluate: name run folders or checkpoints, or make some with: python pipeline.py")

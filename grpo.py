@@ -14,7 +14,7 @@ Where sources differ, and what ``loss_type`` chooses:
 
 * ``grpo``: mean over each answer's tokens, then over answers, as the paper has it: a token of a short answer weighs
   more.
-* ``dapo``: mean over all tokens of the batch (Yu et al. 2025, eq. 8; TRL's default, and ours).
+* ``dapo``: mean over all tokens of the batch (TRL's default, and ours; Yu et al. 2025, eq. 8, has it in each group).
 * ``dr_grpo``: sum over tokens / (answers · max_length), a constant (Liu et al. 2025). Use it with ``scale="none"``:
   the division by the group's std is the other bias that paper removes.
 * ``cispo``: the ratio as a clipped, detached weight on log π (MiniMax 2025): no token ever loses its gradient. Only
@@ -32,8 +32,9 @@ temperature: the policy that samples is the policy that trains. The first update
 """
 
 import copy
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -43,9 +44,9 @@ from data import encode_prompts, epoch_batch, load_prompts
 from pretrain import learning_rate, make_optimizers, update
 from rollout import Rollout, examine, flat_groups, render, report_start, sample_answers, score, warn
 from runtime import processes
-from runtime.config import RunConfig, parse
+from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
-from runtime.run import Run, descend, load_stage, start
+from runtime.run import Run, load_stage, need_checkpoint, start
 from transformer import Transformer, token_logps
 
 
@@ -61,7 +62,7 @@ class Config(RunConfig):
     """
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    steps: int = 320
+    steps: int = 600
     """Rollouts."""
     prompts_per_step: int = 16
     """Prompts of one rollout, over all processes."""
@@ -138,7 +139,11 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps
     if group_size < 2:
         raise ValueError("a group of one answer has no siblings to compare it with")
     groups = rewards.detach().view(-1, group_size)  # (P, G)
-    centered = groups - groups.nanmean(dim=1, keepdim=True)  # a flat group teaches nothing: all zeros
+    centered = groups - groups.nanmean(dim=1, keepdim=True)
+    low, high = groups.nan_to_num(float("inf")).amin(1, True), groups.nan_to_num(float("-inf")).amax(1, True)
+    centered = centered.masked_fill(
+        low >= high, 0.0
+    )  # a flat group teaches nothing: exactly 0, however the mean rounds
     if scale == "group":
         centered = centered / (_nanstd(groups) + eps)  # (P, 1)
     elif scale == "batch":
@@ -285,8 +290,12 @@ def accumulate_gradients(
         run.scaler.scale(loss).backward()
 
         with torch.no_grad():
-            ratio, up = (logps - old).exp(), advantages[rows, None] > 0
-            outside = torch.where(up, ratio > 1 + config.clip_high, ratio < 1 - config.clip_low)
+            change = logps - old
+            if config.ratio_level == "sequence":
+                change = (change * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            too_high, too_low = change.exp() > 1 + config.clip_high, change.exp() < 1 - config.clip_low
+            outside = torch.where(advantages[rows, None] > 0, too_high, too_low)
+            outside = too_high if config.loss_type == "cispo" else outside  # it has no lower bound
             sums["loss"] += float(loss)
             sums["tokens"] += float(mask.sum())
             sums["clipped"] += float((outside & mask).sum())
@@ -303,6 +312,8 @@ def accumulate_gradients(
     if first:
         statistics["sampler_gap"] = sums["gap"] / n
         limit = 1e-3 if run.precision == "fp32" else 0.1
+        if statistics["sampler_gap"] != statistics["sampler_gap"]:
+            raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
         if not statistics["sampler_gap"] < limit:
             raise AssertionError(
                 f"the policy that trains is not the policy that sampled: log-probabilities differ by "
@@ -317,7 +328,9 @@ def accumulate_gradients(
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    _, world, _ = processes.setup_processes()
+    _, world, _ = processes.setup_processes(config.device)
+    at_least(config, steps=1, prompts_per_step=1, max_new_tokens=1, updates_per_rollout=1, micro_batch_size=1, warmup=0)
+    at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, arith_warmup=0, clip=1e-9)
     if config.group_size < 2:
         raise UserError("group_size starts at 2: an answer is compared with its siblings")
     if config.prompts_per_step % world:
@@ -328,18 +341,18 @@ def check(config: Config) -> None:
         )
     if config.beta and config.kl == "k1" and config.kl_in == "loss":
         raise UserError("k1 as a loss has an expected gradient of zero: use --kl k2 or k3, or --kl_in reward")
+    need_checkpoint(config.init_from, "python sft.py" if config.init_from == "out/arith/sft" else "")
     if config.loss_type == "dr_grpo" and config.scale == "group":
         print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
 
 
 def run(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
+    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
-    init_from = config.init_from or f"out/{config.task}/sft"
     run = start(config, "grpo")
-    make = f"python sft.py{'' if config.task == 'arith' else f' --task {config.task}'}"
-    model, tokenizer, state = load_stage(init_from, make, run.device)
-    run.lineage = run.lineage or descend(state, init_from)
+    model, tokenizer, state = load_stage(config.init_from, device=run.device)
+    run.descend(state, config.init_from)
     longest = model.config.max_seq_len - config.max_new_tokens
     if longest < 1:
         raise UserError(
@@ -351,7 +364,7 @@ def run(config: Config) -> dict:
     if config.arith_warmup:
         sources["arith"] = load_prompts("arith", "train", seed=config.seed)
     encoded = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
-    held = load_prompts(config.data, "test", config.data_dir, n=config.eval_prompts)
+    held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
     held_ids, held = encode_prompts(held, tokenizer, longest)
 
     # The policy learns; the reference stays what the policy was at the start.
@@ -384,7 +397,7 @@ def run(config: Config) -> dict:
             model, config.steps, config.prompts_per_step * config.group_size * config.max_new_tokens,
             model.config.max_seq_len, "eager (answers change shape every step)",
             data=f"{config.data}: {len(encoded[config.data][0]):,} prompts, {len(held):,} held-out questions",
-            starts=str(init_from),
+            starts=config.init_from,
         )  # fmt: skip
     if first == 0:
         rollout, correct, formed, asked = rollout_of(0, "arith" if config.arith_warmup else config.data)
@@ -401,7 +414,8 @@ def run(config: Config) -> dict:
         rewards = config.correct_weight * correct + config.format_weight * formed  # (N,)
         ref_logps = logps_in_parts(run, reference, rollout, config) if reference is not None else None
         if config.beta and config.kl_in == "reward":
-            penalty = kl_estimate(rollout.sampled_logps, ref_logps, config.kl) * rollout.mask
+            current = logps_in_parts(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
+            penalty = kl_estimate(current, ref_logps, config.kl) * rollout.mask
             rewards = rewards - config.beta * penalty.sum(dim=1)  # what strays from the reference earns less
         everyone = group_advantages(processes.gather(rewards), config.group_size, config.scale)  # of all processes
         advantages = processes.my_share(everyone)
@@ -420,10 +434,11 @@ def run(config: Config) -> dict:
 
         # 3. What happened.
         lengths = rollout.mask.sum(dim=1).float()
+        flat = flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size)
         means = torch.stack(
             [
                 rewards.mean(), correct.mean(), formed.mean(), rollout.finished.float().mean(), lengths.mean(),
-                flat_groups(rewards, config.group_size), -rollout.sampled_logps.sum() / rollout.mask.sum(),
+                flat, -rollout.sampled_logps.sum() / rollout.mask.sum(),
             ]
         )  # fmt: skip
         means = (processes.sum_over_processes(means) / processes.world_size()).tolist()
@@ -441,12 +456,12 @@ def run(config: Config) -> dict:
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
             run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked[0], rollout, correct))
-        if run.should_save(step, config.steps):
+            run.sample(step + 1, render(asked[0], rollout, correct, min(4, config.group_size)))
+        if accuracy is not None or run.should_save(step, config.steps):
             run.save(step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
     accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
-    task = "" if config.task == "arith" else f"--data {config.data} "
-    run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python evaluate.py {task}{init_from} {run.folder}")
+    hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
     return {"accuracy": accuracy}
 
 

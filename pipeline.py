@@ -29,8 +29,8 @@ from runtime.plots import plot_stages
 
 @dataclass(frozen=True)
 class Config:
-    out: str = "out/arith"
-    """Where all stages write."""
+    out: str = ""
+    """Where all stages write. Default: out/arith; with --quick, out/arith_quick."""
     seed: int = 0
     """Of everything: data, weights, sampling."""
     quick: bool = False
@@ -43,6 +43,8 @@ class Config:
     """torch.compile, where a stage is long enough to pay for it."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Send the metrics there too."""
+    fresh: bool = False
+    """Start again although the folders hold runs: those are moved aside, not deleted."""
     samples: int = 8
     """Answers sampled to each held-out question, for pass@k and the majority vote."""
 
@@ -61,7 +63,7 @@ class Stage:
 def stages(config: Config) -> list[Stage]:
     """The chain, in order. A new stage is one more entry."""
     out = Path(config.out)
-    common = {name: getattr(config, name) for name in ("seed", "device", "precision", "compile", "track")}
+    common = {name: getattr(config, name) for name in ("seed", "device", "precision", "compile", "track", "fresh")}
     quick = {
         "pretrain": {"steps": 60, "warmup": 10, "eval_every": 30},
         "sft": {"n_examples": 128, "epochs": 2.0},
@@ -81,6 +83,7 @@ def stages(config: Config) -> list[Stage]:
 
 def run(config: Config) -> list[dict]:
     """Run what is not finished yet; return the rows of the report card."""
+    config = dataclasses.replace(config, out=config.out or ("out/arith_quick" if config.quick else "out/arith"))
     started, out = time.perf_counter(), Path(config.out)
     exam = evaluate.Config(
         data="arith", n=128 if config.quick else 512, samples=config.samples, ks=(1, 8), seed=config.seed,

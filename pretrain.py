@@ -24,7 +24,7 @@ from torch import nn
 from data import TokenFile, bits_per_byte, prepare_tokens, train_tokenizer
 from generate import generate
 from runtime import processes
-from runtime.config import RunConfig, parse
+from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from tokenizer import Tokenizer, load_tokenizer
@@ -160,14 +160,14 @@ def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-    if math.isfinite(norm) or run.scaler.is_enabled():
+    if math.isfinite(norm):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             run.scaler.step(optimizer)
-        run.scaler.update()
-    else:
+    elif not run.scaler.is_enabled():
         run.print("the gradient is not finite: this step was left out. If it happens again, lower --lr or --clip")
+    run.scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -183,7 +183,7 @@ def validation_loss(run: Run, model: Transformer, file: TokenFile, windows: int,
     n = len(file.file["validation"]) - seq_len - 1
     if n < 0:
         raise UserError(f"the validation split is shorter than one window of {seq_len + 1} tokens")
-    starts = torch.linspace(0, n, min(windows, n + 1)).long().tolist()
+    starts = torch.linspace(0, n, min(windows, n + 1), dtype=torch.float64).long().tolist()
     total = 0.0
     for first in range(0, len(starts), batch):
         tokens = file.windows("validation", starts[first : first + batch], seq_len + 1).to(run.device)
@@ -193,7 +193,8 @@ def validation_loss(run: Run, model: Transformer, file: TokenFile, windows: int,
 
 
 def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str, n: int = 60) -> str:
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    ids = (tokenizer.encode(prompt) or [tokenizer.eot_id])[-(model.config.max_seq_len // 2) :]
+    n = min(n, model.config.max_seq_len - len(ids))
     with run.autocast():
         tokens, mask, _ = generate(model, [ids], n, temperature=0.8, eot_id=tokenizer.eot_id, seed=0)
     return prompt + tokenizer.decode(tokens[0][mask[0]].tolist())
@@ -201,6 +202,8 @@ def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
+    at_least(config, steps=1, seq_len=1, n_heads=1, n_kv_heads=1, n_layers=1, d_model=1, warmup=0, clip=1e-9)
+    at_least(config, max_documents=1, eval_every=1, eval_windows=1, save_every=1, log_every=1, final_lr=0.0)
     if config.seq_len > config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than max_seq_len {config.max_seq_len}")
     if config.tokenizer == "r50k" and config.vocab_size not in (512, 50304):
@@ -209,11 +212,11 @@ def check(config: Config) -> None:
         model_config(config, config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_batch(config.batch_size, config.micro_batch_size)
+    check_batch(config.batch_size, config.micro_batch_size, config.device)
 
 
-def check_batch(batch_size: int, micro_batch_size: int) -> None:
-    _, world, _ = processes.setup_processes()
+def check_batch(batch_size: int, micro_batch_size: int, device: str) -> None:
+    _, world, _ = processes.setup_processes(device)
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} cannot be shared evenly by {world} processes")
     if micro_batch_size < 0 or batch_size < 1:
@@ -286,14 +289,14 @@ def run(config: Config) -> dict:
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             figures = evaluate(step + 1)
             run.evaluation(step + 1, **figures)
-        if run.should_save(step, config.steps):
+        if figures or run.should_save(step, config.steps):
             run.save(step, config.steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
     with run.eager():
         loss = validation_loss(run, model, file, config.eval_windows, config.seq_len, config.batch_size)
     file.close()
     figures = {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, file.bytes_per_token["validation"])}
-    task = "" if config.task == "arith" else f" --task {config.task}"
-    run.close(f"{figures['bits_per_byte']:.3f} bits per byte", next_command=f"python sft.py{task}")
+    hint = f"python sft.py --task {config.task} --init_from {run.folder}"
+    run.close(f"{figures['bits_per_byte']:.3f} bits per byte", next_command=hint)
     return figures
 
 

@@ -20,6 +20,7 @@ Short conversations share a row (packing): a token attends to its own conversati
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,10 @@ from generate import generate
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from runtime import processes
 from runtime.checkpoint import write_text
-from runtime.config import RunConfig, parse
+from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_sweep
-from runtime.run import Run, descend, load_stage, run_folder, start
+from runtime.run import Run, load_stage, need_checkpoint, run_folder, start
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, token_logps
 
@@ -122,21 +123,20 @@ def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: 
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    if config.epochs <= 0:
-        raise UserError("epochs must be positive")
-    check_batch(config.batch_size, config.micro_batch_size)
+    at_least(config, n_examples=1, seq_len=2, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
+    need_checkpoint(config.init_from, "python pretrain.py" if config.init_from == "out/arith/pretrain" else "")
+    check_batch(config.batch_size, config.micro_batch_size, config.device)
 
 
 def run(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
+    config = dataclasses.replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/pretrain"))
     check(config)
-    init_from = config.init_from or f"out/{config.task}/pretrain"
     run = start(config, "sft")
-    make = f"python pretrain.py{'' if config.task == 'arith' else f' --task {config.task}'}"
-    model, tokenizer, state = load_stage(init_from, make, run.device)
+    model, tokenizer, state = load_stage(config.init_from, device=run.device)
     if config.seq_len > model.config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than the model's max_seq_len {model.config.max_seq_len}")
-    run.lineage = run.lineage or descend(state, init_from)
+    run.descend(state, config.init_from)
 
     # Data: conversations in rows of seq_len tokens.
     chats = load_chats(config.data, "train", config.data_dir, config.seed, config.n_examples)
@@ -156,7 +156,7 @@ def run(config: Config) -> dict:
         run.banner(
             model, steps, tokens_per_step, config.seq_len, how,
             data=f"{config.data}: {len(chats):,} conversations in {len(rows):,} rows, {counted:,} tokens to learn",
-            starts=str(init_from),
+            starts=config.init_from,
         )  # fmt: skip
 
     def evaluate() -> dict:
@@ -191,11 +191,12 @@ def run(config: Config) -> dict:
         if step + 1 == steps:
             with run.eager():
                 run.sample(steps, answers(run, model, tokenizer, held))
-        if run.should_save(step, steps):
+        if figures or run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
     figures = evaluate()
-    task = "" if config.task == "arith" else f" --task {config.task}"
-    run.close(f"validation loss {figures['val_loss']:.4f}", next_command=f"python grpo.py{task}")
+    data = next((name for name in ("arith", "gsm8k") if name in config.data.split("+")), "")
+    hint = f"python grpo.py --task {config.task} --data {data} --init_from {run.folder}" if data else ""
+    run.close(f"validation loss {figures['val_loss']:.4f}", next_command=hint)
     return figures
 
 

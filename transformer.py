@@ -14,8 +14,8 @@ LayerNorm, GELU, ReLU, biases: GPT-2, Radford et al. 2019) are fields of the sam
 compares them.
 
 Every later chapter uses two functions of this file. ``Transformer.forward_hidden`` is the model without its head;
-reward models and value heads sit on it. ``token_logps`` is log p(next token), in float32, without ever storing all
-the logits.
+reward models and value heads sit on it. ``token_logps`` is log p(next token), in float32, without storing the
+logits of a large batch.
 
 Run ``python transformer.py`` for the sizes of the book's models.
 """

@@ -1,6 +1,6 @@
 """Verifiable rewards: did the model answer, and is the answer right? No model judges; a rule does.
 
-An answer looks like this, with white space allowed between the parts and nowhere else::
+An answer looks like this, with white space allowed around the parts and the number::
 
     <think>4+3=7 7-2=5</think><answer>5</answer>
 

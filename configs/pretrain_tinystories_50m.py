@@ -1,4 +1,4 @@
-"""A 50 M model on all of TinyStories: about an hour on one GPU of the 80 GB class."""
+"""A 50 M model on all of TinyStories, for one GPU."""
 
 task = "tinystories50m"
 data = "tinystories"

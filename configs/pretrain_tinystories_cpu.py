@@ -2,6 +2,7 @@
 
 task = "tinystories"
 data = "tinystories"
+max_documents = 50_000
 vocab_size = 4096
 d_model = 192
 n_layers = 6

@@ -195,5 +195,13 @@ def _reads(text: str, hint) -> bool:
     return True
 
 
+def at_least(config, **least) -> None:
+    """Refuse numbers below what makes sense: ``at_least(config, steps=1, beta=0.0)``."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and not value >= low:  # NaN too
+            raise UserError(f"{name} is {value}: at least {low}")
+
+
 def as_dict(config) -> dict:
     return dataclasses.asdict(config)

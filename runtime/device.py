@@ -3,7 +3,9 @@
 import contextlib
 import os
 import shutil
+import sysconfig
 import time
+from pathlib import Path
 
 import torch
 
@@ -25,10 +27,14 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: auto, cpu, cuda, cuda:N or mps") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("highest")  # fp32 means fp32; --precision bf16 is the fast one
     return device
 
 
@@ -53,14 +59,16 @@ def autocast(device: torch.device, precision: str):
 
 
 def can_compile(device: torch.device) -> bool:
-    """torch.compile needs a C++ compiler on a CPU and Triton on a GPU."""
+    """torch.compile needs a C++ compiler and Python's headers, and on a GPU Triton."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False
     if device.type == "cpu":
         return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))
     if device.type == "cuda":
         try:
             import triton  # noqa: F401
 
-            return True
+            return any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang", "cc"))
         except ImportError:
             return False
     return False

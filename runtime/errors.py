@@ -7,6 +7,12 @@ class UserError(Exception):
     """Something the user can change: a wrong name, a missing file, an impossible combination. Its text is one line."""
 
 
+def close_processes() -> None:
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def run_main(main) -> None:
     """Call ``main()``; a ``UserError`` becomes one line on standard error and exit status 1."""
     try:
@@ -15,7 +21,20 @@ def run_main(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; a run that has a checkpoint continues with the same command", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python tokenizer.py | head` is no error
         sys.stderr.close()
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's; not every chapter needs to load it
+            raise
+        print(
+            "error: out of memory: lower --micro_batch_size (the result stays the same) or --batch_size",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    finally:
+        close_processes()

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from runtime.errors import UserError
+
 _BUCKET = 2**25  # elements of one all-reduce: few large messages, little extra memory
 
 
@@ -24,8 +26,13 @@ def setup_processes(device_name: str = "auto") -> tuple[int, int, int]:
     if world > 1 and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and device_name in ("auto", "cuda")
         if on_gpu:
+            n = torch.cuda.device_count()
+            if local >= n:
+                raise UserError(f"{world} processes but {n} GPU(s): use --nproc_per_node={n}, or --device cpu")
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=60))
+        # Counts and rewards may live on the CPU while the model lives on a GPU: each kind of tensor has its way to
+        # meet.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=60))
     return rank, world, local
 
 
@@ -40,11 +47,6 @@ def world_size() -> int:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def close_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

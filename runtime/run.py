@@ -17,13 +17,14 @@ import re
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from runtime import processes
-from runtime.checkpoint import load_checkpoint, save_checkpoint, write_text
+from runtime.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, write_text
 from runtime.config import FREE_FIELDS, as_dict
 from runtime.device import (
     autocast,
@@ -86,9 +87,7 @@ class Run:
             ]
             if changed:
                 what = ", ".join(f"{k}={stored[k]!r}, now {config[k]!r}" for k in changed)
-                raise UserError(
-                    f"{folder} holds a run with {what}: choose another --out_dir, or --fresh to start again"
-                )
+                raise UserError(f"{folder} holds a run with {what}: choose another folder, or --fresh to start again")
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,11 +124,29 @@ class Run:
         load_weights(model, self.state["model"], self.folder)
         for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
         torch.set_rng_state(self.state["rng"].cpu())
-        self.print(f"continuing {self.folder} at step {self.state['step']}")
+        if self.finished:
+            self.print(f"{self.folder} is finished ({self.state['step']} steps); --fresh would start again")
+        else:
+            self.print(f"continuing {self.folder} at step {self.state['step']}")
         return self.state["step"]
+
+    def descend(self, state: dict, path) -> None:
+        """Note that this run starts from that checkpoint; refuse to go on if it started from another."""
+        mine = {
+            "stage": state["stage"],
+            "path": str(path),
+            "step": state["step"],
+            "weights": fingerprint(state["model"]),
+        }
+        if self.lineage and self.lineage[-1].get("weights") != mine["weights"]:
+            raise UserError(
+                f"{self.folder} was started from other weights than {path} holds now: --fresh (or another --out_dir) "
+                "starts again from these"
+            )
+        self.lineage = [*state["lineage"], mine]
 
     def autocast(self):
         return autocast(self.device, self.precision)
@@ -187,7 +204,7 @@ class Run:
 
     def steps(self, first: int, last: int):
         """first, first + 1, ..., last - 1 under a progress bar. Ctrl-C finishes the step, saves it, and stops; a
-        second one stops at once.
+        second one stops at once, as the first does under torchrun.
         """
         before = {}
         if self.world == 1 and _in_main_thread():
@@ -339,14 +356,19 @@ def load_weights(model, weights: dict, where) -> None:
         raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
 
 
+def need_checkpoint(path: str, command: str = "") -> None:
+    """Refuse a stage to start from that is not there; ``command`` is what makes it."""
+    if not find_checkpoint(path).exists():
+        how = f"make it with: {command}" if command else "name another, or make it first"
+        raise UserError(f"there is no checkpoint in {path}; {how}")
+
+
 def load_stage(path: str, command: str = "", device="cpu"):
     """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it."""
-    from runtime.checkpoint import find_checkpoint
     from tokenizer import load_tokenizer
     from transformer import ModelConfig, Transformer
 
-    if not find_checkpoint(path).exists():
-        raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}" if command else ""))
+    need_checkpoint(path, command)
     state = load_checkpoint(path)
     try:
         model = Transformer(ModelConfig(**state["model_config"]))
@@ -356,12 +378,12 @@ def load_stage(path: str, command: str = "", device="cpu"):
     return model.to(device), load_tokenizer(state["tokenizer"]), state
 
 
-def descend(state: dict, path) -> list[dict]:
-    """The lineage of a run that starts from this checkpoint."""
-    return [
-        *state["lineage"],
-        {"stage": state["stage"], "path": str(path), "step": state["step"], "best": state.get("best")},
-    ]
+def fingerprint(weights: dict) -> str:
+    """A short name for these very weights."""
+    crc = 0
+    for tensor in weights.values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
 
 
 def _plain(value):

@@ -101,3 +101,18 @@ def test_preference_pairs_have_a_known_truth():
 
 def test_numbers_stay_small():
     assert max(max(p.numbers) for p in TRAIN) < 100 and max(p.answer for p in TRAIN) < 100
+
+
+def test_stories_do_not_tell_a_held_out_sum():
+    told = 0
+    for text in documents(3000, seed="0 train"):
+        if " Now " not in text:
+            continue
+        have = int(re.search(r"(?:with|had) (\d+)", text)[1])
+        for event, now in re.findall(r"([^.]*)\. Now \w+ had (\d+)", text):
+            n = int(re.search(r"\d+", event)[0])
+            kind = "gain" if event.endswith("more") else "lose"
+            assert have + (n if kind == "gain" else -n) == int(now)
+            assert not is_heldout(kind, (have, n))
+            have, told = int(now), told + 1
+    assert told > 1000

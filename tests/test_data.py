@@ -269,8 +269,8 @@ def test_prompts_of_gsm8k_have_their_gold_and_bad_rows_are_counted(tmp_path, cap
 
 def test_prompts_of_svamp_join_body_and_question(tmp_path):
     row = {"ID": "1", "Body": "Tom has 3 pens", "Question": "How many?", "Equation": "3", "Answer": "3.0", "Type": "x"}
-    mirror(tmp_path, "ChilleD/SVAMP", "train", [row])
-    prompt = load_prompts("svamp", "train", str(tmp_path))[0]
+    mirror(tmp_path, "ChilleD/SVAMP", "test", [row])
+    prompt = load_prompts("svamp", "test", str(tmp_path))[0]
     assert prompt.messages[0]["content"] == "Tom has 3 pens. How many?" and prompt.gold == 3
 
 

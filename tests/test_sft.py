@@ -11,8 +11,9 @@ from tiny import assert_same_training, tiny_pretrain, tiny_sft
 import arithmetic
 import pretrain
 import sft
-from data import pack
+from data import load_chats, pack
 from runtime.errors import UserError
+from runtime.run import Run, load_stage
 from sft import sft_loss
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer, token_logps
@@ -91,6 +92,34 @@ def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert [stage["stage"] for stage in state["lineage"]] == ["pretrain"] and state["finished"]
     assert "reference:" in (tmp_path / "samples.txt").read_text()
+
+
+def test_packing_changes_neither_the_step_nor_the_validation(tmp_path, base):
+    """All conversations in one step, packed or one in each row: no conversation may see another."""
+    state = torch.load(base / "ckpt.pt", weights_only=True)
+    for name, weight in state["model"].items():  # an almost untrained model hardly attends: make what it sees matter
+        if "attn" in name and weight.dim() == 2:
+            weight.mul_(8)
+    start = tmp_path / "start"
+    start.mkdir()
+    torch.save(state, start / "ckpt.pt")
+    _, tokenizer, _ = load_stage(str(start))
+    figures = []
+    for packing in (True, False):
+        rows = len(pack(load_chats("arith", "train", "", 0, 24), tokenizer, 256, packing))
+        folder = tmp_path / str(packing)
+        more = {"n_examples": 24, "packing": packing, "batch_size": rows, "epochs": 1.0, "seq_len": 256}
+        last = sft.run(tiny_sft(folder, start, **more))
+        first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+        figures.append([rows, first["loss"], first["grad_norm"], last["val_loss"], last["val_token_accuracy"]])
+    assert figures[0][0] < figures[1][0]
+    assert figures[0][1:] == pytest.approx(figures[1][1:], rel=2e-3)
+    # and the validation's rows, which are packed always, have the loss of each conversation on its own
+    model, tokenizer, _ = load_stage(str(tmp_path / "False"))
+    run = Run(tiny_sft(tmp_path / "x", start), "sft")
+    chats = load_chats("arith", "validation", "", 0, 24)[:32]
+    one, many = (sft.validation(run, model, pack(chats, tokenizer, 256, packing), 8) for packing in (False, True))
+    assert one == pytest.approx(many, rel=1e-5)
 
 
 def test_curriculum_and_unpacked_rows_run(tmp_path, base):

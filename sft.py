@@ -110,8 +110,12 @@ def validation(run: Run, model: Transformer, rows: PackedRows, batch: int) -> di
 
 def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: int = 3) -> str:
     """The model's own answers to the first questions of ``chats``, beside the reference."""
-    prompts = [encode_chat(tokenizer, chat[:-1], add_generation_prompt=True)[0] for chat in chats[:n]]
-    new = min(200, max(1, model.config.max_seq_len - max(map(len, prompts))))
+    asked = [(chat, encode_chat(tokenizer, chat[:-1], add_generation_prompt=True)[0]) for chat in chats]
+    asked = [(chat, ids) for chat, ids in asked if len(ids) < model.config.max_seq_len][:n]
+    if not asked:
+        return "every question is longer than the context"
+    chats, prompts = zip(*asked)
+    new = min(200, model.config.max_seq_len - max(map(len, prompts)))
     with run.autocast():
         tokens, mask, _ = generate(model, prompts, new, temperature=0, eot_id=tokenizer.eot_id)
     lines = []

@@ -155,6 +155,13 @@ def test_advantages_by_hand():
         group_advantages(rewards, 1)
 
 
+@pytest.mark.parametrize("size", [3, 7, 8, 10, 12, 16])
+@pytest.mark.parametrize("reward", [0.1, 1.1, 1 / 3])
+def test_flat_groups_are_exactly_zero_however_their_mean_rounds(size, reward):
+    for scale in ("group", "batch", "none"):
+        assert not group_advantages(torch.full((4 * size,), reward), size, scale).any()
+
+
 def test_advantages_have_no_gradient_and_groups_are_contiguous():
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.0], requires_grad=True)
     assert not group_advantages(rewards, 2).requires_grad

@@ -341,7 +341,6 @@ def check(config: Config) -> None:
         )
     if config.beta and config.kl == "k1" and config.kl_in == "loss":
         raise UserError("k1 as a loss has an expected gradient of zero: use --kl k2 or k3, or --kl_in reward")
-    need_checkpoint(config.init_from, "python sft.py" if config.init_from == "out/arith/sft" else "")
     if config.loss_type == "dr_grpo" and config.scale == "group":
         print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
 
@@ -350,6 +349,7 @@ def run(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
+    need_checkpoint(config.init_from, "python sft.py")
     run = start(config, "grpo")
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     run.descend(state, config.init_from)

@@ -128,7 +128,6 @@ def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     at_least(config, n_examples=1, seq_len=2, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
-    need_checkpoint(config.init_from, "python pretrain.py" if config.init_from == "out/arith/pretrain" else "")
     check_batch(config.batch_size, config.micro_batch_size, config.device)
 
 
@@ -136,6 +135,7 @@ def run(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
     config = dataclasses.replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/pretrain"))
     check(config)
+    need_checkpoint(config.init_from, "python pretrain.py")
     run = start(config, "sft")
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     if config.seq_len > model.config.max_seq_len:

@@ -359,8 +359,8 @@ def load_weights(model, weights: dict, where) -> None:
 def need_checkpoint(path: str, command: str = "") -> None:
     """Refuse a stage to start from that is not there; ``command`` is what makes it."""
     if not find_checkpoint(path).exists():
-        how = f"make it with: {command}" if command else "name another, or make it first"
-        raise UserError(f"there is no checkpoint in {path}; {how}")
+        preset = "" if str(path).startswith("out/arith/") else " and its preset (configs/), or name another"
+        raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
 
 
 def load_stage(path: str, command: str = "", device="cpu"):

@@ -26,6 +26,7 @@ from runtime.run import Run
 
 STAGES = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
 STEPS, SAVE, EVAL = 9, 3, 5  # saves and examinations at different steps: every mixture of them is resumed from
+SAVES = sum(step % SAVE == 0 or step % EVAL == 0 or step == STEPS for step in range(1, STEPS + 1))
 MEASURED_BY_A_CLOCK = {"time", "tokens_per_second", "mfu", "rollout_share"}
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by signal")
@@ -233,7 +234,7 @@ def test_a_crash_while_a_checkpoint_is_written_costs_no_checkpoint(stage, launch
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_crash_behind_the_last_checkpoint_leaves_nothing_undone(stage, launch, starts, never_stopped, tmp_path):
-    process = launch(stage, settings(stage, tmp_path, starts), dies_behind_save=STEPS // SAVE)
+    process = launch(stage, settings(stage, tmp_path, starts), dies_behind_save=SAVES)
     process.join()
     assert process.exitcode == -signal.SIGKILL and load_checkpoint(tmp_path)["finished"]
     process = launch(stage, settings(stage, tmp_path, starts))

@@ -62,7 +62,7 @@ class Config(RunConfig):
     """
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    steps: int = 600
+    steps: int = 320
     """Rollouts."""
     prompts_per_step: int = 16
     """Prompts of one rollout, over all processes."""

@@ -95,6 +95,10 @@ QUESTIONS = {
         "{A} shares {a} {x} equally among {b} friends. How many {x} does each friend get?",
         "{A} puts {a} {x} into {b} {box}, the same number in each. How many {x} are in each?",
     ),
+    "share_gain": (
+        "{A} shares {a} {x} equally among {b} friends. Each then finds {c} more. How many {x} does each friend have?",
+        "{A} puts {a} {x} into {b} {box}, the same number in each, then {c} more into each. How many {x} are in each?",
+    ),
     "both": (
         "{A} has {a} {x}. {B} has {b} more than {A}. How many {x} do they have together?",
         "{B} has {b} more {x} than {A}. {A} has {a}. How many {x} do both have together?",
@@ -135,28 +139,32 @@ def _numbers(rng: random.Random, kind: str) -> tuple[int, ...]:
         return small(), small()
     if kind == "groups_gain":
         return small(), small(), rng.randint(2, 12)
-    if kind == "share":
+    if kind in ("share", "share_gain"):
         b = small()
-        return b * small(), b
+        return (b * small(), b) if kind == "share" else (b * small(), b, rng.randint(2, 12))
     return rng.randint(2, 20), rng.randint(2, 12)  # both: a + (a + b)
 
 
+# The first step of each kind; some have a second.
+FIRST = {
+    "gain": "+", "lose": "-", "gain_lose": "+", "lose_gain": "-", "groups": "*", "groups_gain": "*",
+    "share": "/", "share_gain": "/", "both": "+",
+}  # fmt: skip
+
+
+def _step(a: int, sign: str, b: int) -> tuple[str, int]:
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+    return f"{a}{sign}{b}={value}", value
+
+
 def _steps(kind: str, n: tuple[int, ...]) -> tuple[tuple[str, ...], int]:
-    add = lambda a, b: (f"{a}+{b}={a + b}", a + b)  # noqa: E731
-    take = lambda a, b: (f"{a}-{b}={a - b}", a - b)  # noqa: E731
-    times = lambda a, b: (f"{a}*{b}={a * b}", a * b)  # noqa: E731
-    if kind == "share":
-        return (f"{n[0]}/{n[1]}={n[0] // n[1]}",), n[0] // n[1]
-    first, value = {
-        "gain": add, "lose": take, "gain_lose": add, "lose_gain": take,
-        "groups": times, "groups_gain": times, "both": add,
-    }[kind](n[0], n[1])  # fmt: skip
-    if len(n) == 2 and kind != "both":
+    first, value = _step(n[0], FIRST[kind], n[1])
+    if kind == "both":  # B has more than A: then A's and B's
+        second, value = _step(n[0], "+", value)
+    elif len(n) == 3:
+        second, value = _step(value, "-" if kind == "gain_lose" else "+", n[2])
+    else:
         return (first,), value
-    second, value = take(value, n[2]) if kind == "gain_lose" else add(n[0] if kind == "both" else n[2], value)
-    if kind in ("lose_gain", "groups_gain"):  # what there is comes first: 8+3, not 3+8
-        a, b = value - n[2], n[2]
-        second = f"{a}+{b}={value}"
     return (first, second), value
 
 

@@ -167,7 +167,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class KVCache:
     """Keys and values of the tokens so far, so that a new token costs one row and not the whole text. The buffers
-    have some room to spare and grow when it is used up.
+    have some room to spare; when it is used up they double, so that what was written is rarely copied.
 
     Column j of every row is one step of the model. Prompts of unequal length are padded on the left, so all rows
     write to the same column; ``real`` says which columns hold a token, ``positions`` where that token stands in its
@@ -201,7 +201,7 @@ class KVCache:
             self.k[layer], self.v[layer] = k[:, :, :0], v[:, :, :0]
         room = self.k[layer].shape[2]
         if self.length > room:
-            more = min(self.length + max(32, self.length // 8), self.max_len) - room
+            more = min(self.length + max(32, self.length), self.max_len) - room
             shape = (k.shape[0], k.shape[1], more, k.shape[3])
             self.k[layer] = torch.cat([self.k[layer], k.new_zeros(shape)], dim=2)
             self.v[layer] = torch.cat([self.v[layer], v.new_zeros(shape)], dim=2)

@@ -53,7 +53,13 @@ def read_dataset(
         path = Path(f"{stem}{ending}")
         if data_dir and path.is_file():
             return _read_lines(path, opener)
-    return _read_hub(hub_id, config, split, streaming, looked=f"{stem}.jsonl[.xz|.gz]" if data_dir else "")
+    looked = f"{stem}.jsonl[.xz|.gz]" if data_dir else ""
+    if hub_id.startswith("local/"):
+        raise UserError(
+            f"{hub_id} is on no hub: "
+            + (f"it should be at {looked}" if looked else "name the folder that holds it with --data_dir DIR")
+        )
+    return _read_hub(hub_id, config, split, streaming, looked)
 
 
 def _read_lines(path: Path, opener) -> Iterator[dict]:
@@ -254,14 +260,14 @@ def prepare_tokens(path: Path, tokenizer: Tokenizer, source: str, data_dir: str,
 def load_chats(names: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[list[dict]]:
     """Conversations of one or several sources, ``"gsm8k+dolly+alpaca"``, as lists of messages.
 
-    arith: ``n`` problems of the embedded task (128; for validation 256 held-out ones). The others have no
+    arith: ``n`` problems of the embedded task (192; for validation 256 held-out ones). The others have no
     validation split of their own here: every 50th row is kept for it. ``n`` limits each source.
     """
     chats, skipped = [], Counter()
     for name in names.split("+"):
         if name == "arith":
             heldout = split == "validation"
-            found = arithmetic.problems(n or (256 if heldout else 128), seed=f"{seed} sft", heldout=heldout)
+            found = arithmetic.problems(n or (256 if heldout else 192), seed=f"{seed} sft", heldout=heldout)
             chats += [arithmetic.chat(problem) for problem in found]
         elif name in CHATS:
             hub_id, config, convert = CHATS[name]

@@ -402,7 +402,8 @@ def run(config: Config) -> dict:
     if first == 0:
         rollout, correct, formed, asked = rollout_of(0, "arith" if config.arith_warmup else config.data)
         flat = flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size)
-        report_start(run, rollout, correct, formed, float(flat), asked[0])
+        flat = float(processes.sum_over_processes(flat)) / processes.world_size()
+        report_start(run, rollout, correct, formed, flat, asked[0])
         accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
     in_loss = bool(config.beta) and config.kl_in == "loss"
@@ -438,12 +439,13 @@ def run(config: Config) -> dict:
         means = torch.stack(
             [
                 rewards.mean(), correct.mean(), formed.mean(), rollout.finished.float().mean(), lengths.mean(),
-                flat, -rollout.sampled_logps.sum() / rollout.mask.sum(),
+                flat, -rollout.sampled_logps.sum() / len(rollout),
             ]
         )  # fmt: skip
         means = (processes.sum_over_processes(means) / processes.world_size()).tolist()
         names = ("reward", "correct", "formatted", "finished", "length", "flat_groups", "entropy")
         figures = dict(zip(names, means)) | {k: v for k, v in statistics.items() if k != "tokens"}
+        figures["entropy"] /= figures["length"]  # of an answer, until here; now of a token
         run.log(
             step, int(statistics["tokens"]) * config.updates_per_rollout, always=True, show=("reward", "correct"),
             grad_norm=norm, lr=lr, truncated=1 - figures["finished"], **figures,

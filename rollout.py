@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data import Prompt
 from generate import generate
+from runtime import processes
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, token_logps
@@ -119,9 +120,10 @@ def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str
 
 def report_start(run: Run, rollout: Rollout, correct: Tensor, formed: Tensor, flat: float, asked: Prompt) -> None:
     """What the policy can do before the first step: if it never succeeds, it has nothing to learn from."""
-    finished = float(rollout.finished.float().mean())
+    everyone = torch.stack([correct, formed, rollout.finished.float()])  # of this process ...
+    solved, shaped, finished = (processes.gather(everyone.T).mean(dim=0)).tolist()  # ... and of all
     run.print(
-        f"  start      pass@1 {float(correct.mean()):.3f}, well-formed {float(formed.mean()):.3f}, "
+        f"  start      pass@1 {solved:.3f}, well-formed {shaped:.3f}, "
         f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
     )
     run.print("             " + render(asked, rollout, correct, n=1).replace("\n", "\n             "))

@@ -45,7 +45,7 @@ class Config(RunConfig):
     data: str = "arith"
     """arith, gsm8k, alpaca, dolly, or several joined by +."""
     n_examples: int | None = None
-    """Conversations of each source (None: 128 of arith, all of the others)."""
+    """Conversations of each source (None: 192 of arith, all of the others)."""
     init_from: str = ""
     """The pretrained model: a run's folder or a checkpoint. Default: out/<task>/pretrain."""
     seq_len: int = 256

@@ -325,7 +325,19 @@ def token_logps(
     the backward pass wants them again. So we take the positions in chunks of at most ``max_logits`` logits and
     recompute each chunk in the backward pass. Keyword arguments go to ``forward_hidden``.
     """
-    hidden = model.forward_hidden(tokens, **context)[:, :-1]  # (B, T-1, D)
+    return hidden_logps(model, model.forward_hidden(tokens, **context), tokens, temperature, where, max_logits)
+
+
+def hidden_logps(
+    model: Transformer,
+    hidden: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+    where: Tensor | None = None,
+    max_logits: int = 2**24,
+) -> Tensor:
+    """``token_logps`` from the stream (B, T, D) that ``forward_hidden`` gave, for those who need that for more."""
+    hidden = hidden[:, :-1]  # (B, T-1, D)
     targets = tokens[:, 1:]
     wanted = torch.ones_like(targets, dtype=torch.bool) if where is None else where.bool()
     if where is None:

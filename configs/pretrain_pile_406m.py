@@ -2,7 +2,7 @@
 
 task = "pile406m"
 data = "pile"
-max_documents = 1_000_000
+max_documents = 6_000_000  # about 8 billion tokens, 20 for each parameter
 tokenizer = "r50k"
 vocab_size = 50304
 d_model = 1024
@@ -13,7 +13,7 @@ max_seq_len = 1024
 seq_len = 1024
 batch_size = 512
 micro_batch_size = 8
-steps = 40000
+steps = 16000
 optimizer = "adamw"
 lr = 4e-4
 warmup = 500

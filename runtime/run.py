@@ -297,9 +297,19 @@ class Run:
         return (step + 1) % self.config.save_every == 0 or step + 1 == steps or self._interrupted
 
     def save(
-        self, step: int, steps: int, model, optimizers, tokenizer, metric: float | None = None, lower_is_better=True
+        self,
+        step: int,
+        steps: int,
+        model,
+        optimizers,
+        tokenizer,
+        metric: float | None = None,
+        lower_is_better=True,
+        extra: dict | None = None,
     ) -> None:
-        """Write the checkpoint after ``step`` (counted from 0); ``metric`` decides whether it is also ``best.pt``."""
+        """Write the checkpoint after ``step`` (counted from 0); ``metric`` decides whether it is also ``best.pt``.
+        ``extra``: what else a stage needs to go on.
+        """
         better = metric is not None and (
             self.best is None or (metric < self.best if lower_is_better else metric > self.best)
         )
@@ -319,6 +329,7 @@ class Run:
                 "rng": torch.get_rng_state(),
                 "best": self.best,
                 "lineage": self.lineage,
+                "extra": extra or {},
             }
             save_checkpoint(self.folder, state, self.config.keep_last, better)
         processes.barrier()
@@ -363,8 +374,11 @@ def need_checkpoint(path: str, command: str = "") -> None:
         raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
 
 
-def load_stage(path: str, command: str = "", device="cpu"):
-    """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it."""
+def load_stage(path: str, command: str = "", device="cpu", scores: bool = False):
+    """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it.
+
+    Of a policy with a value head, the policy. A reward model has a body but no words: only with ``scores``.
+    """
     from tokenizer import load_tokenizer
     from transformer import ModelConfig, Transformer
 
@@ -374,7 +388,10 @@ def load_stage(path: str, command: str = "", device="cpu"):
         model = Transformer(ModelConfig(**state["model_config"]))
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} describes a model this version does not know: {error}") from None
-    load_weights(model, state["model"], path)
+    if state["stage"] == "reward" and not scores:
+        raise UserError(f"{path} holds a reward model: it scores answers and writes none")
+    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
+    load_weights(model, weights or state["model"], path)
     return model.to(device), load_tokenizer(state["tokenizer"]), state
 
 

@@ -52,7 +52,7 @@ def test_the_answer_is_that_of_the_story_worked_out_anew(problem):
         "gain": lambda: n[0] + n[1], "lose": lambda: n[0] - n[1],
         "gain_lose": lambda: n[0] + n[1] - n[2], "lose_gain": lambda: n[0] - n[1] + n[2],
         "groups": lambda: n[0] * n[1], "groups_gain": lambda: n[0] * n[1] + n[2],
-        "share": lambda: n[0] // n[1], "both": lambda: n[0] + n[0] + n[1],
+        "share": lambda: n[0] // n[1], "share_gain": lambda: n[0] // n[1] + n[2], "both": lambda: n[0] + n[0] + n[1],
     }[problem.kind]()  # fmt: skip
     assert problem.answer == expected
     assert sorted(map(int, re.findall(r"\d+", problem.question))) == sorted(n)

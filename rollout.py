@@ -129,8 +129,8 @@ def report_start(run: Run, rollout: Rollout, correct: Tensor, formed: Tensor, fl
     run.print("             " + render(asked, rollout, correct, n=1).replace("\n", "\n             "))
     if flat == 1:
         run.print(
-            "WARNING: every group's rewards are equal, so nothing can be learned: start from a better model, "
-            "or raise --group_size, --temperature or --arith_warmup"
+            "WARNING: all rewards are equal, so nothing can be learned: start from a better model, or raise "
+            "--temperature (grpo.py also has --group_size and --arith_warmup)"
         )
     if finished == 0:
         run.print("WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that can end")
@@ -141,7 +141,7 @@ def warn(run: Run, silent: int, figures: dict, norm: float) -> None:
     if silent and silent % 10 == 0:
         run.print(
             f"WARNING: {silent} steps in a row taught nothing (flat groups: {figures['flat_groups']:.2f}, "
-            f"gradient {norm:.1e}): raise --group_size or --temperature, or change the prompts"
+            f"gradient {norm:.1e}): raise --temperature (grpo.py also has --group_size), or change the prompts"
         )
     if figures["finished"] == 0:
         run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")

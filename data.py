@@ -19,6 +19,7 @@ import itertools
 import json
 import lzma
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,10 +77,15 @@ def _read_lines(path: Path, opener) -> Iterator[dict]:
         raise UserError(f"{path}, row {n + 1}: not JSON, or cut off ({error.msg})") from None
 
 
+FOLDERS = ("Anthropic/hh-rlhf",)  # datasets whose configurations are folders on the hub
+
+
 def _read_hub(hub_id: str, config: str | None, split: str, streaming: bool, looked: str) -> Iterator[dict]:
     import datasets  # seconds to import, so only here
 
     try:
+        if hub_id in FOLDERS:
+            return iter(datasets.load_dataset(hub_id, data_dir=config, split=split, streaming=streaming))
         return iter(datasets.load_dataset(hub_id, config, split=split, streaming=streaming))
     except Exception as error:  # whatever the network stack, the hub or the file formats raise
         why = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
@@ -109,6 +115,7 @@ CORPORA = {  # hub id, configuration, column, split for training, split for vali
     "tinystories": ("roneneldan/TinyStories", None, "text", "train", "validation"),
     "pile": ("monology/pile-uncopyrighted", None, "text", "train", None),
     "books": ("local/classic_books", None, "text", "train", None),
+    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "chosen", "train", None),
 }
 ARITH_DOCUMENTS = 24_000
 
@@ -317,6 +324,25 @@ def _instruction_chat(instruction: str, context: str, response: str):
     return convert
 
 
+def _dialogue_chat(row: dict, source: str, skipped: Counter) -> list[dict] | None:
+    messages = dialogue(columns(row, ["chosen"], source)[0])
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or not messages[-1]["content"]:
+        skipped["whose dialogue does not end in an answer"] += 1
+        return None
+    return messages
+
+
+def dialogue(text: str) -> list[dict]:
+    """HH-RLHF's ``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages.
+
+    >>> dialogue("\\n\\nHuman: Hi\\n\\nAssistant: Hello!")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}]
+    """
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2])]
+
+
 def _pair(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question.strip()}, {"role": "assistant", "content": answer}]
 
@@ -325,6 +351,7 @@ CHATS = {  # hub id, configuration, row -> messages
     "gsm8k": ("openai/gsm8k", "main", _gsm8k_chat),
     "alpaca": ("tatsu-lab/alpaca", None, _instruction_chat("instruction", "input", "output")),
     "dolly": ("databricks/databricks-dolly-15k", None, _instruction_chat("instruction", "context", "response")),
+    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", _dialogue_chat),
 }
 
 

@@ -8,6 +8,7 @@
 * Bits per byte: how well the model still predicts text. Alignment is paid for here.
 * For instructions without a right answer: the perplexity of the reference answers, and ROUGE-L of the model's own
   (Lin 2004).
+* For preferences: how often a reward model, or the implicit reward of a policy, ranks a pair as the judge did.
 
 Beside every accuracy stand the share of answers that were cut off and of those from which no answer could be read: a
 model that does not end, or does not keep the form, is not a model that cannot count.
@@ -15,6 +16,7 @@ model that does not end, or does not keep the form, is not a model that cannot c
     python evaluate.py out/arith/pretrain out/arith/sft out/arith/grpo          # one table over all stages
     python evaluate.py out/gsm8k/sft --data gsm8k --samples 16 --data_dir DIR
     python evaluate.py out/gsm8k/sft --data dolly --data_dir DIR
+    python evaluate.py out/mine/reward out/mine/dpo --data hh-harmless --n 2312 --data_dir DIR
 """
 
 import json
@@ -34,8 +36,11 @@ import tyro
 from tqdm import tqdm
 
 from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
+from dpo import answer_logps
+from preferences import SOURCES, encode_pairs, load_pairs
+from reward import load_reward_model, scores
 from rollout import sample_answers, score
-from runtime.checkpoint import find_checkpoint, write_text
+from runtime.checkpoint import find_checkpoint, load_checkpoint, write_text
 from runtime.config import at_least, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
@@ -51,7 +56,7 @@ class Config:
     """Run folders or checkpoint files, in the order of the table. Default: the stages found in out/arith."""
     data: str = "arith"
     """arith, gsm8k or svamp (accuracy); alpaca or dolly (perplexity, ROUGE-L); tinystories, books, pile or a text
-    file (bits per byte).
+    file (bits per byte); hh-harmless, hh-helpful, ultrafeedback or a .jsonl file (accuracy on pairs).
     """
     data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
     """A local mirror of datasets, looked in before the hub."""
@@ -242,11 +247,47 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
     return {"perplexity": math.exp(nats / count), "rouge_l": rouge / n, "n": len(asked), "cut_off": cut / n}
 
 
+@torch.no_grad()
+def measure_pairs(path: str, config: Config) -> dict:
+    """How often the preferred answer of a test pair gets the higher score. Scores are those of a reward model; or β
+    (log π - log π_ref) of a policy that was trained from a reference (dpo, ipo, kto, and PPO and GRPO too), found
+    through its lineage; or log π per token (simpo, orpo, and models without a reference). A tie counts as wrong.
+    """
+    device, state = pick_device(config.device), load_checkpoint(path)
+    length = state["config"].get("max_length") or state["model_config"]["max_seq_len"]
+    pairs = load_pairs(config.data, "test", config.data_dir, n=config.n)
+    if state["stage"] == "reward":
+        model, tokenizer, _ = load_reward_model(path, device)
+        rows = encode_pairs(pairs, tokenizer, length)
+        chosen, rejected = scores(model, rows)
+    else:
+        model, tokenizer, _ = load_stage(path, device=device)
+        rows = encode_pairs(pairs, tokenizer, length)
+        reference = None
+        if state["stage"] in ("dpo", "ipo", "kto", "ppo", "grpo"):
+            reference, _, _ = load_stage(state["lineage"][-1]["path"], device=device)
+        found = torch.empty(2, len(rows))
+        for first in tqdm(range(0, len(rows), 32), desc="pairs", leave=False):
+            some = range(first, min(first + 32, len(rows)))
+            tokens, mask, _ = rows.batch(some, device)
+            sums, lengths = answer_logps(model, tokens, mask)
+            gains = sums / lengths if reference is None else sums - answer_logps(reference, tokens, mask)[0]
+            found[:, first : first + len(some)] = gains.view(2, -1).cpu()
+        chosen, rejected = found
+    right, n = int((chosen > rejected).sum()), len(rows)
+    low, high = wilson_interval(right, n)
+    return {"accuracy": right / n, "low": low, "high": high, "n": n}
+
+
 def measure(path: str, config: Config) -> dict:
     """Everything that ``config.data`` allows to measure of one checkpoint, as a row of the table."""
     device = pick_device(config.device)
-    model, tokenizer, state = load_stage(path, device=device)
+    state = load_checkpoint(path)
     row = {"stage": state["stage"], "path": str(path), "step": state["step"], "data": config.data}
+    if state["stage"] == "reward" or config.data in SOURCES or config.data.endswith(".jsonl"):
+        with autocast(device, pick_precision(config.precision, device)):
+            return row | measure_pairs(path, config)
+    model, tokenizer, _ = load_stage(path, device=device)
     with autocast(device, pick_precision(config.precision, device)):
         if config.data in ("arith", "gsm8k", "svamp"):
             row |= measure_answers(model, tokenizer, config)
@@ -257,7 +298,7 @@ def measure(path: str, config: Config) -> dict:
         elif config.data in CORPORA or Path(config.data).exists():
             row |= measure_text(model, tokenizer, config)
         else:
-            known = ["arith", "gsm8k", "svamp", *CHATS, *CORPORA]
+            known = ["arith", "gsm8k", "svamp", *CHATS, *CORPORA, *SOURCES]
             raise UserError(f"--data {config.data}: there are {', '.join(dict.fromkeys(known))}, or a text file")
     return row
 
@@ -299,7 +340,9 @@ def main() -> None:
     if any(k < 1 for k in config.ks):
         raise UserError("the k of pass@k starts at 1")
     paths = config.checkpoints or tuple(
-        path for stage in ("pretrain", "sft", "grpo") if find_checkpoint(path := f"out/arith/{stage}").exists()
+        path
+        for stage in ("pretrain", "sft", "dpo", "ppo", "grpo")
+        if find_checkpoint(path := f"out/arith/{stage}").exists()
     )
     if not paths:
         raise UserError("nothing to evaluate: name run folders or checkpoints, or make some with: python pipeline.py")

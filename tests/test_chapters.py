@@ -19,7 +19,7 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "transformer", "moe", "lora", "generate", "arithmetic", "verify", "data", "pretrain",
-    "encoder", "sft", "reward", "dpo", "rollout", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
+    "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]

@@ -1,0 +1,518 @@
+"""PPO: reinforcement learning with a critic, the algorithm that made language models follow instructions.
+
+An answer is a walk: the state is the text so far, the action is the next token, the reward comes at the end. A
+critic, here one more number that the policy's own body computes at every token, learns to foresee that reward; an
+action is good if things turned out better than the critic had foreseen. One step of training (Schulman et al. 2017;
+Ouyang et al. 2022; Huang et al. 2023)::
+
+    r_t = -β (log π_old(t) - log π_ref(t))      at every token: straying from the reference costs
+          + score                               at the last token of the answer: what a verifier or a reward model gives
+    δ_t = r_t + γ V_{t+1} - V_t                 V after the last token is 0: the answer is over
+    A_t = δ_t + γ λ A_{t+1}                     GAE: λ = 1 believes the rewards alone, λ = 0 the critic
+    R_t = A_t + V_t                             what the critic should have said
+    A   ← (A - mean) / std                      over all tokens of the batch; R is made before, of the raw A
+
+    L_policy = - mean min( ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t )               ρ_t = π(t) / π_old(t)
+    L_value  = ½ mean max( (V_t - R_t)², (clip(V_t, V_old,t ± ε_v) - R_t)² )    the worse of the two, as in the policy
+    L = L_policy + c · L_value
+
+The same answers are used for several epochs of minibatches; the clip keeps that honest. In the first minibatch of all,
+nothing has moved yet, so every ρ_t is 1, and we assert it.
+
+Two conventions must not be mixed: here V_t is the value *before* token t+1 is chosen (the stream at column t, which
+has seen the tokens up to t), and the score stands on the answer's last token, its end-of-text if it has one. Columns
+are those of ``token_logps``: column t is about token t+1.
+
+    python ppo.py                                             # reward from the verifier, after sft.py
+    python ppo.py --reward out/arith/reward                   # reward from the reward model
+    python ppo.py --reward out/arith/reward --beta 0          # ... without a leash
+"""
+
+import copy
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from attention import at_least_float32
+from data import encode_prompts, epoch_batch, load_prompts
+from pretrain import learning_rate, make_optimizers, update
+from reward import load_reward_model, real_tokens
+from rollout import Rollout, examine, flat_groups, render, report_start, sample_answers, score, warn
+from runtime import processes
+from runtime.config import RunConfig, at_least, parse
+from runtime.errors import UserError, run_main
+from runtime.run import Run, load_stage, need_checkpoint, start
+from transformer import Transformer, hidden_logps, token_logps
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: Literal["arith", "gsm8k", "svamp"] = "arith"
+    """Where the prompts come from."""
+    n_prompts: int | None = None
+    """Use only so many of them (None: 4096 of arith, all of the others)."""
+    init_from: str = ""
+    """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
+    reward: str = "verifier"
+    """Where the score comes from: "verifier" (verify.py), or the folder of a reward model (reward.py)."""
+    correct_weight: float = 1.0
+    """verifier: reward for the right answer in the strict form. Negative: the policy should unlearn."""
+    format_weight: float = 0.1
+    """verifier: reward for the strict form, whatever the number."""
+    unfinished_penalty: float = 1.0
+    """Taken off the score of an answer that was cut off."""
+    steps: int = 120
+    """Rollouts."""
+    prompts_per_step: int = 256
+    """Prompts of one rollout, over all processes, with one answer each."""
+    max_new_tokens: int = 48
+    """An answer that does not end by then is cut off."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability."""
+    epochs: int = 2
+    """Passes over each rollout."""
+    minibatches: int = 2
+    """Updates in one pass."""
+    micro_batch_size: int = 64
+    """Answers at a time in each process; gradients accumulate."""
+    gamma: float = 1.0
+    """Discount of what comes later."""
+    lam: float = 0.95
+    """GAE's λ."""
+    clip_ratio: float = 0.2
+    """Ratios outside 1 ± clip_ratio are clipped."""
+    clip_value: float = 0.2
+    """Values farther than this from what they were at sampling are clipped."""
+    value_weight: float = 0.1
+    """Weight of the critic's loss."""
+    beta: float = 0.02
+    """Cost of straying from the reference, per nat of KL. 0: no reference is kept."""
+    kl_target: float | None = None
+    """Adapt beta so that the KL of an answer stays near this many nats (Ziegler et al. 2019: 6). None: beta is
+    fixed."""
+    kl_horizon: int = 10_000
+    """Answers after which an adapting beta has changed by at most a factor of e^0.2."""
+    whiten_rewards: bool = False
+    """Divide the tokens' rewards by their standard deviation (lm-human-preferences does, TRL does not)."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    final_lr: float = 0.1
+    """Share of the peak at which the cosine ends."""
+    warmup: int = 5
+    """Rollouts of linear rise."""
+    weight_decay: float = 0.0
+    """Of matrices."""
+    beta2: float = 0.99
+    """AdamW's memory of squared gradients."""
+    clip: float = 1.0
+    """Longest gradient."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more work."""
+    eval_every: int = 20
+    """Rollouts between two examinations on held-out questions, greedy."""
+    eval_prompts: int = 128
+    """Questions of an examination."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class ActorCritic(nn.Module):
+    """A policy, and a value head on the same body. The head starts at zero: the first advantages are the rewards."""
+
+    def __init__(self, backbone: Transformer):
+        super().__init__()
+        self.backbone = backbone
+        self.config = backbone.config
+        self.value = nn.Linear(self.config.d_model, 1).to(backbone.head.weight.device)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """tokens (B, T), mask (B, T-1) -> the log-probabilities of the tokens that count, and the values before them:
+        (B, T-1) each, float32, 0 where the mask is False. One forward pass for both.
+        """
+        hidden = self.backbone.forward_hidden(tokens)  # (B, T, D)
+        logps = hidden_logps(self.backbone, hidden, tokens, temperature, where=mask)
+        head, stream = self.value, at_least_float32(hidden[:, :-1])  # what stands at t has seen up to t
+        values = (stream * head.weight).sum(dim=-1) + head.bias  # (B, T-1); autocast would multiply in 16 bits
+        return logps, values.masked_fill(~mask, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm, as functions of numbers
+
+
+def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, beta: float) -> Tensor:
+    """``-β (log π_old - log π_ref)`` at every token that counts, and the score on the last of them.
+
+    scores (B,), logps, ref_logps and mask (B, C) -> (B, C), 0 where the mask is 0. The mean of the KL's estimate over
+    answers of the policy is the KL; of one token it may be negative.
+
+    >>> token_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -1.0, 0.0]]), torch.tensor([[-2.0, -1.0, 0.0]]),
+    ...               torch.tensor([[1, 1, 0]]), beta=0.1)
+    tensor([[-0.1000,  1.0000,  0.0000]])
+    """
+    counts = mask.to(logps.dtype)
+    rewards = torch.zeros_like(logps) if ref_logps is None else beta * (ref_logps - logps) * counts
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = (column * mask.bool()).amax(dim=1)  # (B,): never a padded column
+    has = mask.bool().any(dim=1)
+    return rewards.scatter_add(1, last[:, None], (scores * has).to(rewards.dtype)[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates (Schulman et al. 2016): ``δ_t = r_t + γ V_{t+1} - V_t``, ``A_t = δ_t + γ λ
+    A_{t+1}``.
+
+    rewards, values, mask: (B, C), each row's tokens that count in one stretch -> advantages and returns A + V, (B, C),
+    without gradient, 0 where the mask is 0. After the last token there is nothing: neither a value nor an advantage
+    of padding flows back.
+
+    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.6]]), torch.ones(1, 2), lam=0.5)
+    (tensor([[0.3000, 0.4000]]), tensor([[0.8000, 1.0000]]))
+    """
+    mask = mask.to(rewards.dtype)
+    rewards, values = rewards.detach() * mask, values.detach() * mask
+    advantages = torch.zeros_like(rewards)
+    following_value = following = torch.zeros_like(rewards[:, 0])  # V and A of the token after
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        following = (delta + gamma * lam * following) * mask[:, t]
+        following_value = values[:, t]
+        advantages[:, t] = following
+    return advantages, (advantages + values) * mask
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Standard deviation 1 over the entries that count, of all processes, and mean 0 (or the mean they had, without
+    ``shift_mean``).
+
+    x, mask: (B, C) -> (B, C), 0 where the mask is 0. The variance is the sample's (ddof = 1), as in TRL and verl.
+    """
+    mask = mask.to(x.dtype)
+    n = processes.sum_over_processes(mask.sum())
+    mean = processes.sum_over_processes((x * mask).sum()) / n.clamp(min=1)
+    variance = processes.sum_over_processes(((x - mean).square() * mask).sum()) / (n - 1).clamp(min=1)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + mean) * mask
+
+
+def ppo_policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """The clipped objective, negated: all (B, C) -> a scalar, the mean over the tokens that count.
+
+    normalizer: the number of tokens of the whole batch, if this is a part of it.
+    """
+    mask = mask.to(logps.dtype)
+    ratio = (logps - old_logps.detach()).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    per_token = -torch.minimum(ratio * advantages, clipped * advantages)  # the worse of the two, whatever A's sign
+    return (per_token * mask).sum() / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """Half the squared error, of the value or of the value clipped to ``old ± clip``, whichever is larger: all (B, C)
+    -> a scalar.
+    """
+    mask = mask.to(values.dtype)
+    old_values = old_values.detach()
+    clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    errors = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * (errors * mask).sum() / (mask.sum().clamp(min=1) if normalizer is None else normalizer)
+
+
+def adapt_beta(beta: float, kl: float, target: float, n_answers: int, horizon: int) -> float:
+    """A proportional controller (Ziegler et al. 2019, section 2.2): the cost rises while the KL of an answer is above
+    its target, by at most a factor 1 + 0.2 · n_answers / horizon at a time.
+
+    >>> round(adapt_beta(0.15, kl=3.0, target=6.0, n_answers=512, horizon=10000), 6)
+    0.148464
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n_answers / horizon)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - var(R - V) / var(R) over the tokens that count: 1 = the critic foresees all, 0 = no better than a
+    constant."""
+    mask = mask.to(torch.float64)
+    moments = [
+        mask,
+        returns * mask,
+        returns.square() * mask,
+        (returns - values) * mask,
+        (returns - values).square() * mask,
+    ]
+    n, r, rr, e, ee = processes.sum_over_processes(torch.stack([m.sum(dtype=torch.float64) for m in moments])).tolist()
+    variance = rr / n - (r / n) ** 2
+    return 1 - (ee / n - (e / n) ** 2) / variance if variance > 1e-12 else 0.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One rollout, and the updates on it
+
+
+@dataclass
+class Batch:
+    """What the updates need of a rollout; (N, C) each but ``tokens`` (N, T), C = T - 1."""
+
+    tokens: Tensor
+    mask: Tensor
+    logps: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+def prepare(
+    run: Run,
+    model: ActorCritic,
+    reference: Transformer | None,
+    rollout: Rollout,
+    scores: Tensor,
+    beta: float,
+    config: Config,
+) -> tuple[Batch, dict]:
+    """Old log-probabilities and values, rewards, advantages and returns of a rollout; and figures, as sums over its
+    answers.
+    """
+    tokens, mask = rollout.tokens, rollout.mask
+    logps, values, ref_logps = torch.zeros(mask.shape), torch.zeros(mask.shape), None
+    logps, values = logps.to(mask.device), values.to(mask.device)
+    ref_logps = torch.zeros_like(logps) if reference is not None else None
+    with torch.no_grad(), run.autocast():
+        for part in torch.arange(len(tokens), device=mask.device).split(config.micro_batch_size):
+            logps[part], values[part] = model(tokens[part], mask[part], config.temperature)
+            if reference is not None:
+                ref_logps[part] = token_logps(reference, tokens[part], config.temperature, where=mask[part])
+    rewards = token_rewards(scores, logps, ref_logps, mask, beta)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    raw, returns = gae(rewards, values, mask, config.gamma, config.lam)  # returns of the raw advantages
+    batch = Batch(tokens, mask, logps, values, whiten(raw, mask), returns)
+    kl = torch.zeros(len(tokens), device=mask.device) if ref_logps is None else ((logps - ref_logps) * mask).sum(dim=1)
+    gap = ((logps - rollout.sampled_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
+    limit = 1e-3 if run.precision == "fp32" else 0.1
+    if not float(gap) < limit:
+        raise AssertionError(f"the policy that trains is not the policy that sampled: {float(gap):.4f} per token")
+    return batch, {"kl_ref": float(kl.sum()), "explained_variance": explained_variance(values, returns, mask)}
+
+
+def minibatch_rows(n: int, minibatches: int, step: int, epoch: int, seed: int) -> list[Tensor]:
+    """The rows of each minibatch, reshuffled in every epoch; a function of its arguments alone."""
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + epoch) % 2**63)
+    return list(torch.randperm(n, generator=generator).tensor_split(minibatches))
+
+
+def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Config, first: bool) -> dict:
+    """The gradients of one minibatch, and its figures. ``first``: nothing has moved since sampling, so every ratio is
+    1."""
+    n_tokens = processes.sum_over_processes(batch.mask[rows].sum()).clamp(min=1)
+    sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "value_clipped", "moved", "strayed"), 0.0)
+    for some in rows.split(config.micro_batch_size):
+        mask = batch.mask[some]
+        width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
+        mask, tokens = mask[:, :width], batch.tokens[some, : width + 1]
+        old, old_values, advantages, returns = (
+            x[some, :width] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
+        )
+        with run.autocast():
+            logps, values = model(tokens, mask, config.temperature)
+        policy = ppo_policy_loss(logps, old, advantages, mask, config.clip_ratio, n_tokens)
+        value = ppo_value_loss(values, old_values, returns, mask, config.clip_value, n_tokens)
+        run.scaler.scale(policy + config.value_weight * value).backward()
+        with torch.no_grad():
+            ratio = (logps - old).exp()
+            outside = torch.where(advantages > 0, ratio > 1 + config.clip_ratio, ratio < 1 - config.clip_ratio)
+            sums["policy_loss"] += float(policy)
+            sums["value_loss"] += float(value)
+            sums["clipped"] += float((outside & mask).sum() / n_tokens)
+            sums["value_clipped"] += float((((values - old_values).abs() > config.clip_value) & mask).sum() / n_tokens)
+            sums["moved"] += float((((ratio - 1) - (logps - old)) * mask).sum() / n_tokens)  # k3 of π_old and π
+            sums["strayed"] += float(((ratio - 1).abs() * mask).sum() / n_tokens)
+    total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    sums = dict(zip(sums, total))
+    if first and not sums["strayed"] < (1e-3 if run.precision == "fp32" else 0.1):
+        raise AssertionError(
+            f"before the first update every ratio is 1, but they differ from it by {sums['strayed']:.4f}"
+        )
+    return sums
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    _, world, _ = processes.setup_processes(config.device)
+    at_least(
+        config, steps=1, prompts_per_step=2, max_new_tokens=1, epochs=1, minibatches=1, micro_batch_size=1, warmup=0
+    )
+    at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, clip=1e-9, beta=0.0)
+    at_least(
+        config, gamma=0.0, lam=0.0, clip_ratio=1e-9, clip_value=1e-9, value_weight=0.0, kl_horizon=1, kl_target=1e-9
+    )
+    if config.prompts_per_step % world:
+        raise UserError(f"prompts_per_step {config.prompts_per_step} cannot be shared evenly by {world} processes")
+    if config.prompts_per_step // world < config.minibatches:
+        raise UserError(f"{config.prompts_per_step} prompts do not make {config.minibatches} minibatches per process")
+    if config.temperature <= 0:
+        raise UserError("temperature must be positive: greedy answers explore nothing")
+    if not (config.gamma <= 1 and config.lam <= 1):
+        raise UserError("gamma and lam end at 1")
+    if config.kl_target is not None and not config.beta:
+        raise UserError("a beta of 0 cannot adapt: give --beta a start, or drop --kl_target")
+
+
+def run(config: Config) -> dict:
+    """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
+    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
+    check(config)
+    need_checkpoint(config.init_from, "python sft.py")
+    if config.reward != "verifier":
+        need_checkpoint(config.reward, "python reward.py")
+    run = start(config, "ppo")
+    policy, tokenizer, state = load_stage(config.init_from, device=run.device)
+    run.descend(state, config.init_from)
+    longest = policy.config.max_seq_len - config.max_new_tokens
+    if longest < 1:
+        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {policy.config.max_seq_len} tokens")
+    judge = None
+    if config.reward != "verifier":
+        judge, other, _ = load_reward_model(config.reward, run.device)
+        judge.requires_grad_(False)
+        if other.state() != tokenizer.state():
+            raise UserError(f"{config.reward} reads other tokens than {config.init_from} writes")
+
+    # Data: prompts with gold answers; held-out ones for the examination.
+    prompts = load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)
+    encoded, prompts = encode_prompts(prompts, tokenizer, longest)
+    held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
+    held_ids, held = encode_prompts(held, tokenizer, longest)
+
+    # The policy with its critic learns; the reference stays what the policy was at the start.
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
+    model = ActorCritic(policy)
+    policy.activation_checkpointing = config.activation_checkpointing
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
+    first = run.resume(model, optimizers)
+    beta = float(run.state["extra"]["beta"]) if run.state and not run.finished else config.beta
+
+    def rollout_of(step: int):
+        """This process's share of the answers of a step, what they earn, and whether they are right and well-formed."""
+        chosen = processes.my_share(epoch_batch(len(encoded), config.prompts_per_step, step, config.seed).tolist())
+        seed = (config.seed * 1_000_000 + step) * 1_000 + processes.rank()
+        ids = [encoded[i] for i in chosen]
+        with run.autocast(), run.eager():
+            rollout = sample_answers(policy, tokenizer, ids, 1, config.max_new_tokens, config.temperature, seed)
+        correct, formed = score(rollout.texts, [prompts[i].gold for i in chosen], rollout.finished)
+        if judge is None:
+            scores = config.correct_weight * correct + config.format_weight * formed
+        else:
+            scores = judged(run, judge, rollout, config.micro_batch_size)
+        scores = scores - config.unfinished_penalty * (~rollout.finished)
+        return rollout, scores, correct, formed, prompts[chosen[0]]
+
+    if not run.finished:
+        run.banner(
+            policy, config.steps, config.prompts_per_step * config.max_new_tokens, policy.config.max_seq_len,
+            "eager (answers change shape every step)",
+            data=f"{config.data}: {len(encoded):,} prompts, {len(held):,} held-out questions",
+            reward=config.reward, starts=config.init_from,
+        )  # fmt: skip
+    if first == 0:
+        rollout, scores, correct, formed, asked = rollout_of(0)
+        flat = float(flat_groups(processes.gather(scores), config.prompts_per_step))
+        report_start(run, rollout, correct, formed, flat, asked)
+        run.evaluation(0, accuracy=examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens))
+    silent = 0
+    for step in run.steps(first, config.steps):
+        # 1. Answers, what they earn, and how that compares with what the critic foresaw.
+        started = time.perf_counter()
+        rollout, scores, correct, formed, asked = rollout_of(step)
+        batch, sums = prepare(run, model, reference, rollout, scores, beta, config)
+        rollout_seconds = time.perf_counter() - started
+
+        # 2. Epochs of minibatches on them.
+        lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
+        updates: list[dict] = []
+        for epoch in range(config.epochs):
+            for rows in minibatch_rows(len(rollout), config.minibatches, step, epoch, config.seed + processes.rank()):
+                figures = learn(run, model, batch, rows.to(run.device), config, first=not updates)
+                updates.append(figures | {"grad_norm": update(run, model, optimizers, lr, config.clip)})
+
+        # 3. What happened.
+        lengths = rollout.mask.sum(dim=1).float()
+        means = torch.stack(
+            [
+                scores.mean(), correct.mean(), formed.mean(), rollout.finished.float().mean(), lengths.mean(),
+                -rollout.sampled_logps.sum() / len(rollout), torch.tensor(sums["kl_ref"] / len(rollout)).to(scores),
+            ]
+        )  # fmt: skip
+        means = (processes.sum_over_processes(means) / processes.world_size()).tolist()
+        names = ("score", "correct", "formatted", "finished", "length", "entropy", "kl_ref")
+        figures = dict(zip(names, means))
+        figures["entropy"] /= figures["length"]  # of an answer, until here; now of a token
+        of_updates = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+        run.log(
+            step, int(figures["length"] * config.prompts_per_step) * config.epochs, always=True,
+            show=("score", "correct"), lr=lr, beta=beta, truncated=1 - figures["finished"], **figures,
+            explained_variance=sums["explained_variance"], policy_loss=of_updates["policy_loss"],
+            value_loss=of_updates["value_loss"], clip_fraction=of_updates["clipped"],
+            value_clip_fraction=of_updates["value_clipped"], kl_old=of_updates["moved"],
+            grad_norm=of_updates["grad_norm"], first_ratio_gap=updates[0]["strayed"],
+            rollout_share=rollout_seconds / (time.perf_counter() - started),
+        )  # fmt: skip
+        if config.kl_target is not None:
+            beta = adapt_beta(beta, figures["kl_ref"], config.kl_target, config.prompts_per_step, config.kl_horizon)
+        flat = bool(flat_groups(processes.gather(scores), config.prompts_per_step))
+        silent = silent + 1 if flat or of_updates["grad_norm"] == 0 else 0
+        warn(run, silent, figures | {"flat_groups": float(flat)}, of_updates["grad_norm"])
+
+        accuracy = None
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            accuracy = examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
+            run.evaluation(step + 1, accuracy=accuracy)
+            run.sample(step + 1, render(asked, rollout, correct, n=1))
+        if accuracy is not None or run.should_save(step, config.steps):
+            run.save(
+                step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False,
+                extra={"beta": beta},
+            )  # fmt: skip
+    accuracy = examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
+    hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
+    return {"accuracy": accuracy}
+
+
+@torch.no_grad()
+def judged(run: Run, judge, rollout: Rollout, size: int) -> Tensor:
+    """The reward model's scores of a rollout's answers, (N,)."""
+    parts = zip(rollout.tokens.split(size), real_tokens(rollout.tokens, rollout.mask).split(size))
+    with run.autocast(), run.eager():
+        return torch.cat([judge(tokens, real) for tokens, real in parts])
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

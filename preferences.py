@@ -1,0 +1,354 @@
+"""Preferences: two answers to one prompt, and which of them was liked better.
+
+A person who cannot write the best answer can still say which of two is better, and that is what most alignment data is:
+``{prompt, chosen, rejected}``. The reward model learns to predict the choice; DPO and its relatives train the policy
+on it directly; KTO needs only single answers, each with a thumb up or down.
+
+The loss of all of them lives in the difference between two answers, so the one thing that must not go wrong is to
+lose it: too long a dialogue is cut at the beginning of its prompt, and the same prompt stands before both answers; a
+pair whose answers are equal, or become equal when a very long answer is cut, teaches nothing and is left out. What is
+left out or cut is counted and said.
+
+An answer becomes a row [prompt | answer, end-of-text | padding], as in ``rollout.py``: column t of ``mask`` is about
+token t+1.
+
+    python preferences.py                                                       # rows of two pairs
+    python preferences.py --data hh-harmless --data_dir DIR --write pairs.jsonl # any source as JSONL, to look at or
+    edit
+"""
+
+import dataclasses
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import arithmetic
+from data import columns, dialogue, read_dataset, report_skipped
+from runtime.checkpoint import write_text
+from runtime.config import parse
+from runtime.errors import UserError, run_main
+from tokenizer import ByteTokenizer, Tokenizer, encode_chat
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where pairs come from
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Messages that end with the user's, the preferred answer, the other one, and, where it is known, what is wrong
+    with that.
+    """
+
+    prompt: tuple[dict, ...]
+    chosen: str
+    rejected: str
+    flaw: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer and a thumb: what KTO learns from."""
+
+    prompt: tuple[dict, ...]
+    answer: str
+    desirable: bool
+
+
+SOURCES = {  # hub id, configuration, split for training, split for the test
+    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "train", "test"),
+    "hh-helpful": ("Anthropic/hh-rlhf", "helpful-base", "train", "test"),
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs"),
+}
+
+
+def load_pairs(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Pair]:
+    """At most ``n`` pairs of "arith", of a name in SOURCES, or of a ``.jsonl`` file with the columns prompt, chosen and
+    rejected.
+
+    split: "train", "validation" (every 50th row of the training split; of arith, held-out questions) or "test" (of
+    arith, other held-out questions; a file has none of its own and gives its validation rows).
+    """
+    if name == "arith":
+        heldout = split != "train"
+        found = arithmetic.preference_pairs(n or (512 if heldout else 2048), split if heldout else f"{seed}", heldout)
+        return [Pair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["flaw"]) for row in found]
+    skipped, pairs = Counter(), []
+    for row in itertools.islice(_rows(name, split, data_dir), n):
+        pair = _read_pair(row, name, skipped)
+        if pair is not None:
+            pairs.append(pair)
+    report_skipped(skipped, f"{split} pairs of {name}")
+    if not pairs:
+        raise UserError(f"{name} ({split}) has no usable pair")
+    return pairs
+
+
+def load_judged(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Judged]:
+    """Single answers with a thumb, in random order: both answers of each of ``n`` pairs, or the rows of a ``.jsonl``
+    file with the columns prompt, completion and label.
+    """
+    if has_labels(name):
+        skipped, judged = Counter(), []
+        for row in itertools.islice(_rows(name, split, data_dir), n):
+            prompt, answer, label = columns(row, ["prompt", "completion", "label"], name)
+            messages, text = _messages(prompt), _text(answer)
+            if not text:
+                skipped["with an empty answer"] += 1
+            elif not isinstance(label, (bool, int)) or label not in (0, 1):
+                skipped["with a label that is neither true nor false"] += 1
+            else:
+                judged.append(Judged(messages, text, bool(label)))
+        report_skipped(skipped, f"{split} answers of {name}")
+        if not judged:
+            raise UserError(f"{name} ({split}) has no usable answer")
+    else:
+        pairs = load_pairs(name, split, data_dir, seed, n)
+        judged = [Judged(pair.prompt, pair.chosen, True) for pair in pairs]
+        judged += [Judged(pair.prompt, pair.rejected, False) for pair in pairs]
+    random.Random(f"judged {seed}").shuffle(judged)
+    return judged
+
+
+def has_labels(name: str) -> bool:
+    """Is this a file of single answers with thumbs?"""
+    return name.endswith(".jsonl") and "label" in next(_lines(name), {})
+
+
+def _rows(name: str, split: str, data_dir: str):
+    if name.endswith(".jsonl"):
+        rows, own = _lines(name), False
+    elif name in SOURCES:
+        hub_id, config, train, test = SOURCES[name]
+        rows, own = read_dataset(hub_id, config, test if split == "test" else train, data_dir), split == "test"
+    else:
+        raise UserError(f"--data {name}: no pairs called so; there are arith, {', '.join(SOURCES)}, or a .jsonl file")
+    return rows if own else (row for i, row in enumerate(rows) if (i % 50 == 0) == (split != "train"))
+
+
+def _lines(path: str):
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not JSON, or cut off ({error.msg})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not an object with named columns")
+                yield row
+
+
+def _read_pair(row: dict, name: str, skipped: Counter) -> Pair | None:
+    """A row of any source as a pair, or None, with the reason counted.
+
+    HH-RLHF writes two whole dialogues, equal up to the last answer; UltraFeedback writes them as messages.
+    """
+    if "prompt" not in row and isinstance(row.get("chosen"), str):
+        chosen, rejected = (dialogue(text) for text in columns(row, ["chosen", "rejected"], name))
+        for messages in (chosen, rejected):
+            if len(messages) < 2 or messages[-1]["role"] != "assistant":
+                skipped["whose dialogue does not end in an answer"] += 1
+                return None
+        if chosen[:-1] != rejected[:-1]:
+            skipped["whose answers have different prompts"] += 1
+            return None
+        prompt, better, worse = tuple(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
+    else:
+        before, better, worse = columns(row, ["prompt", "chosen", "rejected"], name)
+        prompt, better, worse = _messages(before), _text(better), _text(worse)
+    if not better or not worse:
+        skipped["with an empty answer"] += 1
+    elif better == worse:
+        skipped["with two equal answers"] += 1
+    elif not any(message["content"] for message in prompt):
+        skipped["without a prompt"] += 1
+    else:
+        return Pair(prompt, better, worse, str(row.get("flaw", "")))
+    return None
+
+
+def _messages(prompt) -> tuple[dict, ...]:
+    if isinstance(prompt, list):
+        return tuple({"role": m["role"], "content": m["content"].strip()} for m in prompt)
+    return ({"role": "user", "content": str(prompt or "").strip()},)
+
+
+def _text(answer) -> str:
+    """A text, or the last of a list of messages."""
+    return str((answer[-1]["content"] if isinstance(answer, list) and answer else answer) or "").strip()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows of tokens
+
+
+@dataclass
+class PairRows:
+    """Encoded pairs: three lists of ids each. Both answers of a pair follow the very same prompt."""
+
+    prompts: list[list[int]]
+    chosen: list[list[int]]
+    rejected: list[list[int]]
+    pairs: list[Pair]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor, Tensor]:
+        """``lay_out`` of b pairs as 2b rows: first all chosen answers, then all rejected ones."""
+        answers = [self.chosen[i] for i in rows] + [self.rejected[i] for i in rows]
+        return lay_out([self.prompts[i] for i in rows] * 2, answers, self.pad_id, device)
+
+
+@dataclass
+class JudgedRows:
+    """Encoded single answers, and which of them are desirable."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    desirable: Tensor  # (N,) boolean
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor, Tensor]:
+        return lay_out([self.prompts[i] for i in rows], [self.answers[i] for i in rows], self.pad_id, device)
+
+    def mismatched(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same prompts, each with the answer of the row before it in the whole data: answers to other questions."""
+        answers = [self.answers[i - 1] for i in rows]  # row 0 takes the last one's
+        return lay_out([self.prompts[i] for i in rows], answers, self.pad_id, device)
+
+
+def lay_out(
+    prompts: Sequence[list[int]], answers: Sequence[list[int]], pad_id: int, device=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [prompt | answer | padding]: tokens (N, T); mask (N, T-1) boolean, is token t+1 of the answer?; real (N, T)
+    boolean, is it a token at all?
+    """
+    T = max(len(p) + len(a) for p, a in zip(prompts, answers))
+    tokens = torch.full((len(prompts), T), pad_id)
+    starts = torch.tensor([len(p) for p in prompts])[:, None]
+    ends = starts + torch.tensor([len(a) for a in answers])[:, None]
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        tokens[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+    column = torch.arange(T)
+    mask = (column >= starts) & (column < ends)  # about the token itself; shifted below
+    return tokens.to(device), mask[:, 1:].to(device), (column < ends).to(device)
+
+
+def fit(prompt: list[int], answers: Sequence[list[int]], length: int) -> tuple[list[int], list[list[int]]]:
+    """A prompt and the answers to it, cut to at most ``length`` tokens together.
+
+    The prompt loses its beginning, as far as it must and down to a quarter of the length; only then do answers lose
+    their end.
+
+    >>> fit([1, 2, 3, 4, 5, 6], [[7, 8, 9], [7, 8]], length=8)
+    ([2, 3, 4, 5, 6], [[7, 8, 9], [7, 8]])
+    """
+    room = max(length - max(map(len, answers)), length // 4)
+    prompt = prompt[-room:]
+    return prompt, [answer[: length - len(prompt)] for answer in answers]
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> PairRows:
+    """Pairs as ids, at most ``length`` in a row. Pairs whose answers a cut makes identical are left out, and
+    counted."""
+    rows, cut = PairRows([], [], [], [], tokenizer.pad_id), Counter()
+    for pair in pairs:
+        prompt = encode_chat(tokenizer, pair.prompt, add_generation_prompt=True)[0]
+        answers = [tokenizer.encode(text) + [tokenizer.eot_id] for text in (pair.chosen, pair.rejected)]
+        kept, (chosen, rejected) = fit(prompt, answers, length)
+        if chosen == rejected:
+            cut["identical after truncation (left out)"] += 1
+            continue
+        cut["with the beginning of the prompt cut"] += len(kept) < len(prompt)
+        cut["with the end of an answer cut"] += [chosen, rejected] != answers
+        rows.prompts.append(kept)
+        rows.chosen.append(chosen)
+        rows.rejected.append(rejected)
+        rows.pairs.append(pair)
+    _report_cut(cut, len(pairs), length, "pairs")
+    if not len(rows):
+        raise UserError(f"no pair is left at a length of {length} tokens: use a longer --max_length")
+    return rows
+
+
+def encode_judged(judged: Sequence[Judged], tokenizer: Tokenizer, length: int) -> JudgedRows:
+    """Single answers as ids, at most ``length`` in a row."""
+    rows, cut = JudgedRows([], [], torch.tensor([one.desirable for one in judged]), tokenizer.pad_id), Counter()
+    for one in judged:
+        prompt = encode_chat(tokenizer, one.prompt, add_generation_prompt=True)[0]
+        whole = tokenizer.encode(one.answer) + [tokenizer.eot_id]
+        kept, (answer,) = fit(prompt, [whole], length)
+        cut["with the beginning of the prompt cut"] += len(kept) < len(prompt)
+        cut["with the end of the answer cut"] += answer != whole
+        rows.prompts.append(kept)
+        rows.answers.append(answer)
+    _report_cut(cut, len(judged), length, "answers")
+    return rows
+
+
+def _report_cut(cut: Counter, n: int, length: int, what: str) -> None:
+    cut = +cut  # without the zeros
+    if cut:
+        print(f"of {n} {what} at {length} tokens: " + ", ".join(f"{count} {why}" for why, count in cut.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Looking at them
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "arith"
+    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which part."""
+    data_dir: str = ""
+    """A local mirror of datasets, looked in before the hub."""
+    n: int | None = None
+    """At most so many."""
+    seed: int = 0
+    """Of the embedded pairs."""
+    write: str = ""
+    """Write them to this JSONL file."""
+
+
+def main() -> None:
+    config = parse(Config)
+    pairs = load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
+    if config.write:
+        text = "".join(json.dumps(dataclasses.asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
+        write_text(Path(config.write), text)
+        print(f"{len(pairs):,} pairs in {config.write}")
+        return
+    print(f"{len(pairs):,} pairs of {config.data}, {config.split}; the first three:")
+    for pair in pairs[:3]:
+        said = "\n".join(f"  {m['role']}: {m['content']}" for m in pair.prompt)
+        print(f"{said}\n  chosen:   {pair.chosen}\n  rejected: {pair.rejected}" + f"  ({pair.flaw})" * bool(pair.flaw))
+    demo = ByteTokenizer()
+    pair = Pair(({"role": "user", "content": "2+3?"},), "5", "23")
+    tokens, mask, real = encode_pairs([pair], demo, 20).batch([0])
+    print("\na pair as two rows; 1 = a token of the answer, whose log-probability counts")
+    for name, row, counts, exists in zip(("chosen", "rejected"), tokens, mask, real):
+        print(f"  {name}")
+        for t, token in enumerate(row.tolist()):
+            score = int(counts[t - 1]) if t else 0
+            print(f"    {demo.decode([token])!r:18} {score}" + ("" if exists[t] else "  padding"))
+
+
+if __name__ == "__main__":
+    run_main(main)

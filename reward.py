@@ -1,0 +1,351 @@
+"""The reward model: a number for every answer, learned from comparisons.
+
+A person cannot say how good an answer is on a scale that others share, but can say which of two is better. Bradley and
+Terry (1952) turn one into the other: give each answer a score r, and let the chance that it is preferred be the
+sigmoid of the difference (Ouyang et al. 2022, InstructGPT, eq. 1)::
+
+    P(chosen ≻ rejected) = σ(r_chosen - r_rejected)
+    L = - mean log σ(r_chosen - r_rejected - margin)  +  center · mean (r_chosen + r_rejected)²
+
+Only differences count, so the scores may drift together: ``center`` pulls them to zero (Eisenstein et al. 2023), and
+after training we shift and scale the head so that answers of the starting policy have mean 0 and variance 1 (Stiennon
+et al. 2020). ``margin`` asks for more distance where the judge was more certain (Touvron et al. 2023, Llama 2, eq.
+2).
+
+The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number, read at the
+last real token, which has seen the whole answer. "Last real" by the mask, never by position -1, where padding may
+stand, nor by looking for the padding's id, which a text may contain.
+
+    python reward.py                                                    # the embedded pairs, after sft.py
+    python reward.py --data hh-harmless --init_from out/mine/sft --data_dir DIR     # HH-RLHF, harmless-base
+"""
+
+import math
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from attention import at_least_float32
+from data import epoch_batch
+from preferences import PairRows, encode_pairs, load_pairs
+from pretrain import check_batch, learning_rate, make_optimizers, update
+from rollout import sample_answers
+from runtime import processes
+from runtime.config import RunConfig, at_least, parse
+from runtime.errors import UserError, run_main
+from runtime.run import Run, load_stage, load_weights, need_checkpoint, start
+from tokenizer import Tokenizer
+from transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "arith"
+    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen, rejected."""
+    n_pairs: int | None = None
+    """Use only so many (None: 2048 of arith, all of the others)."""
+    init_from: str = ""
+    """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
+    max_length: int = 256
+    """Tokens of a row; a longer one loses the beginning of its prompt."""
+    batch_size: int = 16
+    """Pairs of one step, over all processes."""
+    micro_batch_size: int = 0
+    """Pairs at a time in each process; gradients accumulate (0: all at once)."""
+    epochs: float = 2.0
+    """Passes over the pairs."""
+    margin: float = 0.0
+    """Distance that the scores of a pair should keep."""
+    center: float = 0.0
+    """Weight of the pull of the scores to zero (Eisenstein et al.: 0.01)."""
+    normalize_on: int = 128
+    """Answers of the starting policy whose scores get mean 0 and variance 1 at the end (0: leave the scores as they
+    are).
+    """
+    max_new_tokens: int = 48
+    """Length of those answers at most."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    final_lr: float = 0.0
+    """Share of the peak at which the cosine ends."""
+    warmup: int = 20
+    """Steps of linear rise."""
+    weight_decay: float = 0.01
+    """Of matrices."""
+    clip: float = 1.0
+    """Longest gradient."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more work."""
+    eval_every: int = 50
+    """Steps between two validations."""
+    eval_pairs: int = 512
+    """Held-out pairs of a validation."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model and its loss
+
+
+class RewardModel(nn.Module):
+    """A body with ``forward_hidden(tokens, mask) -> (B, T, D)`` and a linear head: one score for each row."""
+
+    def __init__(self, backbone: Transformer):
+        super().__init__()
+        self.backbone = backbone
+        self.config = backbone.config
+        if not self.config.tie_embeddings:
+            backbone.head.requires_grad_(False)  # the words are not asked for
+        d = self.config.d_model
+        self.score = nn.Linear(d, 1).to(backbone.head.weight.device)
+        nn.init.normal_(self.score.weight, std=1 / math.sqrt(d + 1))  # scores of about unit size (Ziegler et al. 2019)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, T), mask (B, T) with 1 = a real token, padding on either side -> scores (B,), float32."""
+        hidden = self.backbone.forward_hidden(tokens, mask=None if _right_padded(mask) else mask)  # (B, T, D)
+        last = last_real(mask)  # (B,)
+        ends = at_least_float32(hidden[torch.arange(len(tokens), device=tokens.device), last])  # (B, D)
+        return (ends * self.score.weight).sum(dim=1) + self.score.bias  # autocast would multiply in 16 bits
+
+    @torch.no_grad()
+    def normalize(self, mean: float, std: float) -> None:
+        """Shift and scale the head so that scores with this mean and standard deviation become 0 and 1."""
+        self.score.weight.div_(std)
+        self.score.bias.sub_(mean).div_(std)
+
+
+def last_real(mask: Tensor) -> Tensor:
+    """(B, T) -> (B,): the column of the last 1 of each row. A row without one is a ValueError.
+
+    >>> last_real(torch.tensor([[1, 1, 0], [0, 1, 1], [0, 1, 0]]))
+    tensor([1, 2, 1])
+    """
+    mask = mask.bool()
+    if not bool(mask.any(dim=1).all()):
+        raise ValueError("a row without a real token has no score")
+    return (torch.arange(mask.shape[1], device=mask.device) * mask).amax(dim=1)
+
+
+def _right_padded(mask: Tensor) -> bool:
+    """Then no real token can see padding, and the plain causal mask is enough."""
+    mask = mask.bool()
+    return not bool((mask[:, 1:] & ~mask[:, :-1]).any())
+
+
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, center: float = 0.0) -> Tensor:
+    """``-mean log σ(r_c - r_r - margin) + center · mean (r_c + r_r)²``: two (B,) -> a scalar.
+
+    >>> bradley_terry_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+    tensor(0.5032)
+    """
+    loss = -F.logsigmoid(chosen - rejected - margin).mean()
+    return loss + center * (chosen + rejected).square().mean() if center else loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it has learned
+
+
+@torch.no_grad()
+def scores(model: RewardModel, rows: PairRows, batch: int = 64) -> tuple[Tensor, Tensor]:
+    """Scores of all chosen and of all rejected answers, (N,) each, on the CPU."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows.prompts[i]) + len(rows.chosen[i]))  # less padding
+    out = torch.empty(2, len(rows))
+    for first in range(0, len(order), batch):
+        some = order[first : first + batch]
+        tokens, _, real = rows.batch(some, model.score.weight.device)
+        out[:, some] = model(tokens, real).view(2, -1).cpu()
+    return out[0], out[1]
+
+
+def calibration(margins: Tensor, bins: int = 5) -> tuple[float, list[tuple[float, float, int]]]:
+    """Does σ(margin) mean what it says? Expected calibration error, and for each bin the mean predicted probability
+    of the answer that the model prefers, how often that one was preferred, and the number of pairs.
+
+    margins: r_chosen - r_rejected, (N,). Predictions lie between 0.5 and 1; ``bins`` of equal width.
+
+    >>> round(calibration(torch.tensor([2.0, 2.0, 2.0, -2.0]))[0], 3)  # says 0.88, and is right three times of four
+    0.131
+    """
+    sure = margins.abs().sigmoid()  # (N,)
+    right = (margins > 0).float()
+    place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    table, error = [], 0.0
+    for b in range(bins):
+        here = place == b
+        if here.any():
+            predicted, observed = float(sure[here].mean()), float(right[here].mean())
+            table.append((predicted, observed, int(here.sum())))
+            error += abs(predicted - observed) * int(here.sum()) / len(margins)
+    return error, table
+
+
+def judge(chosen: Tensor, rejected: Tensor, margin: float = 0.0, center: float = 0.0) -> dict:
+    """Figures of held-out pairs. A tie counts as wrong."""
+    return {
+        "val_loss": float(bradley_terry_loss(chosen, rejected, margin, center)),
+        "val_accuracy": float((chosen > rejected).float().mean()),
+        "val_margin": float((chosen - rejected).mean()),
+        "val_calibration_error": calibration(chosen - rejected)[0],
+    }
+
+
+def report(rows: PairRows, chosen: Tensor, rejected: Tensor) -> str:
+    """What a score depends on: which flaws it sees, whether it means its probabilities, and what length does to it."""
+    right = (chosen > rejected).float()
+    lines = []
+    for flaw in sorted({pair.flaw for pair in rows.pairs} - {""}):
+        here = torch.tensor([pair.flaw == flaw for pair in rows.pairs])
+        lines.append(
+            f"flaw {flaw!r}: accuracy {right[here].mean():.3f}, a right answer scores {chosen[here].mean():+.2f}, "
+            f"the flawed one {rejected[here].mean():+.2f} ({int(here.sum())} pairs)"
+        )
+    error, table = calibration(chosen - rejected)
+    cells = ", ".join(f"says {p:.2f} is {o:.2f} ({n})" for p, o, n in table)
+    lines.append(f"calibration: {cells}; expected error {error:.3f}")
+    n_chosen, n_rejected = (torch.tensor([len(a) for a in answers]).float() for answers in (rows.chosen, rows.rejected))
+    lengths, every = torch.cat([n_chosen, n_rejected]), torch.cat([chosen, rejected])
+    if lengths.std() > 0 and every.std() > 0:
+        correlation = float(torch.corrcoef(torch.stack([lengths, every]))[0, 1])
+        lines.append(f"length: correlation of score and number of tokens {correlation:+.3f}")
+    for name, here in {
+        "shorter": n_chosen < n_rejected, "as long": n_chosen == n_rejected, "longer": n_chosen > n_rejected
+    }.items():  # fmt: skip
+        if here.any():
+            lines.append(f"  accuracy where the better answer is {name}: {right[here].mean():.3f} ({int(here.sum())})")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def normalize(run: Run, model: RewardModel, policy: Transformer, tokenizer: Tokenizer, rows: PairRows, config: Config):
+    """Mean 0 and variance 1 on answers of the starting policy to prompts of the training pairs."""
+    found, prompts = [], prompts_with_room(policy, rows, config)
+    for first in range(0, len(prompts), 64):
+        some = prompts[first : first + 64]
+        with run.autocast(), run.eager():
+            rollout = sample_answers(policy, tokenizer, some, 1, config.max_new_tokens, 1.0, config.seed + first)
+            found.append(model(rollout.tokens, real_tokens(rollout.tokens, rollout.mask)).cpu())
+    found = torch.cat(found)
+    model.normalize(float(found.mean()), float(found.std().clamp(min=1e-6)))
+    return float(found.mean()), float(found.std())
+
+
+def prompts_with_room(policy: Transformer, rows: PairRows, config: Config) -> list[list[int]]:
+    longest = policy.config.max_seq_len - config.max_new_tokens
+    prompts = [prompt for prompt in rows.prompts if len(prompt) <= longest][: config.normalize_on]
+    if config.normalize_on and len(prompts) < 2:
+        raise UserError("normalize_on needs at least two prompts that leave room for an answer: lower --max_new_tokens")
+    return prompts
+
+
+def real_tokens(tokens: Tensor, mask: Tensor) -> Tensor:
+    """(N, T) boolean of rows [prompt | answer | padding] whose answers ``mask`` (N, T-1) marks: all up to the last."""
+    return torch.arange(tokens.shape[1], device=tokens.device) <= last_real(mask)[:, None] + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def load_reward_model(path: str, device="cpu") -> tuple[RewardModel, Tokenizer, dict]:
+    """(model, tokenizer, state) of a checkpoint that this chapter wrote."""
+    backbone, tokenizer, state = load_stage(path, "python reward.py", device, scores=True)
+    if state["stage"] != "reward":
+        raise UserError(f"{path} holds a {state['stage']} model, not a reward model; make one with: python reward.py")
+    model = RewardModel(backbone)
+    load_weights(model, state["model"], path)
+    return model, tokenizer, state
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    at_least(config, n_pairs=1, max_length=8, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
+    at_least(config, eval_pairs=1, margin=0.0, center=0.0, normalize_on=0, max_new_tokens=1)
+    check_batch(config.batch_size, config.micro_batch_size, config.device)
+
+
+def run(config: Config) -> dict:
+    """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
+    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
+    check(config)
+    need_checkpoint(config.init_from, "python sft.py")
+    run = start(config, "reward")
+    policy, tokenizer, state = load_stage(config.init_from, device=run.device)
+    if config.max_length > policy.config.max_seq_len:
+        raise UserError(f"max_length {config.max_length} is more than the context of {policy.config.max_seq_len}")
+    run.descend(state, config.init_from)
+
+    # Data: pairs as rows of tokens.
+    pairs = load_pairs(config.data, "train", config.data_dir, config.seed, config.n_pairs)
+    rows = encode_pairs(pairs, tokenizer, config.max_length)
+    prompts_with_room(policy, rows, config)
+    held = load_pairs(config.data, "validation", config.data_dir, config.seed)[: config.eval_pairs]
+    held = encode_pairs(held, tokenizer, config.max_length)
+    steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
+
+    # The policy's body under a new head.
+    torch.manual_seed(config.seed)
+    backbone, _, _ = load_stage(config.init_from, device=run.device)
+    model = RewardModel(backbone)
+    backbone.activation_checkpointing = config.activation_checkpointing
+    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    first = run.resume(model, optimizers)
+    if not run.finished:
+        run.banner(
+            backbone, steps, 2 * config.batch_size * config.max_length, config.max_length,
+            "eager (rows differ in length)", starts=config.init_from,
+            data=f"{config.data}: {len(rows):,} pairs, {len(held):,} held out",
+        )  # fmt: skip
+
+    def held_scores() -> tuple[Tensor, Tensor]:
+        with run.autocast(), run.eager():
+            return scores(model, held)
+
+    for step in run.steps(first, steps):
+        chosen_rows = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed)).tolist()
+        loss = accuracy = margin = 0.0
+        size, n_tokens = config.micro_batch_size or len(chosen_rows), 0
+        for some in (chosen_rows[i : i + size] for i in range(0, len(chosen_rows), size)):
+            tokens, _, real = rows.batch(some, run.device)  # (2b, T): chosen above rejected
+            with run.autocast():
+                chosen, rejected = model(tokens, real).chunk(2)  # (b,) each
+            part = bradley_terry_loss(chosen, rejected, config.margin, config.center) * len(some) / config.batch_size
+            run.scaler.scale(part).backward()
+            loss += float(part.detach())
+            accuracy += float((chosen > rejected).sum()) / config.batch_size
+            margin += float((chosen - rejected).detach().sum()) / config.batch_size
+            n_tokens += int(real.sum())
+        lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
+        norm = update(run, model, optimizers, lr, config.clip)
+        figures = torch.tensor([loss, accuracy, margin, n_tokens], dtype=torch.float64)
+        loss, accuracy, margin, n_tokens = processes.sum_over_processes(figures).tolist()
+        run.log(
+            step, int(n_tokens), show=("loss", "accuracy"), loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm,
+            lr=lr,
+        )  # fmt: skip
+
+        figures = {}
+        last = step + 1 == steps
+        if (step + 1) % config.eval_every == 0 or last:
+            figures = judge(*held_scores(), config.margin, config.center)
+            run.evaluation(step + 1, **figures)
+        if last and config.normalize_on:
+            mean, std = normalize(run, model, policy, tokenizer, rows, config)
+            run.print(f"scores of the starting policy's answers had mean {mean:.2f}, std {std:.2f}; now 0 and 1")
+        if last:
+            run.sample(steps, report(held, *held_scores()))
+        if figures or run.should_save(step, steps):
+            metric = figures.get("val_accuracy")
+            run.save(step, steps, model, optimizers, tokenizer, metric=metric, lower_is_better=False)
+    figures = judge(*held_scores(), config.margin, config.center)
+    run.print(report(held, *held_scores()))
+    run.close(f"held-out accuracy {figures['val_accuracy']:.3f}", next_command=f"python ppo.py --reward {run.folder}")
+    return figures
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

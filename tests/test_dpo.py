@@ -1,0 +1,468 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import load_json, load_npz
+from tiny import llama_tiny, tiny_pretrain, tiny_sft
+
+import dpo
+import pretrain
+import sft
+from dpo import (
+    Config,
+    answer_logps,
+    batch_kl,
+    dpo_loss,
+    ipo_loss,
+    kto_loss,
+    log1mexp,
+    orpo_loss,
+    pair_loss,
+    reference_logps,
+    simpo_loss,
+)
+from preferences import Pair, encode_judged, encode_pairs, load_judged, load_pairs
+from runtime.checkpoint import load_checkpoint
+from runtime.errors import UserError
+from runtime.run import start
+from tokenizer import ByteTokenizer
+from transformer import ModelConfig, Transformer
+
+DPO, KTO, ODDS, E2E = (load_npz(name) for name in ("trl_dpo", "trl_kto", "trl_orpo_simpo", "dpo_e2e_llama"))
+DPO_CASES = {case["name"]: case for case in load_json("trl_dpo.meta.json")["cases"]}
+KTO_CASES = [case for case in load_json("trl_kto.meta.json")["cases"] if case["loss_type"] == "kto"]
+ODDS_CASES = {case["name"]: case for case in load_json("trl_orpo_simpo.meta.json")["cases"]}
+
+
+def sums(logps, average=False):
+    """TRL's rows 0-2 are chosen, 3-5 rejected: summed (or mean) log-probabilities of the completions."""
+    mask = DPO["completion_mask"][:, 1:]
+    total = (logps * mask).sum(1)
+    return (total / mask.sum(1) if average else total).chunk(2)
+
+
+@pytest.mark.parametrize("name", ["sigmoid_b0.1", "sigmoid_b0.5", "ipo_b0.1", "ipo_b0.5", "sigmoid_norm_b0.5"])
+def test_dpo_and_ipo_are_those_of_trl(name):
+    case = DPO_CASES[name]
+    logps = DPO["logps"].clone().requires_grad_()
+    average = case["loss_types"][0] in ("ipo", "sigmoid_norm")
+    loss_of = ipo_loss if case["loss_types"] == ["ipo"] else dpo_loss
+    loss = loss_of(*sums(logps, average), *sums(DPO["ref_logps"], average), case["beta"])
+    assert loss.shape == ()
+    loss.backward()
+    torch.testing.assert_close(loss, DPO[f"{name}::loss"], rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(logps.grad, DPO[f"{name}::grad"], rtol=1e-7, atol=1e-10)
+
+
+def test_label_smoothing_against_trls_robust_form():
+    """TRL ignores label smoothing in "sigmoid". Its "robust" is [-(1-ε) logσ(x) + ε logσ(-x)] / (1 - 2ε), from which
+    the conservative form follows with the sign of its second term turned: checked against both cases."""
+    policy, ref = sums(DPO["logps"]), sums(DPO["ref_logps"])
+    plain = dpo_loss(*policy, *ref, 0.1)
+    flipped = dpo_loss(policy[1], policy[0], ref[1], ref[0], 0.1)
+    robust = (0.9 * plain - 0.1 * flipped) / 0.8
+    torch.testing.assert_close(robust, DPO["robust_ls0.1::loss"], rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(dpo_loss(*policy, *ref, 0.1, label_smoothing=0.1), 0.9 * plain + 0.1 * flipped)
+
+
+def test_dpo_by_hand():
+    one = torch.tensor([-10.0, -5.0], dtype=torch.float64)
+    two = torch.tensor([-12.0, -4.0], dtype=torch.float64)
+    ref = torch.tensor([-11.0, -4.5], dtype=torch.float64), torch.tensor([-11.0, -4.5], dtype=torch.float64)
+    # δ = (1 - (-1)) = 2 and (-0.5 - 0.5) = -1
+    expected = (math.log(1 + math.exp(-0.5 * 2)) + math.log(1 + math.exp(0.5))) / 2
+    assert float(dpo_loss(one, two, *ref, beta=0.5)) == pytest.approx(expected)
+    assert float(ipo_loss(one, two, *ref, beta=0.5)) == pytest.approx(((2 - 1) ** 2 + (-1 - 1) ** 2) / 2)
+    assert float(dpo_loss(one, one, one, one)) == pytest.approx(math.log(2))
+
+
+def test_gradient_of_dpo_is_that_of_its_paper():
+    """-β σ(-β δ) / B on the chosen, the same with the other sign on the rejected answer."""
+    values = [torch.randn(4, dtype=torch.float64, requires_grad=i < 2) for i in range(4)]
+    dpo_loss(*values, beta=0.3).backward()
+    delta = (values[0] - values[2] - values[1] + values[3]).detach()
+    torch.testing.assert_close(values[0].grad, -0.3 * torch.sigmoid(-0.3 * delta) / 4)
+    torch.testing.assert_close(values[1].grad, -values[0].grad)
+
+
+@pytest.mark.parametrize("case", KTO_CASES, ids=lambda case: case["name"])
+def test_kto_is_that_of_trl(case):
+    name, mask = case["name"], KTO["completion_mask"][:, 1:]
+    logps = KTO["logps"].clone().requires_grad_()
+    other = (KTO[f"{name}::KL_logps"] - KTO[f"{name}::KL_ref_logps"]) * KTO["KL_completion_mask"][:, 1:]
+    loss = kto_loss(
+        (logps * mask).sum(1), (KTO["ref_logps"] * mask).sum(1), KTO[f"{name}::labels"], other.sum(1).mean(),
+        case["beta"], case["desirable_weight"], case["undesirable_weight"],
+    )  # fmt: skip
+    assert loss.shape == ()
+    loss.backward()
+    torch.testing.assert_close(loss, KTO[f"{name}::loss"], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(logps.grad, KTO[f"{name}::grad"], rtol=1e-6, atol=1e-8)
+
+
+def test_kto_by_hand_and_without_gradient_through_the_kl():
+    policy = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    ref, desirable = torch.zeros(3, dtype=torch.float64), torch.tensor([True, False, True])
+    kl = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    expected = ((1 - sigmoid(0.7)) + 2 * (1 - sigmoid(-1.7)) + (1 - sigmoid(0.2))) / 3
+    loss = kto_loss(policy, ref, desirable, kl, beta=1.0, undesirable_weight=2.0)
+    assert float(loss.detach()) == pytest.approx(expected)
+    loss.backward()
+    assert kl.grad is None
+    policy = policy.detach()
+    negative = kto_loss(policy, ref, desirable, torch.tensor(-5.0), beta=1.0)
+    assert float(negative) == pytest.approx(float(kto_loss(policy, ref, desirable, torch.tensor(0.0), beta=1.0)))
+
+
+def averages(prefix: str, logits):
+    """Mean log-probability of the completion's tokens, and TRL's NLL of the whole row, from its logits."""
+    labels = ODDS[f"{prefix}_labels"][:, 1:]
+    logps = logits[:, :-1].log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    mask = labels != -100
+    ids, real = ODDS[f"{prefix}_input_ids"][:, 1:], ODDS[f"{prefix}_attention_mask"][:, 1:].bool()
+    whole = logits[:, :-1].log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    return (logps * mask).sum(1) / mask.sum(1), -(whole * real).sum() / real.sum()
+
+
+@pytest.mark.parametrize("name", ["orpo_b0.1", "orpo_b1.0", "simpo_pure", "simpo_trl_default_b0.1_g0.5"])
+def test_orpo_and_simpo_are_those_of_trl(name):
+    case, logits = ODDS_CASES[name], ODDS["logits"].clone().requires_grad_()
+    chosen, nll = averages("chosen", logits[:3])
+    rejected, _ = averages("rejected", logits[3:])
+    torch.testing.assert_close(chosen, ODDS[f"{name}::chosen_logps"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rejected, ODDS[f"{name}::rejected_logps"], rtol=1e-5, atol=1e-6)
+    if name.startswith("orpo"):
+        loss = orpo_loss(chosen, rejected, nll, case["beta"])
+    else:
+        loss = simpo_loss(chosen, rejected, case["beta"], case["simpo_gamma"])
+    assert loss.shape == ()
+    loss.backward()
+    torch.testing.assert_close(loss, ODDS[f"{name}::loss"], rtol=1e-5, atol=1e-6)  # TRL's odds are float32
+    torch.testing.assert_close(logits.grad, ODDS[f"{name}::grad_logits"], rtol=1e-4, atol=1e-6)
+
+
+def test_simpo_and_orpo_by_hand():
+    chosen, rejected = torch.tensor([-0.5], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
+    assert float(simpo_loss(chosen, rejected, 2.0, 0.5)) == pytest.approx(math.log(1 + math.exp(-(2 * 0.5 - 0.5))))
+    p, q = math.exp(-0.5), math.exp(-1.0)
+    ratio = (p / (1 - p)) / (q / (1 - q))
+    expected = 3.0 + 0.25 * math.log(1 + 1 / ratio)
+    assert float(orpo_loss(chosen, rejected, torch.tensor(3.0), 0.25)) == pytest.approx(expected)
+
+
+def test_log1mexp_keeps_its_digits_and_its_gradient():
+    torch.testing.assert_close(log1mexp(ODDS["log1mexp_x"]), ODDS["log1mexp_y"], rtol=1e-12, atol=0)
+    x = torch.tensor([-1e-20, -1e-7, -0.5, -1.0, -50.0, 0.0], requires_grad=True)
+    y = log1mexp(x)
+    assert bool(y.isfinite().all())
+    y[1:5].sum().backward()
+    assert bool(x.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "orpo", "kto"])
+def test_gradients_by_finite_differences(name):
+    torch.manual_seed(0)
+    values = [-(torch.rand(3, dtype=torch.float64) * 3 + 0.1) for _ in range(4)]
+    for value in values[:2]:
+        value.requires_grad_()
+    functions = {
+        "dpo": lambda c, r: dpo_loss(c, r, *values[2:], 0.3, 0.1),
+        "ipo": lambda c, r: ipo_loss(c, r, *values[2:], 0.3),
+        "simpo": lambda c, r: simpo_loss(c, r, 2.0, 0.5),
+        "orpo": lambda c, r: orpo_loss(c, r, -c.mean(), 0.3),
+        "kto": lambda c, r: kto_loss(torch.cat([c, r]), torch.cat(values[2:]), torch.arange(6) < 3, torch.tensor(0.2)),
+    }
+    torch.autograd.gradcheck(functions[name], tuple(values[:2]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From rows to losses
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "ipo"])
+def test_end_to_end_with_two_llamas_as_trl(name):
+    """Real models, TRL's collated batch, loss and length of the gradient."""
+    policy, reference = llama_tiny(E2E, "policy::"), llama_tiny(load_npz("llama_tiny"))
+    tokens, mask = E2E["batch::input_ids"], E2E["batch::completion_mask"][:, 1:].bool()
+    ours, lengths = answer_logps(policy, tokens, mask)
+    with torch.no_grad():
+        theirs, _ = answer_logps(reference, tokens, mask)
+    if name == "ipo":
+        loss = ipo_loss(*(ours / lengths).chunk(2), *(theirs / lengths).chunk(2), 0.1)
+    else:
+        loss = dpo_loss(*ours.chunk(2), *theirs.chunk(2), 0.1)
+        assert float(ours[:2].mean()) == pytest.approx(float(E2E["sigmoid::metric::logps/chosen"]), abs=1e-4)
+        margins = 0.1 * ((ours - theirs)[:2] - (ours - theirs)[2:])
+        assert float(margins.mean()) == pytest.approx(float(E2E["sigmoid::metric::rewards/margins"]), abs=1e-5)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1e9)
+    assert float(loss) == pytest.approx(float(E2E[f"{name}::loss"]), rel=1e-4)
+    assert float(norm) == pytest.approx(float(E2E[f"{name}::grad_norm"]), rel=1e-3)
+
+
+T = ByteTokenizer()
+
+
+def model_and_rows(n=6):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(T.vocab_size, 32, 2, 2, max_seq_len=256)).double()
+    return model, encode_pairs(load_pairs("arith", "train", n=n), T, 256)
+
+
+def test_the_layout_gives_each_answer_its_own_log_probability():
+    """Rows computed together, padded, equal each answer alone, token by token."""
+    model, rows = model_and_rows(3)
+    tokens, mask, _ = rows.batch([0, 1, 2])
+    together, lengths = answer_logps(model, tokens, mask)
+    for row, (i, answers) in enumerate([(0, rows.chosen), (1, rows.chosen), (2, rows.chosen), (0, rows.rejected)]):
+        ids = torch.tensor([rows.prompts[i] + answers[i]])
+        logps = model(ids).log_softmax(-1)[0]
+        start = len(rows.prompts[i])
+        alone = sum(logps[t - 1, ids[0, t]] for t in range(start, ids.shape[1]))
+        torch.testing.assert_close(together[row], alone)
+        assert int(lengths[row]) == len(answers[i])
+
+
+@pytest.fixture
+def run(tmp_path):
+    return start(Config(out_dir=str(tmp_path / "handle"), device="cpu"), "dpo")
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "simpo", "orpo"])
+def test_the_stage_computes_the_loss_of_the_formulas(run, method):
+    model, rows = model_and_rows()
+    with torch.no_grad():
+        ref = reference_logps(model, rows.batch, len(rows), batch=4)
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    config = replace(Config(method=method), beta=dpo.BETAS[method])
+    some = [4, 0, 2]
+    words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
+    loss, figures = pair_loss(config, model, rows, ref, some, words, run)
+    chosen, rejected = [], []
+    nll = count = 0.0
+    for i in some:
+        for answers, out in ((rows.chosen, chosen), (rows.rejected, rejected)):
+            ids = torch.tensor([rows.prompts[i] + answers[i]])
+            logps = model(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+            out.append(logps[len(rows.prompts[i]) - 1 :].sum())
+            if answers is rows.chosen:
+                nll, count = nll - logps.sum(), count + len(logps)
+    chosen, rejected = torch.stack(chosen), torch.stack(rejected)
+    n_c, n_r = (torch.tensor([len(a[i]) for i in some]) for a in (rows.chosen, rows.rejected))
+    expected = {
+        "dpo": lambda: dpo_loss(chosen, rejected, *ref[:, some], 0.1),
+        "ipo": lambda: ipo_loss(chosen / n_c, rejected / n_r, ref[0, some] / n_c, ref[1, some] / n_r, 0.1),
+        "simpo": lambda: simpo_loss(chosen / n_c, rejected / n_r, 2.0, 1.0),
+        "orpo": lambda: orpo_loss(chosen / n_c, rejected / n_r, nll / count, 0.1),
+    }[method]()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8, check_dtype=False)
+    assert figures["logp_chosen"] == pytest.approx(float((chosen / n_c).sum()))
+    if method in ("dpo", "ipo"):
+        assert figures["margin"] == pytest.approx(0.1 * float((chosen - ref[0, some] - rejected + ref[1, some]).sum()))
+
+
+def test_kl_of_kto_is_that_of_mismatched_answers(run):
+    model, _ = model_and_rows()
+    rows = encode_judged(load_judged("arith", "train", n=4), T, 256)
+    with torch.no_grad():
+        ref = reference_logps(model, rows.mismatched, len(rows), batch=3)
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    some = [5, 1, 2]
+    kl = batch_kl(run, model, rows, ref, some, size=2)
+    total = 0.0
+    for i in some:
+        ids = torch.tensor([rows.prompts[i] + rows.answers[i - 1]])
+        logps = model(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        total += float(logps[len(rows.prompts[i]) - 1 :].sum()) - float(ref[i])
+    assert float(kl) == pytest.approx(total / 3, rel=1e-5) and not kl.requires_grad
+
+
+def test_the_reference_of_pairs_has_two_rows_and_no_gradient(run):
+    model, rows = model_and_rows(5)
+    ref = reference_logps(model, rows.batch, len(rows), batch=2)
+    assert ref.shape == (2, 5) and not ref.requires_grad
+    tokens, mask, _ = rows.batch([3])
+    torch.testing.assert_close(ref[:, 3], answer_logps(model, tokens, mask)[0].detach())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+@pytest.fixture(scope="module")
+def sft_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("before_dpo")
+    pretrain.run(tiny_pretrain(root / "pretrain"))
+    sft.run(tiny_sft(root / "sft", root / "pretrain"))
+    return root / "sft"
+
+
+def tiny(folder, sft_folder, **changes) -> Config:
+    settings = {
+        "out_dir": str(folder), "init_from": str(sft_folder), "n_pairs": 16, "epochs": 2.0, "batch_size": 4,
+        "eval_every": 3, "save_every": 2, "log_every": 1, "eval_pairs": 8, "eval_prompts": 4, "device": "cpu",
+        "max_length": 96,
+    }  # fmt: skip
+    return replace(Config(), **(settings | changes))
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "simpo", "orpo"])
+def test_a_run_of_each_method(tmp_path, sft_folder, method):
+    figures = dpo.run(tiny(tmp_path / method, sft_folder, method=method))
+    assert math.isfinite(figures["val_loss"])
+    rows = metrics(tmp_path / method)
+    state = load_checkpoint(tmp_path / method)
+    assert state["stage"] == method and state["finished"] and state["lineage"][-1]["stage"] == "sft"
+    step = next(row for row in rows if "loss" in row)
+    wanted = {"loss", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected", "grad_norm"}
+    assert wanted | ({"kl"} if method == "kto" else {"accuracy"}) <= set(step)
+    if method == "dpo":
+        assert step["loss"] == pytest.approx(math.log(2), abs=1e-4) and step["margin"] == pytest.approx(0, abs=1e-4)
+    if method == "kto":
+        assert step["loss"] == pytest.approx(0.5, abs=1e-4) and step["kl"] == pytest.approx(0, abs=1e-3)
+    assert any("val_questions" in row for row in rows) and (tmp_path / method / "best.pt").exists()
+
+
+@pytest.mark.parametrize("method", ["orpo", "kto"])
+def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
+    """The two losses that hold a count of the whole batch: ORPO's words and KTO's KL."""
+    for name, size in (("a", 0), ("b", 1)):
+        dpo.run(tiny(tmp_path / name, sft_folder, method=method, micro_batch_size=size, beta=0.5, lr=1e-2))
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
+        for name in ("loss", "grad_norm", "kl", "logp_chosen"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=2e-2, abs=1e-3), (name, a["step"])
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, method, monkeypatch):
+    dpo.run(tiny(tmp_path / "whole", sft_folder, method=method))
+    original, saves = dpo.Run.save, 0
+
+    def stop(self, *args, **kwargs):
+        nonlocal saves
+        original(self, *args, **kwargs)
+        saves += 1
+        if saves == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dpo.Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            dpo.run(tiny(tmp_path / "stopped", sft_folder, method=method))
+    dpo.run(tiny(tmp_path / "stopped", sft_folder, method=method))
+    one, two = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
+    path = tmp_path / "thumbs.jsonl"
+    rows = [{"prompt": f"{i}+1?", "completion": f"{i + i % 2}", "label": bool(i % 2)} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = dpo.run(tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=None))
+    assert math.isfinite(figures["val_loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_length": 4096}, "more than the context"),
+        ({"beta": 0.0}, "beta is"),
+        ({"label_smoothing": 0.5}, "half of the labels"),
+        ({"label_smoothing": 0.1, "method": "ipo"}, "belongs to --method dpo"),
+        ({"data": "nothing"}, "no pairs called so"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(tmp_path, sft_folder, changes, words):
+    with pytest.raises(UserError, match=words):
+        dpo.run(tiny(tmp_path / "x", sft_folder, **changes))
+
+
+LETTERS = [("a", "b"), ("aa", "bb"), ("aaa", "bbb"), ("ab", "bb"), ("aba", "bab")]
+
+
+def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
+    """Prefer "a" to "b" (or the reverse): log P("a") - log P("b") after a new prompt, before and after."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(T.vocab_size, 32, 1, 2, max_seq_len=32))
+    pairs = [
+        Pair(({"role": "user", "content": c},), *(two if sign > 0 else two[::-1])) for c in "vwxyz" for two in LETTERS
+    ]
+    config = replace(
+        Config(method=method, out_dir=str(tmp_path / f"{method}{sign}"), device="cpu"), beta=dpo.BETAS[method]
+    )
+    run = start(config, method)
+    judged = []
+    for pair in pairs:
+        judged += [preferences_judged(pair, True), preferences_judged(pair, False)]
+    kto = method == "kto"
+    rows = encode_judged(judged, T, 32) if kto else encode_pairs(pairs, T, 32)
+    ref = reference_logps(model, rows.batch, len(rows))
+    other = reference_logps(model, rows.mismatched, len(rows)) if kto else None
+    optimizers = pretrain.make_optimizers(model, 3e-3)
+    test = encode_pairs([Pair(({"role": "user", "content": "u"},), "a", "b")], T, 32)
+    gaps = []
+    for step in range(20):
+        with torch.no_grad():
+            tokens, mask, _ = test.batch([0])
+            chosen, rejected = answer_logps(model, tokens, mask)[0].tolist()
+            gaps.append(chosen - rejected)
+        some = [(step * 8 + i * 3) % len(rows) for i in range(8)]
+        if kto:
+            kl = batch_kl(run, model, rows, other, some, 8)
+            loss, _ = dpo.judged_loss(config, model, rows, ref, some, kl, run)
+        else:
+            words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
+            loss, _ = pair_loss(config, model, rows, ref, some, words, run)
+        loss.backward()
+        pretrain.update(run, model, optimizers, 3e-3, 1.0)
+    return gaps[0], gaps[-1]
+
+
+def preferences_judged(pair: Pair, good: bool):
+    from preferences import Judged
+
+    return Judged(pair.prompt, pair.chosen if good else pair.rejected, good)
+
+
+@pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "simpo", "orpo"])
+def test_the_preferred_letter_becomes_likelier_and_with_the_preference_negated_rarer(tmp_path, method):
+    before, after = practise(method, +1, tmp_path)
+    assert after > before + 0.5
+    before, after = practise(method, -1, tmp_path)
+    assert after < before - 0.5
+
+
+@pytest.mark.parametrize("method", ["dpo", "simpo"])
+def test_the_report_ranks_pairs_by_the_methods_own_reward(tmp_path, sft_folder, method):
+    """Against the reference for DPO, per token for SimPO, each recomputed here one answer at a time."""
+    import evaluate
+    from runtime.run import load_stage
+
+    dpo.run(tiny(tmp_path / method, sft_folder, method=method, lr=5e-3))
+    path = tmp_path / "pairs.jsonl"
+    pairs = load_pairs("arith", "validation", n=60)
+    lines = [{"prompt": list(p.prompt), "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = evaluate.measure(str(tmp_path / method), evaluate.Config(data=str(path), device="cpu"))
+    kept = load_pairs(str(path), "test")
+    policy, tokenizer, _ = load_stage(str(tmp_path / method))
+    reference, _, _ = load_stage(str(sft_folder))
+    right = 0
+    with torch.no_grad():
+        for i in range(len(kept)):
+            tokens, mask, _ = encode_pairs(kept[i : i + 1], tokenizer, 96).batch([0])
+            sums, lengths = answer_logps(policy, tokens, mask)
+            gains = sums / lengths if method == "simpo" else sums - answer_logps(reference, tokens, mask)[0]
+            right += bool(gains[0] > gains[1])
+    assert row["n"] == len(kept) == 2 and row["accuracy"] == pytest.approx(right / 2)
+    assert row["low"] <= row["accuracy"] <= row["high"]

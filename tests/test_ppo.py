@@ -1,0 +1,455 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import load_json, load_npz
+from tiny import tiny_pretrain, tiny_sft
+
+import ppo
+import pretrain
+import reward
+import sft
+from ppo import (
+    ActorCritic,
+    Config,
+    adapt_beta,
+    explained_variance,
+    gae,
+    learn,
+    minibatch_rows,
+    ppo_policy_loss,
+    ppo_value_loss,
+    prepare,
+    token_rewards,
+    whiten,
+)
+from rollout import sample_answers
+from runtime.checkpoint import load_checkpoint
+from runtime.errors import UserError
+from runtime.run import load_stage, start
+from tokenizer import ByteTokenizer
+from transformer import ModelConfig, Transformer, token_logps
+
+N = load_npz("ppo")
+META = load_json("ppo.meta.json")
+MASK = N["mask"].double()
+T = ByteTokenizer()
+
+
+def close(a, b, tolerance=1e-7):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Against TRL, verl and lm-human-preferences
+
+
+def test_rewards_are_those_of_trl():
+    rewards = token_rewards(N["scores"], N["logprobs"], N["ref_logprobs"], N["mask"], beta=0.2)
+    close(rewards, N["trl0_rewards_kl"] * MASK)
+    close(rewards, N["verl_token_level_rewards"])
+
+
+@pytest.mark.parametrize("case", ["g1.0_l0.95", "g0.99_l0.95", "g1.0_l1.0", "g0.9_l0.0"])
+def test_gae_is_that_of_trl(case):
+    gamma, lam = (float(x[1:]) for x in case.split("_"))
+    advantages, returns = gae(N["verl_token_level_rewards"], N["values"], N["mask"], gamma, lam)
+    close(advantages, N[f"trl0_gae_{case}_wr0_adv_raw"] * MASK)
+    close(returns, N[f"trl0_gae_{case}_wr0_returns"] * MASK)
+    close(whiten(advantages, N["mask"]), N[f"trl0_gae_{case}_wr0_adv_whitened"] * MASK)
+
+
+def test_advantages_are_those_of_verl():
+    advantages, returns = gae(N["verl_token_level_rewards"], N["values"], N["mask"], 1.0, 0.95)
+    close(whiten(advantages, MASK), N["verl_gae_adv"] * MASK)
+    close(returns, N["verl_gae_returns"] * MASK)
+
+
+def test_whitened_rewards_are_those_of_trl_where_it_has_no_padding():
+    """In padded rows, TRL's whitened rewards leak from the padding into the advantages; ours must not."""
+    rewards = whiten(N["verl_token_level_rewards"], MASK, shift_mean=False)
+    advantages, returns = gae(rewards, N["values"], MASK, 1.0, 0.95)
+    close(advantages[:1], N["trl0_gae_g1.0_l0.95_wr1_adv_raw"][:1])
+    close(returns[:1], N["trl0_gae_g1.0_l0.95_wr1_returns"][:1])
+    assert not torch.allclose(advantages[1:] * MASK[1:], N["trl0_gae_g1.0_l0.95_wr1_adv_raw"][1:] * MASK[1:])
+    alone, _ = gae(rewards[2:, :2], N["values"][2:, :2], torch.ones(1, 2), 1.0, 0.95)
+    close(advantages[2:, :2], alone)
+
+
+def test_losses_and_gradients_are_those_of_trl_and_verl():
+    logps, values = N["new_logprobs"].clone().requires_grad_(), N["vpreds"].clone().requires_grad_()
+    advantages = N["trl0_gae_g1.0_l0.95_wr0_adv_whitened"]
+    policy = ppo_policy_loss(logps, N["logprobs"], advantages, MASK)
+    value = ppo_value_loss(values, N["values"], N["trl0_gae_g1.0_l0.95_wr0_returns"], MASK)
+    assert policy.shape == value.shape == ()
+    close(policy, N["trl0_pg_loss"])
+    close(0.1 * value, N["trl0_vf_loss_times_coef"])
+    close(policy, N["verl_vanilla_loss"])
+    close(value, N["verl_value_loss"])
+    (policy + 0.1 * value).backward()
+    close(logps.grad, N["trl0_grad_logp"])
+    close(values.grad, N["trl0_grad_vpred"])
+
+
+def test_whitening_by_a_sample_of_lm_human_preferences():
+    """OpenAI divides by n, TRL, verl and we by n - 1: on nine numbers a factor √(8/9)."""
+    ones = torch.ones(3, 3)
+    x = N["openai_whiten_in"]
+    ours = whiten(x, ones)
+    close(ours * (9 / 8) ** 0.5, N["openai_whiten_shift_INDEPENDENT"], 1e-6)
+    kept = whiten(x, ones, shift_mean=False)
+    close(kept, ours + x.mean())
+
+
+def test_the_controller_of_beta_is_that_of_lm_human_preferences():
+    case = META["adaptive_kl"]
+    beta = case["init"]
+    for kl, after in zip(case["observed_kl"], case["coef_after"]):
+        beta = adapt_beta(beta, kl, case["target"], case["n_steps"], case["horizon"])
+        assert beta == pytest.approx(after, rel=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By hand
+
+
+def test_rewards_by_hand():
+    """The cost of straying at every token, the score at the last that counts, wherever that stands."""
+    logps = torch.tensor([[-1.0, -2.0, -9.0], [-9.0, -1.0, -1.5]])
+    ref = torch.tensor([[-1.5, -1.0, -1.0], [-1.0, -2.0, -1.0]])
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    rewards = token_rewards(torch.tensor([1.0, -2.0]), logps, ref, mask, beta=0.1)
+    close(rewards, torch.tensor([[-0.05, 0.1 + 1.0, 0.0], [0.0, -0.1, 0.05 - 2.0]]))
+    assert token_rewards(torch.ones(2), logps, None, mask, 0.1).tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_gae_by_hand_and_the_end_of_the_answer():
+    """δ = (0 + 0.9·0.4 - 0.2, 1 - 0.4) = (0.16, 0.6); A = (0.16 + 0.9·0.5·0.6, 0.6). What stands behind the end,
+    however large, changes nothing."""
+    rewards, values = torch.tensor([[0.0, 1.0, 50.0]]), torch.tensor([[0.2, 0.4, 99.0]])
+    mask = torch.tensor([[1, 1, 0]])
+    advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=0.5)
+    close(advantages, torch.tensor([[0.16 + 0.27, 0.6, 0.0]]), 1e-6)
+    close(returns, torch.tensor([[0.43 + 0.2, 1.0, 0.0]]), 1e-6)
+
+
+def test_lambda_1_is_the_reward_to_come_minus_the_value_and_lambda_0_the_one_step_error():
+    rewards, values = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    ones = torch.ones(2, 5)
+    to_come = rewards.flip(1).cumsum(1).flip(1)
+    close(gae(rewards, values, ones, 1.0, 1.0)[0], to_come - values)
+    following = torch.cat([values[:, 1:], torch.zeros(2, 1)], 1)
+    close(gae(rewards, values, ones, 1.0, 0.0)[0], rewards + following - values)
+
+
+def test_a_prompt_in_front_changes_nothing():
+    rewards, values = torch.randn(1, 3, dtype=torch.float64), torch.randn(1, 3, dtype=torch.float64)
+    alone, returns = gae(rewards, values, torch.ones(1, 3))
+    noise = torch.randn(1, 2, dtype=torch.float64)
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    shifted, _ = gae(torch.cat([noise, rewards], 1), torch.cat([noise, values], 1), mask)
+    close(shifted[:, 2:], alone)
+    assert shifted[:, :2].abs().sum() == 0
+
+
+def test_gae_and_rewards_leave_their_inputs_alone_and_pass_no_gradient():
+    rewards, values = torch.randn(2, 4), torch.randn(2, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    before = rewards.clone()
+    advantages, returns = gae(rewards, values, mask)
+    assert torch.equal(rewards, before) and not advantages.requires_grad and not returns.requires_grad
+
+
+def test_whitening_sees_no_padding():
+    x = torch.tensor([[1.0, 2.0, 100.0], [3.0, -50.0, 7.0]], dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    white = whiten(x, mask)
+    close(white, torch.tensor([[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64), 1e-6)
+    kept = whiten(x, mask, shift_mean=False)
+    close(kept, torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]], dtype=torch.float64), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "moves"),
+    [
+        (1.0, 1.5, -1.2, False),  # already too likely: clipped
+        (1.0, 0.5, -0.5, True),  # went the wrong way: may come back
+        (-1.0, 0.5, 0.8, False),  # already too rare: clipped
+        (-1.0, 1.5, 1.5, True),
+    ],
+)
+def test_the_clip_is_one_sided(advantage, ratio, loss, moves):
+    logps = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    found = ppo_policy_loss(logps, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1))
+    found.backward()
+    assert float(found.detach()) == pytest.approx(loss, rel=1e-6)
+    assert (float(logps.grad) != 0) == moves
+
+
+def test_value_loss_by_hand():
+    """V = 1, V_old = 0, clipped to 0.2; R = 2: max(1, 1.8²); R = 0.5: max(0.25, 0.09)."""
+    values, old = torch.tensor([[1.0, 1.0, 9.0]]), torch.zeros(1, 3)
+    mask = torch.tensor([[1, 1, 0]])
+    loss = ppo_value_loss(values, old, torch.tensor([[2.0, 0.5, 0.0]]), mask, clip=0.2)
+    assert float(loss) == pytest.approx(0.5 * (1.8**2 + 0.5**2) / 2)
+
+
+def test_gradients_by_finite_differences():
+    torch.manual_seed(0)
+    shape = (2, 4)
+    logps = (0.1 * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    values = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    old, advantages, returns = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]])
+    torch.autograd.gradcheck(lambda x: ppo_policy_loss(x, 0.1 * old, advantages, mask), logps)
+    torch.autograd.gradcheck(lambda x: ppo_value_loss(x, old, returns, mask), values)
+
+
+def test_explained_variance_by_hand():
+    returns = torch.tensor([[1.0, 2.0, 3.0, 99.0]])
+    mask = torch.tensor([[1, 1, 1, 0]])
+    assert explained_variance(returns, returns, mask) == pytest.approx(1)
+    assert explained_variance(torch.full_like(returns, 7.0), returns, mask) == pytest.approx(0)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(-3)
+    assert explained_variance(returns, torch.ones_like(returns), mask) == 0
+
+
+def test_minibatches_are_reshuffled_in_each_epoch_and_cover_it():
+    epochs = [torch.cat(minibatch_rows(10, 3, step=4, epoch=e, seed=1)) for e in (0, 1)]
+    assert all(sorted(rows.tolist()) == list(range(10)) for rows in epochs)
+    assert not torch.equal(*epochs)
+    assert torch.equal(torch.cat(minibatch_rows(10, 3, 4, 0, 1)), epochs[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model, rollout, update
+
+
+def actor() -> ActorCritic:
+    torch.manual_seed(0)
+    return ActorCritic(Transformer(ModelConfig(T.vocab_size, 32, 2, 2, max_seq_len=64)))
+
+
+def test_the_critic_starts_at_zero_and_shares_the_body():
+    model = actor()
+    tokens, mask = torch.randint(0, 200, (2, 8)), torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    logps, values = model(tokens, mask, temperature=0.7)
+    assert values.abs().sum() == 0 and values.shape == logps.shape == (2, 7)
+    close(logps, token_logps(model.backbone, tokens, 0.7, where=mask), 1e-6)
+    torch.nn.init.normal_(model.value.weight)
+    values = model(tokens, mask, 1.0)[1]
+    assert values[0, 4:].abs().sum() == 0
+    values.sum().backward()
+    assert model.backbone.blocks[0].attn.q_proj.weight.grad is not None
+
+
+def test_a_value_does_not_see_the_token_that_follows():
+    """V_t is what is expected before token t+1 is chosen: it may depend on tokens up to t alone."""
+    model = actor().double()
+    torch.nn.init.normal_(model.value.weight)
+    tokens, mask = torch.randint(0, 200, (1, 8)), torch.ones(1, 7, dtype=torch.bool)
+    other = tokens.clone()
+    other[0, 5] = (tokens[0, 5] + 1) % 200
+    a, b = model(tokens, mask, 1.0)[1], model(other, mask, 1.0)[1]
+    close(a[:, :5], b[:, :5], 1e-12)
+    assert not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+@pytest.fixture
+def run(tmp_path):
+    return start(Config(out_dir=str(tmp_path / "handle"), device="cpu"), "ppo")
+
+
+def rolled(model, config, n=8):
+    prompts = [[ord("a") + i] * (1 + i % 3) for i in range(n)]
+    return sample_answers(model.backbone, T, prompts, 1, config.max_new_tokens, config.temperature, seed=0)
+
+
+def test_a_rollout_prepared_equals_the_formulas(run):
+    config = Config(max_new_tokens=6, temperature=0.8, micro_batch_size=3, lam=0.9)
+    model = actor()
+    torch.nn.init.normal_(model.value.weight)
+    reference = actor().backbone
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    rollout = rolled(model, config)
+    scores = torch.randn(8)
+    batch, figures = prepare(run, model, reference, rollout, scores, 0.3, config)
+    with torch.no_grad():
+        logps, values = model(rollout.tokens, rollout.mask, 0.8)
+        ref = token_logps(reference, rollout.tokens, 0.8, where=rollout.mask)
+    rewards = token_rewards(scores, logps, ref, rollout.mask, 0.3)
+    advantages, returns = gae(rewards, values, rollout.mask, 1.0, 0.9)
+    close(batch.advantages, whiten(advantages, rollout.mask), 1e-4)
+    close(batch.returns, returns, 1e-5)  # of the raw advantages, not of the whitened ones
+    assert figures["kl_ref"] == pytest.approx(float(((logps - ref) * rollout.mask).sum()), rel=1e-4)
+    assert batch.advantages[~rollout.mask].abs().sum() == 0
+
+
+def test_the_policy_that_trains_must_be_the_one_that_sampled(run):
+    """A temperature forgotten in training, or a stale sampler, is caught before the first update."""
+    config = Config(max_new_tokens=6, temperature=0.5)
+    model = actor()
+    with torch.no_grad():
+        model.backbone.head.weight.mul_(30)
+    rollout = rolled(model, config)
+    prepare(run, model, None, rollout, torch.zeros(8), 0.0, config)
+    with pytest.raises(AssertionError, match="not the policy that sampled"):
+        prepare(run, model, None, rollout, torch.zeros(8), 0.0, replace(config, temperature=1.0))
+
+
+def test_the_first_minibatch_has_ratio_1_and_that_is_asserted(run):
+    config = Config(max_new_tokens=6)
+    model = actor()
+    rollout = rolled(model, config)
+    batch, _ = prepare(run, model, None, rollout, torch.randn(8), 0.0, config)
+    figures = learn(run, model, batch, torch.arange(8), config, first=True)
+    assert figures["strayed"] < 1e-5 and figures["clipped"] == 0 and abs(figures["policy_loss"]) < 1
+    with torch.no_grad():
+        for p in model.backbone.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    with pytest.raises(AssertionError, match="every ratio is 1"):
+        learn(run, model, batch, torch.arange(8), config, first=True)
+
+
+def test_micro_batches_give_the_gradient_of_the_minibatch(run):
+    config = Config(max_new_tokens=6)
+    model = actor()
+    rollout = rolled(model, config)
+    batch, _ = prepare(run, model, None, rollout, torch.randn(8), 0.0, config)
+    grads = []
+    for size in (8, 3):
+        model.zero_grad()
+        learn(run, model, batch, torch.arange(8), replace(config, micro_batch_size=size), first=True)
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for a, b in zip(*grads):
+        close(a, b, 1e-5)
+
+
+def practise(run, sign: float) -> tuple[float, float]:
+    """Answer with as many letters "a" as possible: their share before and after."""
+    model = actor()
+    with torch.no_grad():
+        model.backbone.head.weight[ord("a")] = 0.3
+        model.backbone.head.weight[ord("b")] = 0.3
+    config = Config(max_new_tokens=6, epochs=2, minibatches=2)
+    optimizers = pretrain.make_optimizers(model, 5e-3)
+    shares = []
+    for step in range(25):
+        prompts = [[ord(c)] for c in "wxyz" * 16]
+        rollout = sample_answers(model.backbone, T, prompts, 1, 6, 1.0, seed=step)
+        share = torch.tensor([text.count("a") / 6 for text in rollout.texts])
+        shares.append(float(share.mean()))
+        batch, _ = prepare(run, model, None, rollout, sign * share, 0.0, config)
+        first = True
+        for epoch in range(2):
+            for rows in minibatch_rows(64, 2, step, epoch, 0):
+                learn(run, model, batch, rows, config, first)
+                pretrain.update(run, model, optimizers, 5e-3, 1.0)
+                first = False
+    return shares[0], shares[-1]
+
+
+def test_the_rewarded_letter_becomes_frequent_and_with_the_reward_negated_rare(run):
+    before, after = practise(run, +1.0)
+    assert after > before + 0.3
+    before, after = practise(run, -1.0)
+    assert after < 0.5 * before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("before_ppo")
+    pretrain.run(tiny_pretrain(root / "pretrain"))
+    sft.run(tiny_sft(root / "sft", root / "pretrain"))
+    reward.run(
+        reward.Config(
+            out_dir=str(root / "reward"), init_from=str(root / "sft"), n_pairs=8, batch_size=4, eval_pairs=8,
+            normalize_on=8, max_new_tokens=6, device="cpu", max_length=96,
+        )
+    )  # fmt: skip
+    return root
+
+
+def tiny(folder, folders, **changes) -> Config:
+    settings = {
+        "out_dir": str(folder), "init_from": str(folders / "sft"), "steps": 5, "prompts_per_step": 8,
+        "max_new_tokens": 8, "eval_every": 3, "save_every": 2, "eval_prompts": 4, "n_prompts": 32, "device": "cpu",
+        "format_weight": 0.1,
+    }  # fmt: skip
+    return replace(Config(), **(settings | changes))
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("judge", ["verifier", "model"])
+def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, judge):
+    where = "verifier" if judge == "verifier" else str(folders / "reward")
+    ppo.run(tiny(tmp_path / "ppo", folders, reward=where, kl_target=0.5, kl_horizon=10))
+    rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
+    wanted = {
+        "score", "correct", "formatted", "finished", "length", "entropy", "kl_ref", "kl_old", "clip_fraction",
+        "explained_variance", "value_loss", "policy_loss", "beta", "grad_norm", "first_ratio_gap",
+    }  # fmt: skip
+    assert len(rows) == 5 and wanted <= set(rows[0])
+    assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-3) and rows[0]["first_ratio_gap"] < 1e-4
+    assert len({row["beta"] for row in rows}) > 1
+    model, tokenizer, state = load_stage(str(tmp_path / "ppo"))  # the value head stays behind
+    assert state["stage"] == "ppo" and isinstance(model, Transformer)
+    before, _, _ = load_stage(str(folders / "sft"))
+    assert not torch.equal(model.head.weight, before.head.weight)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, folders, monkeypatch):
+    settings = {"kl_target": 0.5, "kl_horizon": 10}  # beta too must come back
+    ppo.run(tiny(tmp_path / "whole", folders, **settings))
+    original, saves = ppo.Run.save, 0
+
+    def stop(self, *args, **kwargs):
+        nonlocal saves
+        original(self, *args, **kwargs)
+        saves += 1
+        if saves == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ppo.Run, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.run(tiny(tmp_path / "stopped", folders, **settings))
+    ppo.run(tiny(tmp_path / "stopped", folders, **settings))
+    one, two = (load_checkpoint(tmp_path / name) for name in ("whole", "stopped"))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    assert one["extra"] == two["extra"]
+
+
+def test_an_unfinished_answer_costs(tmp_path, folders):
+    """At two tokens nothing can end in time: every score is the penalty."""
+    ppo.run(tiny(tmp_path / "ppo", folders, steps=1, max_new_tokens=2, unfinished_penalty=0.75))
+    row = next(row for row in metrics(tmp_path / "ppo") if "score" in row)
+    assert row["finished"] == 0 and row["score"] == pytest.approx(-0.75)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"minibatches": 9}, "do not make 9 minibatches"),
+        ({"beta": 0.0, "kl_target": 1.0}, "cannot adapt"),
+        ({"lam": 1.5}, "end at 1"),
+        ({"reward": "nowhere"}, "there is no checkpoint in nowhere"),
+        ({"max_new_tokens": 4096}, "leaves no room"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(tmp_path, folders, changes, words):
+    with pytest.raises(UserError, match=words):
+        ppo.run(tiny(tmp_path / "x", folders, **changes))

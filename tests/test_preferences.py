@@ -1,0 +1,212 @@
+import json
+import lzma
+
+import pytest
+import torch
+
+import preferences
+from data import PackedRows  # noqa: F401  (the module must import without a cycle)
+from preferences import (
+    Judged,
+    Pair,
+    dialogue,
+    encode_judged,
+    encode_pairs,
+    fit,
+    has_labels,
+    lay_out,
+    load_judged,
+    load_pairs,
+)
+from runtime.errors import UserError
+from tokenizer import ByteTokenizer, encode_chat
+
+T = ByteTokenizer()
+
+
+def hh(*turns: str) -> str:
+    return "".join(f"\n\n{who}: {said}" for who, said in zip(["Human", "Assistant"] * 9, turns))
+
+
+def mirror(tmp_path, rows, place="Anthropic__hh-rlhf/harmless-base", split="train"):
+    folder = tmp_path / place
+    folder.mkdir(parents=True, exist_ok=True)
+    with lzma.open(folder / f"{split}.jsonl.xz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(tmp_path)
+
+
+FILLER = {"chosen": hh("x", "y"), "rejected": hh("x", "z")}  # row 0 is for validation
+
+
+def test_hh_dialogues_become_a_prompt_and_two_answers(tmp_path):
+    row = {"chosen": hh("Hi", "Hello", "How?", "So."), "rejected": hh("Hi", "Hello", "How?", "Go away.")}
+    (pair,) = load_pairs("hh-harmless", "train", mirror(tmp_path, [FILLER, row]))
+    assert [m["role"] for m in pair.prompt] == ["user", "assistant", "user"]
+    assert [m["content"] for m in pair.prompt] == ["Hi", "Hello", "How?"]
+    assert (pair.chosen, pair.rejected) == ("So.", "Go away.")
+
+
+def test_ultrafeedback_messages(tmp_path):
+    def messages(text):
+        return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]
+
+    row = {"prompt": "Q", "chosen": messages("good"), "rejected": messages("bad"), "score_chosen": 8.0}
+    place = "HuggingFaceH4__ultrafeedback_binarized"
+    (pair,) = load_pairs("ultrafeedback", "train", mirror(tmp_path, [row, row], place, "train_prefs"))
+    assert pair == Pair(({"role": "user", "content": "Q"},), "good", "bad")
+
+
+def test_what_cannot_be_used_is_counted(tmp_path, capsys):
+    rows = [
+        FILLER,
+        {"chosen": hh("a", "same"), "rejected": hh("a", "same")},
+        {"chosen": hh("a", "same "), "rejected": hh("a", " same")},
+        {"chosen": hh("a", ""), "rejected": hh("a", "x")},
+        {"chosen": hh("a", "x"), "rejected": hh("other", "y")},
+        {"chosen": hh("a", "x", "and?"), "rejected": hh("a", "x", "and!")},
+        {"chosen": hh("a", "good"), "rejected": hh("a", "bad")},
+    ]
+    (pair,) = load_pairs("hh-harmless", "train", mirror(tmp_path, rows))
+    assert pair.chosen == "good"
+    out = capsys.readouterr().out
+    assert "skipped 5" in out and "2 with two equal answers" in out and "1 with an empty answer" in out
+    assert "1 whose answers have different prompts" in out and "1 whose dialogue does not end in an answer" in out
+
+
+def test_splits_share_no_row(tmp_path):
+    rows = [{"chosen": hh(f"q{i}", "x"), "rejected": hh(f"q{i}", "y")} for i in range(120)]
+    folder = mirror(tmp_path, rows)
+    mirror(tmp_path, rows[:3], split="test")
+    train, held = (
+        {p.prompt[0]["content"] for p in load_pairs("hh-harmless", s, folder)} for s in ("train", "validation")
+    )
+    assert held == {"q0", "q50", "q100"} and len(train) == 117 and not train & held
+    assert len(load_pairs("hh-harmless", "test", folder)) == 3
+
+
+def test_a_file_of_pairs_written_and_read_again(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "pairs.jsonl"
+    monkeypatch.setattr("sys.argv", ["preferences.py", "--n", "60", "--write", str(path)])
+    preferences.main()
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(written) == 60 and set(written[0]) == {"prompt", "chosen", "rejected", "flaw"}
+    pairs = load_pairs(str(path), "train")
+    assert pairs == load_pairs("arith", "train", n=60)[1:50] + load_pairs("arith", "train", n=60)[51:]
+
+
+def test_a_file_with_plain_prompts_and_with_labels(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 3 == 0} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert has_labels(str(path))
+    judged = load_judged(str(path), "train")
+    assert len(judged) == 9 and sum(one.desirable for one in judged) == 3
+    with pytest.raises(UserError, match="no column chosen, rejected"):
+        load_pairs(str(path), "train")
+
+
+def test_both_answers_of_a_pair_become_single_ones():
+    pairs, judged = load_pairs("arith", "train", n=20), load_judged("arith", "train", n=20)
+    assert sorted(one.answer for one in judged if one.desirable) == sorted(pair.chosen for pair in pairs)
+    assert sorted(one.answer for one in judged if not one.desirable) == sorted(pair.rejected for pair in pairs)
+    labels = [one.desirable for one in judged]
+    assert labels != sorted(labels, reverse=True)  # mixed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a", "chosen": "b"}\n' * 2, "no column rejected"),
+        ('{"prompt": "a", "chosen": "b", "rejec\n', "line 1: not JSON"),
+        ("[1]\n", "line 1: not an object"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 2, "no usable pair"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_pairs(str(tmp_path / "x.jsonl"), "train")
+    with pytest.raises(UserError, match="there is no file"):
+        load_pairs(str(tmp_path / "y.jsonl"), "train")
+
+
+def test_dialogue_keeps_line_breaks_and_colons():
+    text = "\n\nHuman: a: b\n\nc\n\nAssistant: d\n\nHuman:\n\nAssistant: e"
+    assert [m["content"] for m in dialogue(text)] == ["a: b\n\nc", "d", "", "e"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def test_a_row_is_the_chat_template_and_the_mask_its_loss_mask():
+    """The layout of pairs and that of SFT must be the same, or the reference is asked about another text."""
+    prompt = (
+        {"role": "user", "content": "2+3?"},
+        {"role": "assistant", "content": "what?"},
+        {"role": "user", "content": "5"},
+    )
+    rows = encode_pairs([Pair(prompt, "yes", "no")], T, 64)
+    tokens, mask, real = rows.batch([0])
+    for row, answer in enumerate(("yes", "no")):
+        ids, _ = encode_chat(T, [*prompt, {"role": "assistant", "content": answer}])
+        assert tokens[row, : len(ids)].tolist() == ids and (tokens[row, len(ids) :] == T.pad_id).all()
+        assert real[row].tolist() == [True] * len(ids) + [False] * (tokens.shape[1] - len(ids))
+        counted = [ids[t + 1] for t in range(len(ids) - 1) if mask[row, t]]
+        assert counted == T.encode(answer) + [T.eot_id]  # the end-of-text too, nothing of the prompt
+
+
+def test_the_layout_by_hand():
+    tokens, mask, real = lay_out([[1, 2], [3]], [[7, 8], [9]], pad_id=0)
+    assert tokens.tolist() == [[1, 2, 7, 8], [3, 9, 0, 0]]
+    assert mask.int().tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert real.int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_an_answer_may_contain_the_padding_id():
+    tokens, mask, real = lay_out([[1]], [[0, 5, 0]], pad_id=0)
+    assert mask.int().tolist() == [[1, 1, 1]] and bool(real.all())
+
+
+def test_truncation_takes_the_beginning_of_the_prompt_and_the_same_for_both():
+    prompt, answers = fit(list(range(100)), [[1] * 10, [2] * 6], length=32)
+    assert prompt == list(range(78, 100)) and [len(a) for a in answers] == [10, 6]
+
+
+def test_only_what_still_does_not_fit_loses_its_end():
+    prompt, answers = fit(list(range(100)), [[1] * 50, [2] * 6], length=32)
+    assert prompt == list(range(92, 100)) and [len(a) for a in answers] == [24, 6]
+    assert all(len(prompt) + len(a) <= 32 for a in answers)
+
+
+def test_pairs_that_truncation_makes_identical_are_left_out_and_counted(capsys):
+    question = ({"role": "user", "content": "q" * 60},)
+    far = Pair(question, "a" * 40 + "x", "a" * 40 + "y")  # they differ behind the cut
+    near = Pair(question, "x" + "a" * 40, "y" + "a" * 40)
+    rows = encode_pairs([far, near], T, 32)
+    assert len(rows) == 1 and rows.pairs == [near] and rows.chosen[0] != rows.rejected[0]
+    out = capsys.readouterr().out
+    assert "1 identical after truncation" in out and "1 with the beginning of the prompt cut" in out
+    with pytest.raises(UserError, match="no pair is left"):
+        encode_pairs([far], T, 32)
+
+
+def test_a_mismatched_row_has_the_answer_of_another_prompt():
+    judged = [Judged(({"role": "user", "content": c},), c.upper(), True) for c in "abc"]
+    rows = encode_judged(judged, T, 32)
+    tokens, mask, _ = rows.mismatched([0, 2])
+    said = [
+        "".join(T.decode([int(t)]) for t, m in zip(row[1:], counts) if m and t != T.eot_id)
+        for row, counts in zip(tokens, mask)
+    ]
+    assert said == ["C", "B"]
+    assert ["a" in T.decode(tokens[0].tolist()), "c" in T.decode(tokens[1].tolist())] == [True, True]
+
+
+def test_batches_of_pairs_have_the_chosen_answers_first():
+    rows = encode_pairs(load_pairs("arith", "train", n=6), T, 256)
+    tokens, mask, _ = rows.batch([4, 1])
+    assert tokens.shape[0] == 4 and mask.dtype == torch.bool
+    for row, (i, answers) in enumerate([(4, rows.chosen), (1, rows.chosen), (4, rows.rejected), (1, rows.rejected)]):
+        assert tokens[row, 1:][mask[row]].tolist() == answers[i]

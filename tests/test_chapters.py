@@ -234,6 +234,11 @@ def test_a_chapter_imports_only_what_comes_before_it(name):
     assert imported(ROOT / f"{name}.py") <= before | {"runtime"} | ALLOWED
 
 
+def test_every_file_at_the_root_is_installed():
+    listed = (ROOT / "pyproject.toml").read_text().split("py-modules = [")[1].split("]")[0]
+    assert set(re.findall(r'"(\w+)"', listed)) == {path.stem for path in ROOT.glob("*.py")}
+
+
 def test_every_file_at_the_root_has_its_place_in_the_order():
     assert {path.stem for path in ROOT.glob("*.py")} <= set(ORDER)
 

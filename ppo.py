@@ -297,20 +297,18 @@ def prepare(
     answers.
     """
     tokens, mask = rollout.tokens, rollout.mask
-    logps, values, ref_logps = torch.zeros(mask.shape), torch.zeros(mask.shape), None
-    logps, values = logps.to(mask.device), values.to(mask.device)
-    ref_logps = torch.zeros_like(logps) if reference is not None else None
+    logps, values, ref_logps = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     with torch.no_grad(), run.autocast():
         for part in torch.arange(len(tokens), device=mask.device).split(config.micro_batch_size):
             logps[part], values[part] = model(tokens[part], mask[part], config.temperature)
             if reference is not None:
                 ref_logps[part] = token_logps(reference, tokens[part], config.temperature, where=mask[part])
-    rewards = token_rewards(scores, logps, ref_logps, mask, beta)
+    rewards = token_rewards(scores, logps, ref_logps if reference is not None else None, mask, beta)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     raw, returns = gae(rewards, values, mask, config.gamma, config.lam)  # returns of the raw advantages
     batch = Batch(tokens, mask, logps, values, whiten(raw, mask), returns)
-    kl = torch.zeros(len(tokens), device=mask.device) if ref_logps is None else ((logps - ref_logps) * mask).sum(dim=1)
+    kl = (logps - ref_logps) * mask if reference is not None else torch.zeros_like(logps)
     gap = ((logps - rollout.sampled_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
     limit = 1e-3 if run.precision == "fp32" else 0.1
     if not float(gap) < limit:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_json, load_npz
-from tiny import llama_tiny, tiny_pretrain, tiny_sft
+from tiny import assert_exact_resume, llama_tiny, tiny_pretrain, tiny_sft
 
 import dpo
 import pretrain
@@ -23,7 +23,7 @@ from dpo import (
     reference_logps,
     simpo_loss,
 )
-from preferences import Pair, encode_judged, encode_pairs, load_judged, load_pairs
+from preferences import Judged, Pair, encode_judged, encode_pairs, load_judged, load_pairs
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import start
@@ -345,23 +345,8 @@ def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, method, monkeypatch):
-    dpo.run(tiny(tmp_path / "whole", sft_folder, method=method))
-    original, saves = dpo.Run.save, 0
-
-    def stop(self, *args, **kwargs):
-        nonlocal saves
-        original(self, *args, **kwargs)
-        saves += 1
-        if saves == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(dpo.Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            dpo.run(tiny(tmp_path / "stopped", sft_folder, method=method))
-    dpo.run(tiny(tmp_path / "stopped", sft_folder, method=method))
-    one, two = (load_checkpoint(tmp_path / name)["model"] for name in ("whole", "stopped"))
-    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    whole, stopped = (tiny(tmp_path / name, sft_folder, method=method) for name in ("whole", "stopped"))
+    assert_exact_resume(monkeypatch, dpo, whole, stopped, saves=2)
 
 
 def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
@@ -403,7 +388,7 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
     run = start(config, method)
     judged = []
     for pair in pairs:
-        judged += [preferences_judged(pair, True), preferences_judged(pair, False)]
+        judged += [Judged(pair.prompt, pair.chosen, True), Judged(pair.prompt, pair.rejected, False)]
     kto = method == "kto"
     rows = encode_judged(judged, T, 32) if kto else encode_pairs(pairs, T, 32)
     ref = reference_logps(model, rows.batch, len(rows))
@@ -426,12 +411,6 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
         loss.backward()
         pretrain.update(run, model, optimizers, 3e-3, 1.0)
     return gaps[0], gaps[-1]
-
-
-def preferences_judged(pair: Pair, good: bool):
-    from preferences import Judged
-
-    return Judged(pair.prompt, pair.chosen if good else pair.rejected, good)
 
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "simpo", "orpo"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_json, load_npz
-from tiny import tiny_pretrain, tiny_sft
+from tiny import assert_exact_resume, tiny_pretrain, tiny_sft
 
 import ppo
 import pretrain
@@ -26,7 +26,6 @@ from ppo import (
     whiten,
 )
 from rollout import sample_answers
-from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import load_stage, start
 from tokenizer import ByteTokenizer
@@ -412,23 +411,8 @@ def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, j
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, folders, monkeypatch):
     settings = {"kl_target": 0.5, "kl_horizon": 10}  # beta too must come back
-    ppo.run(tiny(tmp_path / "whole", folders, **settings))
-    original, saves = ppo.Run.save, 0
-
-    def stop(self, *args, **kwargs):
-        nonlocal saves
-        original(self, *args, **kwargs)
-        saves += 1
-        if saves == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ppo.Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ppo.run(tiny(tmp_path / "stopped", folders, **settings))
-    ppo.run(tiny(tmp_path / "stopped", folders, **settings))
-    one, two = (load_checkpoint(tmp_path / name) for name in ("whole", "stopped"))
-    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    whole, stopped = (tiny(tmp_path / name, folders, **settings) for name in ("whole", "stopped"))
+    one, two = assert_exact_resume(monkeypatch, ppo, whole, stopped, saves=1)
     assert one["extra"] == two["extra"]
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import preferences
-from data import PackedRows  # noqa: F401  (the module must import without a cycle)
 from preferences import (
     Judged,
     Pair,

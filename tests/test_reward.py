@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_json, load_npz
-from tiny import NAMES, tiny_pretrain, tiny_sft
+from tiny import NAMES, assert_exact_resume, tiny_pretrain, tiny_sft
 
 import arithmetic
 import pretrain
@@ -22,7 +22,6 @@ from reward import (
     real_tokens,
     report,
 )
-from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import load_stage, start
 from tokenizer import ByteTokenizer
@@ -218,25 +217,8 @@ def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypatch):
-    reward.run(tiny(tmp_path / "whole", sft_folder))
-    saves = 0
-    original = reward.Run.save
-
-    def stop(self, *args, **kwargs):
-        nonlocal saves
-        original(self, *args, **kwargs)
-        saves += 1
-        if saves == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(reward.Run, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            reward.run(tiny(tmp_path / "stopped", sft_folder))
-    reward.run(tiny(tmp_path / "stopped", sft_folder))
-    one, two = (load_checkpoint(tmp_path / name) for name in ("whole", "stopped"))
-    for name, value in one["model"].items():
-        assert torch.equal(value, two["model"][name]), name
+    whole, stopped = (tiny(tmp_path / name, sft_folder) for name in ("whole", "stopped"))
+    assert_exact_resume(monkeypatch, reward, whole, stopped, saves=2)
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder):
@@ -263,7 +245,7 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, sft_folder, changes, 
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(tmp_path, sign, monkeypatch):
+def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(tmp_path, sign):
     """Answers with more letters "a" are preferred; the judge hears the pairs in the right or in the wrong order."""
     tokenizer = ByteTokenizer()
     torch.manual_seed(0)

@@ -56,6 +56,30 @@ def tiny_sft(folder, init_from, **changes) -> sft.Config:
     return replace(sft.Config(), **(settings | changes))
 
 
+def assert_exact_resume(monkeypatch, stage, whole, stopped, saves: int) -> tuple[dict, dict]:
+    """A run of ``stage`` (a chapter) that is cut off behind its save number ``saves`` and started again ends with the
+    same weights, bit for bit, as one that never stopped. ``whole`` and ``stopped`` are the two configurations; returns
+    the two checkpoints."""
+    stage.run(whole)
+    original, done = stage.Run.save, 0
+
+    def save(self, *args, **kwargs):
+        nonlocal done
+        original(self, *args, **kwargs)
+        done += 1
+        if done == saves:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage.Run, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(stopped)
+    stage.run(stopped)
+    one, two = (torch.load(f"{c.out_dir}/ckpt.pt", weights_only=True) for c in (whole, stopped))
+    assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
+    return one, two
+
+
 def assert_same_training(one: Path, other: Path) -> None:
     """The same losses and gradient norms in every step, and the same weights, but for rounding."""
     rows = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (one, other)]

@@ -34,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arithmetic
+from runtime import processes
 from runtime.checkpoint import write_atomically
 from runtime.errors import UserError
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, encode_chat
@@ -104,7 +105,7 @@ def columns(row: dict, names: Sequence[str], source: str) -> list:
 
 
 def report_skipped(skipped: Counter, what: str) -> None:
-    if skipped:
+    if skipped and processes.rank() == 0:
         print(f"skipped {sum(skipped.values())} {what}: " + ", ".join(f"{n} {why}" for why, n in skipped.most_common()))
 
 

@@ -51,6 +51,7 @@ from runtime import processes
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, load_stage, need_checkpoint, start
+from sft import answers
 from transformer import Transformer, token_logps
 
 # A strength that suits each method: the papers' values, except for IPO, whose gap 1/(2β) is in nats.
@@ -404,9 +405,12 @@ def run(config: Config) -> dict:
     if kto and has_labels(config.data):
         judged = load_judged(config.data, "validation", config.data_dir)[: config.eval_pairs]
         held = encode_judged(judged, tokenizer, config.max_length)
+        liked = [(one.prompt, one.answer) for one in judged if one.desirable]
     else:
         pairs = load_pairs(config.data, "validation", config.data_dir)[: config.eval_pairs]
         held = encode_pairs(pairs, tokenizer, config.max_length)
+        liked = [(pair.prompt, pair.chosen) for pair in pairs]
+    liked = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in liked]
     ids, prompts = [], []
     if config.data == "arith":
         prompts = load_prompts("arith", "validation", n=config.eval_prompts)
@@ -437,6 +441,7 @@ def run(config: Config) -> dict:
             figures = how(run, model, held, held_ref, config)
             if ids:
                 figures["val_questions"] = examine(run, model, tokenizer, ids, prompts, 48)
+            run.sample(step, answers(run, model, tokenizer, liked))
         run.evaluation(step, **figures)
         return figures
 

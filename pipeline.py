@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import dpo
 import evaluate
 import grpo
+import ppo
 import pretrain
+import reward
 import sft
 from runtime import processes
 from runtime.config import parse
@@ -67,17 +70,40 @@ def stages(config: Config) -> list[Stage]:
     quick = {
         "pretrain": {"steps": 60, "warmup": 10, "eval_every": 30},
         "sft": {"n_examples": 128, "epochs": 2.0},
+        "reward": {"n_pairs": 128, "epochs": 1.0, "eval_pairs": 64},
+        "pairs": {"n_pairs": 64, "epochs": 1.0, "eval_pairs": 64, "eval_prompts": 32},
+        "ppo": {"steps": 3, "prompts_per_step": 32, "eval_every": 3},
         "grpo": {"steps": 3, "prompts_per_step": 4, "group_size": 8, "eval_every": 3},
     }
 
-    def settings(stage: str, init_from: str = "") -> dict:
+    def settings(folder: str, init_from: str = "", kind: str = "", **more) -> dict:
         start = {"init_from": str(out / init_from)} if init_from else {}
-        return common | start | {"out_dir": str(out / stage)} | (quick[stage] if config.quick else {})
+        return common | start | {"out_dir": str(out / folder)} | more | (quick[kind or folder] if config.quick else {})
 
+    def pairs(method: str, label: str) -> Stage:
+        chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
+        return Stage(method, label, dpo.run, chosen, ("val_accuracy", "val_questions"))
+
+    judge = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"))
+    policy = ("correct", "accuracy")
     return [
         Stage("pretrain", "Base", pretrain.run, pretrain.Config(**settings("pretrain")), ("loss", "val_loss")),
         Stage("sft", "SFT", sft.run, sft.Config(**settings("sft", "pretrain")), ("loss", "val_loss")),
-        Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), ("correct", "accuracy", "flat_groups")),
+        Stage(
+            "reward",
+            "Reward model",
+            reward.run,
+            reward.Config(**settings("reward", "sft")),
+            ("accuracy", "val_accuracy"),
+        ),
+        pairs("dpo", "DPO"),
+        pairs("ipo", "IPO"),
+        pairs("kto", "KTO"),
+        pairs("simpo", "SimPO"),
+        pairs("orpo", "ORPO"),
+        Stage("ppo_reward", "PPO, reward model", ppo.run, ppo.Config(**judge), ("score", *policy)),
+        Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**settings("ppo", "sft")), policy),
+        Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), (*policy, "flat_groups")),
     ]
 
 
@@ -127,7 +153,8 @@ def examined(folder: Path, label: str, exam: evaluate.Config) -> dict:
 
 def note(config: Config, exam: evaluate.Config) -> str:
     return (
-        f"Greedy accuracy on {exam.n} held-out questions of the embedded task, with 95 % Wilson intervals; "
+        f"Greedy accuracy on {exam.n} held-out questions of the embedded task, with 95 % Wilson intervals (of the "
+        "reward model: how often it prefers the better of two answers to one); "
         f"pass@k and majority vote from {exam.samples} answers at temperature {exam.temperature:g}; "
         f"bits per byte of held-out pretraining text. Seed {config.seed}."
     )

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import arithmetic
 from data import columns, dialogue, read_dataset, report_skipped
+from runtime import processes
 from runtime.checkpoint import write_text
 from runtime.config import parse
 from runtime.errors import UserError, run_main
@@ -303,7 +304,7 @@ def encode_judged(judged: Sequence[Judged], tokenizer: Tokenizer, length: int) -
 
 def _report_cut(cut: Counter, n: int, length: int, what: str) -> None:
     cut = +cut  # without the zeros
-    if cut:
+    if cut and processes.rank() == 0:
         print(f"of {n} {what} at {length} tokens: " + ", ".join(f"{count} {why}" for why, count in cut.items()))
 
 

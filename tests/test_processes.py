@@ -17,8 +17,11 @@ import torch.distributed as dist
 from test_grpo import TOKENIZER, StubRun
 from tiny import assert_same_training, tiny_pretrain, tiny_sft
 
+import dpo
 import grpo
+import ppo
 import pretrain
+import reward
 import sft
 from data import epoch_batch, load_chats, pack
 from grpo import Rollout, accumulate_gradients, group_advantages, sample_answers
@@ -28,7 +31,9 @@ from runtime.run import load_stage
 from transformer import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
+STAGES = {
+    "pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "kto": dpo, "orpo": dpo, "ppo": ppo, "grpo": grpo
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
 
@@ -185,6 +190,49 @@ def test_grpo_on_two_processes_has_the_gradient_of_the_whole_batch(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# PPO on a given rollout
+
+
+def ppo_gradients() -> dict:
+    """Advantages and returns, the gradient of one update on them, and the figures of both."""
+    policy, rollout = policy_and_rollout()
+    model = ppo.ActorCritic(policy)
+    torch.nn.init.normal_(model.value.weight, std=0.1)
+    reference = Transformer(policy.config)  # other weights
+    half = slice(6 * processes.rank(), 6 * processes.rank() + 12 // processes.world_size())
+    mask = rollout.mask[half]
+    width = int(mask.any(dim=0).nonzero().max()) + 1  # each process has its own longest answer
+    mine = Rollout(
+        rollout.tokens[half][:, : width + 1], mask[:, :width], rollout.sampled_logps[half][:, :width],
+        rollout.texts[half], rollout.finished[half],
+    )  # fmt: skip
+    scores = REWARDS["both learn"][half]
+    config = ppo.Config(temperature=0.7, max_new_tokens=14, micro_batch_size=4, whiten_rewards=True)
+    batch, figures = ppo.prepare(StubRun(), model, reference, mine, scores, 0.1, config)
+    batch.logps += 0.3 * mask[:, :width] * ((batch.tokens[:, 1:] % 5) - 2)  # some ratios are clipped
+    figures |= ppo.learn(StubRun(), model, batch, torch.arange(len(mask)), config, first=False)
+    processes.sum_gradients(model.parameters())
+    return {
+        "advantages": batch.advantages[batch.mask], "returns": batch.returns[batch.mask], "figures": figures,
+        "gradient": torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+    }  # fmt: skip
+
+
+def test_ppo_on_two_processes_has_the_gradient_of_the_whole_batch(tmp_path):
+    whole = ppo_gradients()
+    zero, one = results(on_two_processes(tmp_path, ppo_gradients))
+    assert len(zero["advantages"]) != len(one["advantages"])
+    for name in ("advantages", "returns"):  # whitened with the mean and deviation of all tokens
+        torch.testing.assert_close(torch.cat([zero[name], one[name]]), whole[name], rtol=1e-4, atol=1e-5)
+    assert torch.equal(zero["gradient"], one["gradient"]) and whole["gradient"].abs().max() > 1e-4
+    torch.testing.assert_close(zero["gradient"], whole["gradient"], rtol=1e-3, atol=1e-6)
+    assert whole["figures"]["clipped"] > 0
+    for name, value in whole["figures"].items():
+        of_both = zero["figures"][name] + one["figures"][name] if name == "kl_ref" else zero["figures"][name]
+        assert of_both == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Whole stages
 
 
@@ -196,6 +244,18 @@ def tiny(stage: str, folder: Path, start: Path, **changes):
         return tiny_sft(
             folder, start, **({"n_examples": 16, "epochs": 1.0, "packing": False, "batch_size": 4} | changes)
         )
+    common = {"out_dir": str(folder), "init_from": str(start), "device": "cpu", "eval_every": 2, "save_every": 2}
+    pairs = {"n_pairs": 12, "epochs": 1.0, "batch_size": 4, "eval_pairs": 4, "max_length": 96, "log_every": 1}
+    if stage == "reward":
+        return reward.Config(**(common | pairs | {"normalize_on": 4, "max_new_tokens": 4, "warmup": 2} | changes))
+    if stage in ("dpo", "kto", "orpo"):
+        return dpo.Config(**(common | pairs | {"method": stage, "eval_prompts": 4, "warmup": 1} | changes))
+    if stage == "ppo":
+        small = {
+            "steps": 3, "prompts_per_step": 8, "n_prompts": 16, "eval_prompts": 4, "max_new_tokens": 6, "lr": 2e-3,
+            "minibatches": 2, "unfinished_penalty": 0.5,
+        }  # fmt: skip
+        return ppo.Config(**(common | small | changes))
     small = {
         "out_dir": str(folder), "init_from": str(start), "steps": 3, "prompts_per_step": 4, "group_size": 4,
         "n_prompts": 16, "eval_prompts": 4, "max_new_tokens": 8, "eval_every": 2, "save_every": 2, "device": "cpu",
@@ -215,7 +275,7 @@ def watched_run(stage: str, config, flat_from: int = 1000) -> dict:
 
     def clipped(params, *args):  # called when the gradients of all processes have been summed
         parameters[:] = list(params)
-        seen["gradients"].append(torch.cat([p.grad.flatten() for p in params]))
+        seen["gradients"].append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
         return clip(params, *args)
 
     def scored(texts, golds, finished):  # of an untrained policy, something that differs between answers
@@ -239,6 +299,7 @@ def watched_run(stage: str, config, flat_from: int = 1000) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
         patch.setattr(grpo, "score", scored)
+        patch.setattr(ppo, "score", scored)
         patch.setattr(grpo, "accumulate_gradients", accumulated)
         STAGES[stage].run(config)
     watching = False  # a hook stays for ever
@@ -254,7 +315,11 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [("pretrain", {}), ("pretrain", {"micro_batch_size": 1}), ("sft", {}), ("sft", {"micro_batch_size": 1})],
+    [
+        (stage, changes)
+        for stage in ("pretrain", "sft", "reward", "dpo", "kto", "orpo")
+        for changes in ({}, {"micro_batch_size": 1})
+    ],
     ids=str,
 )
 def test_a_stage_on_two_processes_takes_the_steps_of_one(tmp_path, base, stage, changes):

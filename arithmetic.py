@@ -16,6 +16,7 @@ owns the apples.
 Run ``python arithmetic.py`` to read some of it.
 """
 
+import operator
 import random
 import zlib
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ FIRST = {
 
 
 def _step(a: int, sign: str, b: int) -> tuple[str, int]:
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+    value = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}[sign](a, b)
     return f"{a}{sign}{b}={value}", value
 
 
@@ -272,8 +273,8 @@ def preference_pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     """``{"prompt": messages, "chosen": text, "rejected": text, "flaw": kind}``: chosen is right, rejected has one
     known flaw.
 
-    The flaw is a wrong sum (the error is carried through to the answer), a wrong operation, a skipped second step, or
-    the right answer outside the answer tags.
+    The flaw is a wrong digit in one of the sums (the error is carried through to the answer), a wrong operation, a
+    skipped second step, or the right answer outside the answer tags.
     """
     rng = random.Random(f"pairs {seed} {heldout}")
     pairs = []
@@ -284,32 +285,65 @@ def preference_pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
     return pairs
 
 
+def sum_pairs(n: int, seed: int) -> list[dict]:
+    """The same of plain sums: right, and with one wrong digit. Plain sums belong to no story, so none is held out."""
+    rng = random.Random(f"sum pairs {seed}")
+    pairs = []
+    for _ in range(n):
+        left, value = _sum(rng).split("=")
+        chosen, rejected = (
+            f"<think>{left}={x}</think><answer>{x}</answer>" for x in (int(value), _slip(rng, int(value)))
+        )
+        prompt = [{"role": "user", "content": f"What is {left}?"}]
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "flaw": "sum"})
+    return pairs
+
+
+def _slip(rng: random.Random, value: int) -> int:
+    """The number with one wrong digit.
+
+    >>> _slip(random.Random(0), 47)
+    46
+    """
+    digits = str(value)
+    while True:
+        i = rng.randrange(len(digits))
+        wrong = digits[:i] + rng.choice("0123456789") + digits[i + 1 :]
+        if wrong != digits and str(int(wrong)) == wrong:  # 7 for 47 would be another length
+            return int(wrong)
+
+
 def _flawed(rng: random.Random, problem: Problem) -> tuple[str, str]:
+    """A kind of flaw, and an answer to the problem that has it."""
+    right = [int(step.split("=")[1]) for step in problem.steps]
     flaw = rng.choice(("sum", "operation", "skipped", "form"))
-    if flaw == "skipped" and len(problem.steps) == 1:
-        flaw = "sum"
-    if flaw == "form":
-        return flaw, f"<think>{' '.join(problem.steps)}</think>{problem.answer}"
-    steps = list(problem.steps)
-    if flaw == "skipped":
-        steps = steps[:1]
-        answer = int(steps[0].split("=")[1])
-    else:
-        left, value = steps[-1].split("=")
-        answer = int(value)
-        if flaw == "operation":
-            sign = next(s for s in "+-*/" if s in left)
-            a, b = map(int, left.split(sign))
-            sign = "-" if sign == "+" and a > b else "+"
-            left, answer = f"{a}{sign}{b}", a - b if sign == "-" else a + b
-        if flaw == "sum" or answer == problem.answer:
-            flaw, answer = "sum", max(0, answer + rng.choice((-10, -2, -1, 1, 2, 10)))
-            if answer == problem.answer:
-                answer += 1
-        steps[-1] = f"{left}={answer}"
-    if answer == problem.answer:  # a skipped step that happened not to matter
-        return "form", f"<think>{' '.join(problem.steps)}</think>{problem.answer}"
-    return flaw, f"<think>{' '.join(steps)}</think><answer>{answer}</answer>"
+    while True:
+        steps, answer = list(problem.steps), problem.answer
+        if flaw == "skipped" and len(steps) == 2 and right[0] != answer:
+            steps, answer = steps[:1], right[0]
+        elif flaw == "operation":
+            a, sign, b = _operands(steps[-1])
+            steps[-1], answer = _step(a, "-" if sign == "+" and a > b else "+", b)
+        elif flaw in ("sum", "skipped"):
+            flaw, wrong = "sum", rng.randrange(len(steps))
+            steps[wrong] = steps[wrong].split("=")[0] + f"={_slip(rng, right[wrong])}"
+            answer = int(steps[wrong].split("=")[1])
+            if wrong + 1 < len(steps):  # the error is carried through
+                a, sign, b = _operands(steps[1])
+                steps[1], answer = _step(a, sign, answer) if problem.kind == "both" else _step(answer, sign, b)
+        if flaw == "form" or (answer != problem.answer and answer >= 0):
+            break
+        flaw = "sum"  # 2+2 for 2*2 is no flaw
+    written = f"<think>{' '.join(steps)}</think>"
+    return flaw, written + (f"{answer}" if flaw == "form" else f"<answer>{answer}</answer>")
+
+
+def _operands(step: str) -> tuple[int, str, int]:
+    """``"4+3=7"`` -> (4, "+", 3)."""
+    left = step.split("=")[0]
+    sign = next(s for s in "+-*/" if s in left)
+    a, b = left.split(sign)
+    return int(a), sign, int(b)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class Config(RunConfig):
     """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen, rejected (for
     kto also prompt, completion, label).
     """
+    eval_data: str = ""
+    """Where held-out pairs come from, and questions, if it is arith. Default: the same."""
     n_pairs: int | None = None
     """Use only so many (None: 2048 of arith, all of the others)."""
     init_from: str = ""
@@ -394,7 +396,7 @@ def run(config: Config) -> dict:
     run.descend(state, config.init_from)
 
     # Data: pairs as rows, or single answers; held-out pairs; held-out questions, if there are any.
-    kto, held = config.method == "kto", None
+    kto, eval_data = config.method == "kto", config.eval_data or config.data
     source = (config.data, "train", config.data_dir, config.seed, config.n_pairs)
     if kto:
         rows = encode_judged(load_judged(*source), tokenizer, config.max_length)
@@ -402,17 +404,17 @@ def run(config: Config) -> dict:
         rows = encode_pairs(load_pairs(*source), tokenizer, config.max_length)
     if kto and len(rows) < 2:
         raise UserError("kto compares answers with those to other prompts: it needs at least two")
-    if kto and has_labels(config.data):
-        judged = load_judged(config.data, "validation", config.data_dir)[: config.eval_pairs]
+    if kto and has_labels(eval_data):
+        judged = load_judged(eval_data, "validation", config.data_dir)[: config.eval_pairs]
         held = encode_judged(judged, tokenizer, config.max_length)
         liked = [(one.prompt, one.answer) for one in judged if one.desirable]
     else:
-        pairs = load_pairs(config.data, "validation", config.data_dir)[: config.eval_pairs]
+        pairs = load_pairs(eval_data, "validation", config.data_dir)[: config.eval_pairs]
         held = encode_pairs(pairs, tokenizer, config.max_length)
         liked = [(pair.prompt, pair.chosen) for pair in pairs]
     liked = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in liked]
     ids, prompts = [], []
-    if config.data == "arith":
+    if eval_data == "arith":
         prompts = load_prompts("arith", "validation", n=config.eval_prompts)
         ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - 48)
     per_step = 2 * config.batch_size if kto else config.batch_size
@@ -487,8 +489,7 @@ def run(config: Config) -> dict:
     with run.eager():
         how = judged_validation if isinstance(held, JudgedRows) else validation
         figures = how(run, model, held, held_ref, config)
-    data = config.data if config.data == "arith" else "gsm8k"
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {data}"
+    hint = f"python evaluate.py {config.init_from} {run.folder} --data {eval_data}"
     run.close(f"held-out pairs: accuracy {figures.get('val_accuracy', math.nan):.3f}", next_command=hint)
     return figures
 

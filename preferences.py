@@ -12,9 +12,13 @@ left out or cut is counted and said.
 An answer becomes a row [prompt | answer, end-of-text | padding], as in ``rollout.py``: column t of ``mask`` is about
 token t+1.
 
+Where the answers come from matters as much as which is better. Pairs that somebody else wrote tell a policy what it
+would not have said anyway; a right and a wrong answer of its *own* show it the very point where it goes astray, and
+``--policy`` makes such pairs, judged by ``verify.py``.
+
     python preferences.py                                                       # rows of two pairs
-    python preferences.py --data hh-harmless --data_dir DIR --write pairs.jsonl # any source as JSONL, to look at or
-    edit
+    python preferences.py --policy out/arith/sft --write out/arith/own.jsonl    # the policy's own answers
+    python preferences.py --data hh-harmless --data_dir DIR --write pairs.jsonl # any source as JSONL, to look at
 """
 
 import dataclasses
@@ -29,14 +33,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import arithmetic
-from data import columns, dialogue, read_dataset, report_skipped
+from data import Prompt, columns, dialogue, encode_prompts, load_prompts, read_dataset, report_skipped
+from rollout import sample_answers, score
 from runtime import processes
 from runtime.checkpoint import write_text
-from runtime.config import parse
+from runtime.config import at_least, parse
+from runtime.device import pick_device
 from runtime.errors import UserError, run_main
+from runtime.run import load_stage
 from tokenizer import ByteTokenizer, Tokenizer, encode_chat
+from transformer import Transformer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Where pairs come from
@@ -71,8 +80,8 @@ SOURCES = {  # hub id, configuration, split for training, split for the test
 
 
 def load_pairs(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Pair]:
-    """At most ``n`` pairs of "arith", of a name in SOURCES, or of a ``.jsonl`` file with the columns prompt, chosen and
-    rejected.
+    """At most ``n`` pairs of "arith", of "sums" (plain ones, none held out), of a name in SOURCES, or of a ``.jsonl``
+    file with the columns prompt, chosen and rejected.
 
     split: "train", "validation" (every 50th row of the training split; of arith, held-out questions) or "test" (of
     arith, other held-out questions; a file has none of its own and gives its validation rows).
@@ -80,6 +89,9 @@ def load_pairs(name: str, split: str, data_dir: str = "", seed: int = 0, n: int 
     if name == "arith":
         heldout = split != "train"
         found = arithmetic.preference_pairs(n or (512 if heldout else 2048), split if heldout else f"{seed}", heldout)
+        return [Pair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["flaw"]) for row in found]
+    if name == "sums":
+        found = arithmetic.sum_pairs(n or 2048, f"{split} {seed}")
         return [Pair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["flaw"]) for row in found]
     skipped, pairs = Counter(), []
     for row in itertools.islice(_rows(name, split, data_dir), n):
@@ -189,6 +201,34 @@ def _text(answer) -> str:
     return str((answer[-1]["content"] if isinstance(answer, list) and answer else answer) or "").strip()
 
 
+@torch.no_grad()
+def sample_pairs(
+    policy: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    n: int = 4,
+    max_new: int = 48,
+    seed: int = 0,
+    size: int = 512,
+    show: bool = True,
+) -> list[Pair]:
+    """``n`` answers of the policy to each question, at temperature 1; where a right one and a wrong one are among
+    them, the first of each make a pair. Answers that were cut off are passed over. ``size`` answers at a time.
+    """
+    longest, pairs = policy.config.max_seq_len - max_new, []
+    encoded, prompts = encode_prompts(list(prompts), tokenizer, longest)
+    for first in tqdm(range(0, len(prompts), max(1, size // n)), desc="answers", leave=False, disable=not show):
+        some = slice(first, first + max(1, size // n))
+        rollout = sample_answers(policy, tokenizer, encoded[some], n, max_new, 1.0, seed=seed * 1_000_003 + first)
+        correct, _ = score(rollout.texts, [p.gold for p in prompts[some] for _ in range(n)], rollout.finished)
+        for i, prompt in enumerate(prompts[some]):
+            whole = [k for k in range(i * n, (i + 1) * n) if rollout.finished[k]]
+            right, wrong = ([rollout.texts[k] for k in whole if correct[k] == value] for value in (1, 0))
+            if right and wrong:
+                pairs.append(Pair(prompt.messages, right[0], wrong[0], "own"))
+    return pairs
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows of tokens
 
@@ -205,6 +245,10 @@ class PairRows:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def lengths(self) -> list[int]:
+        """Of the longer row of each pair."""
+        return [len(p) + max(len(c), len(r)) for p, c, r in zip(self.prompts, self.chosen, self.rejected)]
 
     def batch(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor, Tensor]:
         """``lay_out`` of b pairs as 2b rows: first all chosen answers, then all rejected ones."""
@@ -315,25 +359,56 @@ def _report_cut(cut: Counter, n: int, length: int, what: str) -> None:
 @dataclass(frozen=True)
 class Config:
     data: str = "arith"
-    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file."""
+    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file; with --policy: arith, gsm8k or svamp."""
     split: Literal["train", "validation", "test"] = "train"
     """Which part."""
     data_dir: str = ""
     """A local mirror of datasets, looked in before the hub."""
     n: int | None = None
-    """At most so many."""
+    """At most so many pairs; with --policy, so many questions (None: 4096 of arith, all of the others)."""
     seed: int = 0
-    """Of the embedded pairs."""
+    """Of the embedded pairs, and of the sampling."""
     write: str = ""
     """Write them to this JSONL file."""
+    policy: str = ""
+    """Make pairs of this model's own answers: a run's folder or a checkpoint."""
+    samples: int = 4
+    """With --policy: answers to each question."""
+    max_new_tokens: int = 48
+    """With --policy: an answer that does not end by then is passed over."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def collect(config: Config) -> list[Pair]:
+    """The pairs that ``config`` asks for."""
+    if not config.policy:
+        return load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
+    at_least(config, samples=2, max_new_tokens=1, n=1)
+    policy, tokenizer, _ = load_stage(config.policy, device=pick_device(config.device))
+    if policy.config.max_seq_len <= config.max_new_tokens:
+        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {policy.config.max_seq_len} tokens")
+    prompts = load_prompts(config.data, config.split, config.data_dir, config.seed, config.n)
+    pairs = sample_pairs(policy, tokenizer, prompts, config.samples, config.max_new_tokens, config.seed)
+    if not pairs:
+        raise UserError(
+            f"{config.policy} gave no question both a right and a wrong answer: try more --samples or another --data"
+        )
+    print(f"{len(prompts):,} questions, {config.samples} answers each: {len(pairs):,} have a right and a wrong one")
+    return pairs
+
+
+def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
+    """As JSONL, which ``load_pairs`` reads."""
+    text = "".join(json.dumps(dataclasses.asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
+    write_text(Path(path), text)
 
 
 def main() -> None:
     config = parse(Config)
-    pairs = load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
+    pairs = collect(config)
     if config.write:
-        text = "".join(json.dumps(dataclasses.asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
-        write_text(Path(config.write), text)
+        write_pairs(config.write, pairs)
         print(f"{len(pairs):,} pairs in {config.write}")
         return
     print(f"{len(pairs):,} pairs of {config.data}, {config.split}; the first three:")

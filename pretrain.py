@@ -132,7 +132,7 @@ def make_optimizers(
     A weight that two modules share is listed once, so it is updated and decayed once.
     """
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in parameters if kind == "muon" and p.dim() == 2 and name.startswith("blocks.")]
+    hidden = [p for name, p in parameters if kind == "muon" and p.dim() == 2 and "blocks." in name]
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in parameters if id(p) not in chosen]
     groups = [

@@ -7,14 +7,23 @@ sigmoid of the difference (Ouyang et al. 2022, InstructGPT, eq. 1)::
     P(chosen ≻ rejected) = σ(r_chosen - r_rejected)
     L = - mean log σ(r_chosen - r_rejected - margin)  +  center · mean (r_chosen + r_rejected)²
 
+One bit about a whole answer is little to learn from, so the same loss is also taken at every token behind the first
+difference of the two answers, on what the head reads there (Cobbe et al. 2021 train verifiers so)::
+
+    L ← (1 - token_weight) · L + token_weight · mean_t -log σ(r_chosen(t) - r_rejected(t))
+
 Only differences count, so the scores may drift together: ``center`` pulls them to zero (Eisenstein et al. 2023), and
 after training we shift and scale the head so that answers of the starting policy have mean 0 and variance 1 (Stiennon
 et al. 2020). ``margin`` asks for more distance where the judge was more certain (Touvron et al. 2023, Llama 2, eq.
 2).
 
-The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number, read at the
-last real token, which has seen the whole answer. "Last real" by the mask, never by position -1, where padding may
-stand, nor by looking for the padding's id, which a text may contain.
+The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number. The score of
+an answer is read at the last real token, which has seen the whole answer. "Last real" by the mask, never by position
+-1, where padding may stand, nor by looking for the padding's id, which a text may contain.
+
+To see that 12+15=28 is wrong, a language model that would itself write 27 still has to learn how to *check*, which is
+another skill. On the embedded task it practises on plain sums before and between the stories (``n_sums``), as large
+reward models are first trained on cheap comparisons (Askell et al. 2021).
 
     python reward.py                                                    # the embedded pairs, after sft.py
     python reward.py --data hh-harmless --init_from out/mine/sft --data_dir DIR     # HH-RLHF, harmless-base
@@ -23,6 +32,7 @@ stand, nor by looking for the padding's id, which a text may contain.
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -30,8 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import at_least_float32
-from data import epoch_batch
-from preferences import PairRows, encode_pairs, load_pairs
+from data import epoch_batch, similar_lengths
+from preferences import Pair, PairRows, encode_pairs, load_pairs
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import sample_answers
 from runtime import processes
@@ -47,17 +57,21 @@ class Config(RunConfig):
     data: str = "arith"
     """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen, rejected."""
     n_pairs: int | None = None
-    """Use only so many (None: 2048 of arith, all of the others)."""
+    """Use only so many (None: 8192 of arith, all of the others)."""
+    n_sums: int = 32_768
+    """arith: pairs about plain sums among them."""
     init_from: str = ""
     """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
     max_length: int = 256
     """Tokens of a row; a longer one loses the beginning of its prompt."""
-    batch_size: int = 16
-    """Pairs of one step, over all processes."""
+    batch_size: int = 32
+    """Pairs of one step, over all processes; they are of similar length."""
     micro_batch_size: int = 0
     """Pairs at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 2.0
+    epochs: float = 1.0
     """Passes over the pairs."""
+    token_weight: float = 0.7
+    """Weight of the loss at every token behind the first difference; that of the whole answer has the rest."""
     margin: float = 0.0
     """Distance that the scores of a pair should keep."""
     center: float = 0.0
@@ -68,8 +82,10 @@ class Config(RunConfig):
     """
     max_new_tokens: int = 48
     """Length of those answers at most."""
-    lr: float = 5e-4
-    """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: for the matrices inside the blocks."""
+    lr: float = 2e-3
+    """Peak learning rate; with adamw a tenth of it is a better start."""
     final_lr: float = 0.0
     """Share of the peak at which the cosine ends."""
     warmup: int = 20
@@ -106,10 +122,13 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (B, T), mask (B, T) with 1 = a real token, padding on either side -> scores (B,), float32."""
+        return self.at_every_token(tokens, mask).gather(1, last_real(mask)[:, None])[:, 0]
+
+    def at_every_token(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """What the head reads at each token: (B, T), float32, padded columns without meaning."""
         hidden = self.backbone.forward_hidden(tokens, mask=None if _right_padded(mask) else mask)  # (B, T, D)
-        last = last_real(mask)  # (B,)
-        ends = at_least_float32(hidden[torch.arange(len(tokens), device=tokens.device), last])  # (B, D)
-        return (ends * self.score.weight).sum(dim=1) + self.score.bias  # autocast would multiply in 16 bits
+        hidden = at_least_float32(hidden).masked_fill(~mask.bool()[:, :, None], 0.0)
+        return (hidden * self.score.weight).sum(dim=2) + self.score.bias  # autocast would multiply in 16 bits
 
     @torch.no_grad()
     def normalize(self, mean: float, std: float) -> None:
@@ -144,6 +163,26 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float 
     """
     loss = -F.logsigmoid(chosen - rejected - margin).mean()
     return loss + center * (chosen + rejected).square().mean() if center else loss
+
+
+def token_loss(chosen: Tensor, rejected: Tensor, where: Tensor) -> Tensor:
+    """``-log σ(r_chosen(t) - r_rejected(t))``, averaged over the columns ``where`` of a pair, then over the pairs: all
+    (B, T) -> a scalar.
+    """
+    where = where.to(chosen.dtype)
+    return (-F.logsigmoid(chosen - rejected) * where).sum(dim=1).div(where.sum(dim=1).clamp(min=1)).mean()
+
+
+def behind_the_difference(tokens: Tensor, real: Tensor) -> Tensor:
+    """Rows of chosen answers above those of rejected ones, (2B, T), padded on the right -> (B, T): the columns from
+    the first in which they differ to the end of the shorter one. Before it the two are the same text, and no score
+    could tell them apart.
+
+    >>> behind_the_difference(torch.tensor([[5, 6, 7, 8], [5, 9, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    tensor([[False,  True,  True, False]])
+    """
+    (chosen, rejected), (a, b) = tokens.chunk(2), real.bool().chunk(2)
+    return ((chosen != rejected).cumsum(dim=1) > 0) & a & b
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,10 +300,19 @@ def load_reward_model(path: str, device="cpu") -> tuple[RewardModel, Tokenizer, 
     return model, tokenizer, state
 
 
+def training_pairs(config: Config) -> list[Pair]:
+    if config.data != "arith":
+        return load_pairs(config.data, "train", config.data_dir, config.seed, config.n_pairs)
+    pairs = load_pairs("arith", "train", seed=config.seed, n=config.n_pairs or 8192)
+    return pairs + load_pairs("sums", "train", seed=config.seed, n=config.n_sums) * bool(config.n_sums)
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     at_least(config, n_pairs=1, max_length=8, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
-    at_least(config, eval_pairs=1, margin=0.0, center=0.0, normalize_on=0, max_new_tokens=1)
+    at_least(config, eval_pairs=1, margin=0.0, center=0.0, token_weight=0.0, normalize_on=0, max_new_tokens=1, n_sums=0)
+    if config.token_weight > 1:
+        raise UserError(f"token_weight is {config.token_weight}: it is a share, 1 at most")
     check_batch(config.batch_size, config.micro_batch_size, config.device)
 
 
@@ -280,19 +328,20 @@ def run(config: Config) -> dict:
     run.descend(state, config.init_from)
 
     # Data: pairs as rows of tokens.
-    pairs = load_pairs(config.data, "train", config.data_dir, config.seed, config.n_pairs)
+    pairs = training_pairs(config)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     prompts_with_room(policy, rows, config)
     held = load_pairs(config.data, "validation", config.data_dir, config.seed)[: config.eval_pairs]
     held = encode_pairs(held, tokenizer, config.max_length)
-    steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
+    batches = similar_lengths(rows.lengths(), config.batch_size, config.seed)
+    steps = max(1, math.ceil(config.epochs * len(batches)))
 
     # The policy's body under a new head.
     torch.manual_seed(config.seed)
     backbone, _, _ = load_stage(config.init_from, device=run.device)
     model = RewardModel(backbone)
     backbone.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
     if not run.finished:
         run.banner(
@@ -306,14 +355,19 @@ def run(config: Config) -> dict:
             return scores(model, held)
 
     for step in run.steps(first, steps):
-        chosen_rows = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed)).tolist()
+        chosen_rows = processes.my_share(batches[epoch_batch(len(batches), 1, step, config.seed)[0]])
         loss = accuracy = margin = 0.0
         size, n_tokens = config.micro_batch_size or len(chosen_rows), 0
         for some in (chosen_rows[i : i + size] for i in range(0, len(chosen_rows), size)):
             tokens, _, real = rows.batch(some, run.device)  # (2b, T): chosen above rejected
             with run.autocast():
-                chosen, rejected = model(tokens, real).chunk(2)  # (b,) each
-            part = bradley_terry_loss(chosen, rejected, config.margin, config.center) * len(some) / config.batch_size
+                every = model.at_every_token(tokens, real)  # (2b, T)
+            chosen, rejected = every.gather(1, last_real(real)[:, None])[:, 0].chunk(2)  # (b,) each
+            part = bradley_terry_loss(chosen, rejected, config.margin, config.center)
+            if config.token_weight:
+                of_tokens = token_loss(*every.chunk(2), behind_the_difference(tokens, real))
+                part = (1 - config.token_weight) * part + config.token_weight * of_tokens
+            part = part * len(some) / config.batch_size
             run.scaler.scale(part).backward()
             loss += float(part.detach())
             accuracy += float((chosen > rejected).sum()) / config.batch_size
@@ -333,16 +387,17 @@ def run(config: Config) -> dict:
         if (step + 1) % config.eval_every == 0 or last:
             figures = judge(*held_scores(), config.margin, config.center)
             run.evaluation(step + 1, **figures)
-        if last and config.normalize_on:
-            mean, std = normalize(run, model, policy, tokenizer, rows, config)
-            run.print(f"scores of the starting policy's answers had mean {mean:.2f}, std {std:.2f}; now 0 and 1")
-        if last:
-            run.sample(steps, report(held, *held_scores()))
+        if last:  # the report comes first: a scaled head no longer says what it means
+            text = report(held, *held_scores())
+            run.sample(steps, text)
+            run.print(text)
+            if config.normalize_on:
+                mean, std = normalize(run, model, policy, tokenizer, rows, config)
+                run.print(f"scores of the starting policy's answers had mean {mean:.2f}, std {std:.2f}; now 0 and 1")
         if figures or run.should_save(step, steps):
             metric = figures.get("val_accuracy")
             run.save(step, steps, model, optimizers, tokenizer, metric=metric, lower_is_better=False)
     figures = judge(*held_scores(), config.margin, config.center)
-    run.print(report(held, *held_scores()))
     run.close(f"held-out accuracy {figures['val_accuracy']:.3f}", next_command=f"python ppo.py --reward {run.folder}")
     return figures
 

@@ -1,9 +1,10 @@
 import re
+from collections import Counter
 from fractions import Fraction
 
 import pytest
 
-from arithmetic import QUESTIONS, documents, is_heldout, preference_pairs, problems, solution
+from arithmetic import QUESTIONS, documents, is_heldout, preference_pairs, problems, solution, sum_pairs
 from verify import correctness_reward, extract_answer, format_reward
 
 TRAIN, HELD = problems(3000, seed=0), problems(1000, seed=0, heldout=True)
@@ -97,6 +98,43 @@ def test_preference_pairs_have_a_known_truth():
         assert correctness_reward(pair["chosen"], gold) == 1.0 and correctness_reward(pair["rejected"], gold) == 0.0
         assert format_reward(pair["rejected"]) == (pair["flaw"] != "form")
         assert pair["flaw"] == "form" or extract_answer(pair["rejected"]) != gold
+
+
+def test_a_wrong_sum_is_one_wrong_digit_and_is_carried_through():
+    """Behind the wrong step everything follows from it: an error in the first step must not show anywhere else."""
+    places = Counter()
+    for problem, pair in zip(problems(3000, seed=1), preference_pairs(3000, seed=1)):
+        if pair["flaw"] != "sum":
+            continue
+        written = pair["rejected"].removeprefix("<think>").split("</think>")[0].split()
+        values = [int(step.split("=")[1]) for step in written]
+        false = [i for i, step in enumerate(written) if not is_true(step)]
+        assert len(written) == len(problem.steps) and len(false) == 1
+        (i,) = false
+        told, right = str(values[i]), problem.steps[i].split("=")[1]
+        assert written[i].split("=")[0] == problem.steps[i].split("=")[0]
+        assert len(told) == len(right) and sum(a != b for a, b in zip(told, right)) == 1
+        if i == 0 and len(written) == 2:
+            assert str(values[0]) in re.split(r"[-+*/=]", written[1])[:2]
+        assert pair["rejected"].endswith(f"</think><answer>{values[-1]}</answer>") and values[-1] >= 0
+        places[i, len(written)] += 1
+    assert min(places[key] for key in ((0, 1), (0, 2), (1, 2))) > 100
+
+
+def test_pairs_of_plain_sums():
+    for pair in sum_pairs(500, seed=0):
+        question = pair["prompt"][0]["content"]
+        right, wrong = (re.match(r"<think>(.*)</think>", pair[name]).group(1) for name in ("chosen", "rejected"))
+        assert question == f"What is {right.split('=')[0]}?" and is_true(right) and not is_true(wrong)
+        gold = int(right.split("=")[1])
+        assert correctness_reward(pair["chosen"], gold) == 1.0 and correctness_reward(pair["rejected"], gold) == 0.0
+        assert right.split("=")[0] == wrong.split("=")[0] and format_reward(pair["rejected"])
+
+
+def is_true(step: str) -> bool:
+    a, sign, b, value = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
+    a, b, value = int(a), int(b), int(value)
+    return a == b * value if sign == "/" else {"+": a + b, "-": a - b, "*": a * b}[sign] == value
 
 
 def test_numbers_stay_small():

@@ -20,6 +20,7 @@ from data import (
     pack,
     prepare_tokens,
     read_dataset,
+    similar_lengths,
     text_documents,
     write_tokens,
 )
@@ -253,6 +254,21 @@ def test_every_row_once_in_each_epoch_and_the_step_alone_decides():
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and list(taken[:10]) != list(taken[10:])
     assert list(epoch_batch(10, 4, 3, seed=1)) == list(taken[12:16])
     assert list(epoch_batch(10, 4, 0, seed=1, shuffle=False)) == [0, 1, 2, 3]
+
+
+def test_batches_of_similar_lengths_hold_every_row_and_little_padding():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 200, 103).tolist()
+    batches = similar_lengths(lengths, 8, seed=1)
+    assert len(batches) == 13 and all(len(batch) == 8 for batch in batches)
+    counts = Counter(row for batch in batches for row in batch)
+    assert set(counts) == set(range(103)) and sum(counts.values()) == 104
+    widest = sum(8 * max(lengths[row] for row in batch) for batch in batches)
+    assert widest < 1.4 * sum(lengths)
+    blind = sum(8 * max(lengths[i : i + 8]) for i in range(0, 96, 8))
+    assert blind > 1.6 * sum(lengths[:96])
+    assert batches == similar_lengths(lengths, 8, seed=1) != similar_lengths(lengths, 8, seed=2)
+    assert similar_lengths([5, 3], 5, seed=0) == [[1, 0, 1, 0, 1]]
     assert isinstance(pack(CHATS, BYTES, 64), PackedRows)
 
 

@@ -20,7 +20,7 @@ TINY = {
 }
 PAIRS = {"n_pairs": 8, "epochs": 1.0, "batch_size": 4, "eval_pairs": 4, "eval_prompts": 4, "eval_every": 10}
 TINY |= dict.fromkeys(("dpo", "ipo", "kto", "simpo", "orpo"), PAIRS)
-TINY["reward"] = PAIRS | {"normalize_on": 4, "max_new_tokens": 6}
+TINY["reward"] = PAIRS | {"n_sums": 8, "normalize_on": 4, "max_new_tokens": 6}
 TINY["ppo"] = TINY["ppo_reward"] = {
     "steps": 2, "prompts_per_step": 4, "n_prompts": 8, "eval_prompts": 4, "eval_every": 2, "max_new_tokens": 8,
 }  # fmt: skip
@@ -125,6 +125,25 @@ def test_settings_reach_every_stage(tmp_path):
         c = stage.config
         assert (c.seed, c.device, c.precision, c.compile) == (7, "cpu", "bf16", "off")
         assert c.out_dir == str(tmp_path / stage.name)
+
+
+def test_the_dpo_family_learns_from_own_answers_of_the_sft_model_sampled_once(tmp_path, monkeypatch):
+    settings = pipeline.Config(out=str(tmp_path), seed=7, device="cpu")
+    asked = []
+    pair = pipeline.preferences.Pair(({"role": "user", "content": "2+3?"},), "5", "6")
+    monkeypatch.setattr(pipeline.preferences, "collect", lambda config: asked.append(config) or [pair])
+    (tmp_path / "sft").mkdir()
+    learners = []
+    for stage in REAL_STAGES(settings):
+        pipeline.make_own_pairs(settings, stage)
+        if getattr(stage.config, "data", "").endswith(".jsonl"):
+            learners.append(stage.name)
+            assert pipeline.preferences.load_pairs(stage.config.data, "validation") == [pair]
+            assert stage.config.eval_data == "arith"
+        else:
+            assert bool(learners) == bool(asked)
+    assert learners == ["dpo", "ipo", "kto", "simpo", "orpo"] and len(asked) == 1
+    assert (asked[0].policy, asked[0].seed, asked[0].device) == (str(tmp_path / "sft"), 7, "cpu")
 
 
 @pytest.mark.slow

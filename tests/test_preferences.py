@@ -3,8 +3,12 @@ import lzma
 
 import pytest
 import torch
+from tiny import tiny_pretrain
 
+import dpo
 import preferences
+import pretrain
+from data import load_prompts
 from preferences import (
     Judged,
     Pair,
@@ -16,8 +20,10 @@ from preferences import (
     lay_out,
     load_judged,
     load_pairs,
+    sample_pairs,
 )
 from runtime.errors import UserError
+from runtime.run import load_stage
 from tokenizer import ByteTokenizer, encode_chat
 
 T = ByteTokenizer()
@@ -111,6 +117,73 @@ def test_both_answers_of_a_pair_become_single_ones():
     assert sorted(one.answer for one in judged if not one.desirable) == sorted(pair.rejected for pair in pairs)
     labels = [one.desirable for one in judged]
     assert labels != sorted(labels, reverse=True)  # mixed
+
+
+def even_is_right(texts, golds, finished):
+    """Of an untrained policy's answers: right if their length is even."""
+    return torch.tensor([float(len(text) % 2 == 0) for text in texts]), torch.ones(len(texts))
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """The folder of a policy that says anything; its answers end after some tokens, or not at all."""
+    pretrain.run(tiny_pretrain(tmp_path / "base", steps=2, save_every=100, max_seq_len=384))
+    state = torch.load(tmp_path / "base" / "ckpt.pt", weights_only=True)
+    state["model"]["head.weight"].mul_(0.1)  # all tokens are about equally likely
+    torch.save(state, tmp_path / "base" / "ckpt.pt")
+    return str(tmp_path / "base")
+
+
+def test_own_pairs_are_a_right_and_a_wrong_whole_answer_to_one_question(untrained, monkeypatch):
+    seen = []
+
+    def score(texts, golds, finished):
+        seen.append((texts, golds, finished))
+        return even_is_right(texts, golds, finished)
+
+    monkeypatch.setattr(preferences, "score", score)
+    policy, tokenizer, _ = load_stage(untrained)
+    prompts = load_prompts("arith", "train", n=30)
+    pairs = sample_pairs(policy, tokenizer, prompts, n=6, max_new=200, size=60, show=False)
+    asked = {prompt.messages[0]["content"]: prompt.gold for prompt in prompts}
+    assert 0 < len(pairs) <= 30 and len({pair.prompt[0]["content"] for pair in pairs}) == len(pairs)
+    sampled = {}  # question -> its six answers
+    for texts, golds, finished in seen:
+        assert len(texts) == len(golds) == len(finished)
+        for i in range(0, len(texts), 6):
+            question = list(asked)[len(sampled)]
+            assert golds[i : i + 6] == [asked[question]] * 6
+            sampled[question] = [text for text, whole in zip(texts[i : i + 6], finished[i : i + 6]) if whole]
+    assert any(len(texts) < 6 for texts in sampled.values())  # some were cut off
+    for pair in pairs:
+        answers = sampled[pair.prompt[0]["content"]]
+        assert pair.chosen == next(text for text in answers if len(text) % 2 == 0)
+        assert pair.rejected == next(text for text in answers if len(text) % 2 == 1)
+    one_sided = [q for q, texts in sampled.items() if len({len(text) % 2 for text in texts}) < 2]
+    assert len(pairs) == 30 - len(one_sided)
+    again = sample_pairs(policy, tokenizer, prompts, n=6, max_new=200, size=60, show=False)
+    assert again == pairs != sample_pairs(policy, tokenizer, prompts, n=6, max_new=200, size=60, seed=1, show=False)
+
+
+def test_own_pairs_are_written_by_a_command_and_dpo_learns_from_them(untrained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preferences, "score", even_is_right)
+    path, command = tmp_path / "own.jsonl", ["preferences.py", "--policy", untrained, "--n", "40", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*command, "--write", str(path), "--max_new_tokens", "200"])
+    preferences.main()
+    assert "40 questions, 4 answers each" in capsys.readouterr().out
+    assert all(pair.flaw == "own" for pair in load_pairs(str(path), "train"))
+    figures = dpo.run(
+        dpo.Config(
+            data=str(path), eval_data="arith", init_from=untrained, out_dir=str(tmp_path / "dpo"), epochs=0.1,
+            batch_size=2, eval_pairs=6, eval_prompts=4, device="cpu", max_length=256,
+        )
+    )  # fmt: skip
+    assert set(figures) > {"val_accuracy", "val_logp_chosen"}
+    rows = [json.loads(line) for line in (tmp_path / "dpo" / "metrics.jsonl").read_text().splitlines()]
+    assert "val_questions" in rows[0]  # held-out questions of the embedded task, although the pairs are a file's
+    monkeypatch.setattr(preferences, "score", lambda texts, *_: (torch.zeros(len(texts)), None))
+    with pytest.raises(UserError, match="no question both a right and a wrong answer"):
+        preferences.main()
 
 
 @pytest.mark.parametrize(

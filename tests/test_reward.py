@@ -15,12 +15,14 @@ from preferences import Pair, encode_pairs
 from reward import (
     Config,
     RewardModel,
+    behind_the_difference,
     bradley_terry_loss,
     calibration,
     last_real,
     load_reward_model,
     real_tokens,
     report,
+    token_loss,
 )
 from runtime.errors import UserError
 from runtime.run import load_stage, start
@@ -115,6 +117,44 @@ def test_padding_on_either_side_and_the_order_of_rows_change_nothing():
     torch.testing.assert_close(judge(tokens[order], full[order]), plain[order])
 
 
+def test_the_score_at_every_token_is_that_of_transformers_and_at_the_last_one_the_score():
+    judge = llama_scores()
+    mask, ids = NUMBERS["seqcls_attention_mask"], NUMBERS["seqcls_input_ids"]
+    every, per_token = judge.at_every_token(ids, mask), NUMBERS["seqcls_per_token_scores"][..., 0]
+    torch.testing.assert_close(every[mask.bool()], per_token[mask.bool()], atol=1e-5, rtol=1e-4)
+    assert torch.equal(judge(ids, mask), every[torch.arange(3), last_real(mask)])
+
+
+def test_the_loss_at_every_token_by_hand():
+    """Two pairs: columns 1 and 2 count of the first, column 2 of the second. Each pair weighs the same."""
+    chosen = torch.tensor([[9.0, 1.0, 0.0], [9.0, 9.0, 2.0]], requires_grad=True)
+    rejected = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    where = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    loss = token_loss(chosen, rejected, where)
+    nll = lambda x: math.log1p(math.exp(-x))  # noqa: E731
+    assert float(loss.detach()) == pytest.approx(((nll(1) + nll(0)) / 2 + nll(2)) / 2)
+    loss.backward()
+    assert (chosen.grad * (1 - where)).abs().sum() == 0 and chosen.grad[0, 1] == pytest.approx(
+        -(1 - torch.sigmoid(torch.tensor(1.0)).item()) / 4
+    )
+    assert float(token_loss(chosen, rejected, torch.zeros(2, 3))) == 0
+
+
+def test_columns_behind_the_difference():
+    T = ByteTokenizer()
+    pairs = [
+        Pair(({"role": "user", "content": "2+3?"},), "2+3=5.", "2+3=6."),
+        Pair(({"role": "user", "content": "longer: 4+5?"},), "9", "4+5=9"),
+    ]
+    rows = encode_pairs(pairs, T, 64)
+    tokens, _, real = rows.batch([0, 1])
+    where = behind_the_difference(tokens, real)
+    first = len(rows.prompts[0]) + len("2+3=")
+    assert where[0].nonzero()[:, 0].tolist() == [first, first + 1, first + 2]  # the digit, the dot, the end
+    start = len(rows.prompts[1])
+    assert where[1].nonzero()[:, 0].tolist() == [start, start + 1]  # "9" and its end; the other one goes on
+
+
 def test_last_real_refuses_an_empty_row():
     assert last_real(torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])).tolist() == [2, 0]
     with pytest.raises(ValueError, match="without a real token"):
@@ -194,7 +234,8 @@ def sft_folder(tmp_path_factory):
 
 def tiny(folder, sft_folder, **changes) -> Config:
     settings = {
-        "out_dir": str(folder), "init_from": str(sft_folder), "n_pairs": 24, "epochs": 1.0, "batch_size": 4,
+        "out_dir": str(folder), "init_from": str(sft_folder),
+        "n_pairs": 16, "n_sums": 8, "epochs": 1.0, "batch_size": 4,
         "eval_every": 3, "save_every": 2, "log_every": 1, "eval_pairs": 16, "normalize_on": 8, "max_new_tokens": 6,
         "device": "cpu", "max_length": 64,
     }  # fmt: skip
@@ -222,7 +263,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypa
 
 
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder):
-    one = {"epochs": 1.0, "n_pairs": 4, "batch_size": 4, "normalize_on": 0, "center": 0.1}
+    one = {"epochs": 1.0, "n_pairs": 4, "batch_size": 4, "n_sums": 0, "normalize_on": 0, "center": 0.1}
     reward.run(tiny(tmp_path / "a", sft_folder, **one))
     reward.run(tiny(tmp_path / "b", sft_folder, micro_batch_size=1, **one))
     a, b = (json.loads((tmp_path / x / "metrics.jsonl").read_text().splitlines()[0]) for x in "ab")
@@ -245,7 +286,8 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, sft_folder, changes, 
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(tmp_path, sign):
+@pytest.mark.parametrize("of", ["the whole", "its tokens"])
+def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(tmp_path, sign, of):
     """Answers with more letters "a" are preferred; the judge hears the pairs in the right or in the wrong order."""
     tokenizer = ByteTokenizer()
     torch.manual_seed(0)
@@ -262,8 +304,11 @@ def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(t
     run = start(Config(out_dir=str(tmp_path / "r"), device="cpu"), "reward")
     for step in range(30):
         tokens, _, real = rows.batch(list(range(step * 5, step * 5 + 5)))
-        chosen, rejected = model(tokens, real).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected) if sign > 0 else bradley_terry_loss(rejected, chosen)
+        if of == "the whole":
+            loss = bradley_terry_loss(*model(tokens, real).chunk(2)[::sign])
+        else:
+            every = model.at_every_token(tokens, real).chunk(2)[::sign]
+            loss = token_loss(*every, behind_the_difference(tokens, real))
         loss.backward()
         pretrain.update(run, model, optimizers, 5e-3, 1.0)
     with torch.no_grad():

@@ -28,9 +28,10 @@ What to watch, and what it should look like:
 Both answers of all pairs of a batch go through the model together. The reference never changes, so its
 log-probabilities are computed once, before the first step.
 
-    python dpo.py                                                     # the embedded pairs, after sft.py
+    python dpo.py                                     # after sft.py: on right and wrong answers of its model
     python dpo.py --method kto
-    python dpo.py --data hh-harmless --init_from out/mine/sft --data_dir DIR     # HH-RLHF, harmless-base
+    python dpo.py --data arith                        # on pairs that others wrote: see how little that helps
+    python dpo.py --data hh-harmless --init_from out/mine/sft --data_dir DIR     # HH-RLHF
 """
 
 import math
@@ -44,7 +45,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import encode_prompts, epoch_batch, load_prompts
-from preferences import JudgedRows, PairRows, encode_judged, encode_pairs, has_labels, load_judged, load_pairs
+from preferences import (
+    JudgedRows,
+    PairRows,
+    encode_judged,
+    encode_pairs,
+    has_labels,
+    load_judged,
+    load_pairs,
+    with_own_pairs,
+)
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import examine
 from runtime import processes
@@ -54,20 +64,22 @@ from runtime.run import Run, load_stage, need_checkpoint, start
 from sft import answers
 from transformer import Transformer, token_logps
 
-# A strength that suits each method: the papers' values, except for IPO, whose gap 1/(2β) is in nats.
-BETAS = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "simpo": 2.0, "orpo": 0.1}
+# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, KTO, ORPO) and 2 (SimPO): with those the
+# embedded task's policy learns to tell the answers apart, and forgets how to give one.
+BETAS = {"dpo": 0.5, "ipo": 5.0, "kto": 0.5, "simpo": 10.0, "orpo": 0.1}
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     method: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
     """Which loss."""
-    data: str = "arith"
-    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen, rejected (for
-    kto also prompt, completion, label).
+    data: str = "own"
+    """own (right and wrong answers of the starting policy to the embedded questions), arith (pairs about them that the
+    policy did not write), hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen,
+    rejected (for kto also prompt, completion, label).
     """
     eval_data: str = ""
-    """Where held-out pairs come from, and questions, if it is arith. Default: the same."""
+    """Where held-out pairs come from, and questions, if it is arith. Default: the same data; for own, arith."""
     n_pairs: int | None = None
     """Use only so many (None: 2048 of arith, all of the others)."""
     init_from: str = ""
@@ -76,7 +88,7 @@ class Config(RunConfig):
     """Tokens of a row; a longer one loses the beginning of its prompt."""
     beta: float | None = None
     """How strongly the loss reacts to a difference; in DPO, IPO and KTO also how much it costs to leave the reference.
-    Default: 0.1, for simpo 2.
+    Default: dpo and kto 0.5, ipo 5, simpo 10, orpo 0.1.
     """
     label_smoothing: float = 0.0
     """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO)."""
@@ -94,9 +106,9 @@ class Config(RunConfig):
     """Pairs of one step, over all processes; for kto twice as many single answers."""
     micro_batch_size: int = 0
     """Pairs at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 2.0
+    epochs: float = 1.0
     """Passes over the data."""
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Peak learning rate."""
     final_lr: float = 0.1
     """Share of the peak at which the cosine ends."""
@@ -396,8 +408,14 @@ def run(config: Config) -> dict:
     run.descend(state, config.init_from)
 
     # Data: pairs as rows, or single answers; held-out pairs; held-out questions, if there are any.
-    kto, eval_data = config.method == "kto", config.eval_data or config.data
-    source = (config.data, "train", config.data_dir, config.seed, config.n_pairs)
+    kto, eval_data = config.method == "kto", config.eval_data or ("arith" if config.data == "own" else config.data)
+    source = (
+        with_own_pairs(config.data, config.init_from, config.seed, config.device),
+        "train",
+        config.data_dir,
+        config.seed,
+        config.n_pairs,
+    )
     if kto:
         rows = encode_judged(load_judged(*source), tokenizer, config.max_length)
     else:

@@ -21,7 +21,6 @@ import dpo
 import evaluate
 import grpo
 import ppo
-import preferences
 import pretrain
 import reward
 import sft
@@ -53,9 +52,6 @@ class Config:
     """Answers sampled to each held-out question, for pass@k and the majority vote."""
 
 
-OWN_PAIRS = "sft/own_pairs.jsonl"  # right and wrong answers of the SFT model (with --quick it gives no right ones)
-
-
 @dataclass(frozen=True)
 class Stage:
     """A row of the pipeline: its name, what runs it, its configuration, and the curves that the picture shows."""
@@ -71,11 +67,11 @@ def stages(config: Config) -> list[Stage]:
     """The chain, in order. A new stage is one more entry."""
     out = Path(config.out)
     common = {name: getattr(config, name) for name in ("seed", "device", "precision", "compile", "track", "fresh")}
-    quick = {
+    quick = {  # so little training gives no right answer to make pairs of: they learn from ready-made ones
         "pretrain": {"steps": 60, "warmup": 10, "eval_every": 30},
         "sft": {"n_examples": 128, "epochs": 2.0},
-        "reward": {"n_pairs": 128, "n_sums": 128, "eval_pairs": 64},
-        "pairs": {"n_pairs": 64, "epochs": 1.0, "eval_pairs": 64, "eval_prompts": 32},
+        "reward": {"data": "arith", "n_pairs": 128, "n_sums": 128, "eval_pairs": 64},
+        "pairs": {"data": "arith", "n_pairs": 64, "epochs": 1.0, "eval_pairs": 64, "eval_prompts": 32},
         "ppo": {"steps": 3, "prompts_per_step": 32, "eval_every": 3},
         "grpo": {"steps": 3, "prompts_per_step": 4, "group_size": 8, "eval_every": 3},
     }
@@ -85,8 +81,7 @@ def stages(config: Config) -> list[Stage]:
         return common | start | {"out_dir": str(out / folder)} | more | (quick[kind or folder] if config.quick else {})
 
     def pairs(method: str, label: str) -> Stage:
-        own = {} if config.quick else {"data": str(out / OWN_PAIRS), "eval_data": "arith"}
-        chosen = dpo.Config(**settings(method, "sft", "pairs", method=method, **own))
+        chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
         return Stage(method, label, dpo.run, chosen, ("val_accuracy", "val_questions"))
 
     judge = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"))
@@ -124,7 +119,6 @@ def run(config: Config) -> list[dict]:
     folders: dict[str, Path] = {}
     wanted: dict[str, list[str]] = {}
     for stage in stages(config):
-        make_own_pairs(config, stage)
         stage.run(stage.config)
         if processes.rank() == 0:
             rows.append(examined(out / stage.name, stage.label, exam))
@@ -138,15 +132,6 @@ def run(config: Config) -> list[dict]:
         print(f"\n{out / 'report.md'}, {out / 'report.json'}, {out / 'curves.png'}; {minutes:.1f} minutes")
         print(f'talk to it: python chat.py {out / "grpo"} --prompt "{QUESTION}"')
     return rows
-
-
-def make_own_pairs(config: Config, stage: Stage) -> None:
-    """Before the first stage that learns from the SFT model's own answers: sample them, once."""
-    path = Path(config.out) / OWN_PAIRS
-    if getattr(stage.config, "data", "") == str(path) and processes.rank() == 0 and not path.exists():
-        asked = preferences.Config(policy=str(path.parent), seed=config.seed, device=config.device)
-        preferences.write_pairs(path, preferences.collect(asked))
-    processes.barrier()
 
 
 QUESTION = "Tom has 4 boxes with 6 apples in each and 7 more apples. How many apples does Tom have?"

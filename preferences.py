@@ -39,7 +39,7 @@ import arithmetic
 from data import Prompt, columns, dialogue, encode_prompts, load_prompts, read_dataset, report_skipped
 from rollout import sample_answers, score
 from runtime import processes
-from runtime.checkpoint import write_text
+from runtime.checkpoint import find_checkpoint, write_text
 from runtime.config import at_least, parse
 from runtime.device import pick_device
 from runtime.errors import UserError, run_main
@@ -81,11 +81,13 @@ SOURCES = {  # hub id, configuration, split for training, split for the test
 
 def load_pairs(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Pair]:
     """At most ``n`` pairs of "arith", of "sums" (plain ones, none held out), of a name in SOURCES, or of a ``.jsonl``
-    file with the columns prompt, chosen and rejected.
+    file with the columns prompt, chosen and rejected; of several, joined by "+", at most ``n`` of each.
 
     split: "train", "validation" (every 50th row of the training split; of arith, held-out questions) or "test" (of
     arith, other held-out questions; a file has none of its own and gives its validation rows).
     """
+    if "+" in name and not Path(name).is_file():
+        return [pair for part in name.split("+") for pair in load_pairs(part, split, data_dir, seed, n)]
     if name == "arith":
         heldout = split != "train"
         found = arithmetic.preference_pairs(n or (512 if heldout else 2048), split if heldout else f"{seed}", heldout)
@@ -132,7 +134,7 @@ def load_judged(name: str, split: str, data_dir: str = "", seed: int = 0, n: int
 
 def has_labels(name: str) -> bool:
     """Is this a file of single answers with thumbs?"""
-    return name.endswith(".jsonl") and "label" in next(_lines(name), {})
+    return name.endswith(".jsonl") and Path(name).is_file() and "label" in next(_lines(name), {})
 
 
 def _rows(name: str, split: str, data_dir: str):
@@ -212,8 +214,8 @@ def sample_pairs(
     size: int = 512,
     show: bool = True,
 ) -> list[Pair]:
-    """``n`` answers of the policy to each question, at temperature 1; where a right one and a wrong one are among
-    them, the first of each make a pair. Answers that were cut off are passed over. ``size`` answers at a time.
+    """``n`` answers of the policy to each question, at temperature 1. Each right one among them is paired with a wrong
+    one, as far as they go. Answers that were cut off are passed over. ``size`` answers at a time.
     """
     longest, pairs = policy.config.max_seq_len - max_new, []
     encoded, prompts = encode_prompts(list(prompts), tokenizer, longest)
@@ -224,9 +226,24 @@ def sample_pairs(
         for i, prompt in enumerate(prompts[some]):
             whole = [k for k in range(i * n, (i + 1) * n) if rollout.finished[k]]
             right, wrong = ([rollout.texts[k] for k in whole if correct[k] == value] for value in (1, 0))
-            if right and wrong:
-                pairs.append(Pair(prompt.messages, right[0], wrong[0], "own"))
+            pairs += [Pair(prompt.messages, a, b, "own") for a, b in zip(right, wrong)]
     return pairs
+
+
+def with_own_pairs(data: str, init_from: str, seed: int, device: str = "auto") -> str:
+    """``data`` with its part "own" replaced by a file of pairs of ``init_from``'s own answers to the embedded
+    questions.
+
+    They are sampled once for each seed, and kept beside the checkpoint until that changes.
+    """
+    if "own" not in data.split("+"):
+        return data
+    checkpoint = find_checkpoint(init_from)
+    path = checkpoint.parent / f"own_pairs_{seed}.jsonl"
+    if processes.rank() == 0 and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
+        write_pairs(path, collect(Config(policy=init_from, seed=seed, device=device)))
+    processes.barrier()
+    return "+".join(str(path) if part == "own" else part for part in data.split("+"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,7 +411,7 @@ def collect(config: Config) -> list[Pair]:
         raise UserError(
             f"{config.policy} gave no question both a right and a wrong answer: try more --samples or another --data"
         )
-    print(f"{len(prompts):,} questions, {config.samples} answers each: {len(pairs):,} have a right and a wrong one")
+    print(f"{len(prompts):,} questions, {config.samples} answers each: {len(pairs):,} pairs of a right and a wrong one")
     return pairs
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from attention import at_least_float32
 from data import epoch_batch, similar_lengths
-from preferences import Pair, PairRows, encode_pairs, load_pairs
+from preferences import Pair, PairRows, encode_pairs, load_pairs, with_own_pairs
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import sample_answers
 from runtime import processes
@@ -51,14 +51,18 @@ from runtime.run import Run, load_stage, load_weights, need_checkpoint, start
 from tokenizer import Tokenizer
 from transformer import Transformer
 
+DEFAULTS = {"arith": 8192}  # pairs
+
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data: str = "arith"
-    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen, rejected."""
+    data: str = "arith+own"
+    """arith, own (right and wrong answers of the starting policy to the embedded questions), hh-harmless, hh-helpful,
+    ultrafeedback, a .jsonl file with the columns prompt, chosen, rejected, or several of these, joined by "+".
+    """
     n_pairs: int | None = None
     """Use only so many (None: 8192 of arith, all of the others)."""
-    n_sums: int = 32_768
+    n_sums: int = 28_672
     """arith: pairs about plain sums among them."""
     init_from: str = ""
     """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
@@ -98,7 +102,7 @@ class Config(RunConfig):
     """Recompute blocks in the backward pass: less memory, a third more work."""
     eval_every: int = 50
     """Steps between two validations."""
-    eval_pairs: int = 512
+    eval_pairs: int = 1024
     """Held-out pairs of a validation."""
 
 
@@ -300,11 +304,13 @@ def load_reward_model(path: str, device="cpu") -> tuple[RewardModel, Tokenizer, 
     return model, tokenizer, state
 
 
-def training_pairs(config: Config) -> list[Pair]:
-    if config.data != "arith":
-        return load_pairs(config.data, "train", config.data_dir, config.seed, config.n_pairs)
-    pairs = load_pairs("arith", "train", seed=config.seed, n=config.n_pairs or 8192)
-    return pairs + load_pairs("sums", "train", seed=config.seed, n=config.n_sums) * bool(config.n_sums)
+def training_pairs(data: str, config: Config) -> list[Pair]:
+    pairs = []
+    for name in data.split("+"):
+        pairs += load_pairs(name, "train", config.data_dir, config.seed, config.n_pairs or DEFAULTS.get(name))
+        if name == "arith" and config.n_sums:
+            pairs += load_pairs("sums", "train", seed=config.seed, n=config.n_sums)
+    return pairs
 
 
 def check(config: Config) -> None:
@@ -328,10 +334,11 @@ def run(config: Config) -> dict:
     run.descend(state, config.init_from)
 
     # Data: pairs as rows of tokens.
-    pairs = training_pairs(config)
+    data = with_own_pairs(config.data, config.init_from, config.seed, config.device)
+    pairs = training_pairs(data, config)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     prompts_with_room(policy, rows, config)
-    held = load_pairs(config.data, "validation", config.data_dir, config.seed)[: config.eval_pairs]
+    held = load_pairs(data, "validation", config.data_dir, config.seed)[: config.eval_pairs]
     held = encode_pairs(held, tokenizer, config.max_length)
     batches = similar_lengths(rows.lengths(), config.batch_size, config.seed)
     steps = max(1, math.ceil(config.epochs * len(batches)))

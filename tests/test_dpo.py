@@ -238,7 +238,7 @@ def test_the_stage_computes_the_loss_of_the_formulas(run, method):
         ref = reference_logps(model, rows.batch, len(rows), batch=4)
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    config = replace(Config(method=method), beta=dpo.BETAS[method])
+    config = Config(method=method, beta=2.0 if method == "simpo" else 0.1)
     some = [4, 0, 2]
     words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
     loss, figures = pair_loss(config, model, rows, ref, some, words, run)
@@ -304,7 +304,8 @@ def sft_folder(tmp_path_factory):
 
 def tiny(folder, sft_folder, **changes) -> Config:
     settings = {
-        "out_dir": str(folder), "init_from": str(sft_folder), "n_pairs": 16, "epochs": 2.0, "batch_size": 4,
+        "out_dir": str(folder), "init_from": str(sft_folder), "data": "arith", "n_pairs": 16,
+        "epochs": 2.0, "batch_size": 4,
         "eval_every": 3, "save_every": 2, "log_every": 1, "eval_pairs": 8, "eval_prompts": 4, "device": "cpu",
         "max_length": 96,
     }  # fmt: skip
@@ -383,7 +384,8 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
         Pair(({"role": "user", "content": c},), *(two if sign > 0 else two[::-1])) for c in "vwxyz" for two in LETTERS
     ]
     config = replace(
-        Config(method=method, out_dir=str(tmp_path / f"{method}{sign}"), device="cpu"), beta=dpo.BETAS[method]
+        Config(method=method, out_dir=str(tmp_path / f"{method}{sign}"), device="cpu"),
+        beta={"simpo": 2.0}.get(method, 0.1),
     )
     run = start(config, method)
     judged = []

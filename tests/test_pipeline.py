@@ -127,23 +127,11 @@ def test_settings_reach_every_stage(tmp_path):
         assert c.out_dir == str(tmp_path / stage.name)
 
 
-def test_the_dpo_family_learns_from_own_answers_of_the_sft_model_sampled_once(tmp_path, monkeypatch):
-    settings = pipeline.Config(out=str(tmp_path), seed=7, device="cpu")
-    asked = []
-    pair = pipeline.preferences.Pair(({"role": "user", "content": "2+3?"},), "5", "6")
-    monkeypatch.setattr(pipeline.preferences, "collect", lambda config: asked.append(config) or [pair])
-    (tmp_path / "sft").mkdir()
-    learners = []
-    for stage in REAL_STAGES(settings):
-        pipeline.make_own_pairs(settings, stage)
-        if getattr(stage.config, "data", "").endswith(".jsonl"):
-            learners.append(stage.name)
-            assert pipeline.preferences.load_pairs(stage.config.data, "validation") == [pair]
-            assert stage.config.eval_data == "arith"
-        else:
-            assert bool(learners) == bool(asked)
-    assert learners == ["dpo", "ipo", "kto", "simpo", "orpo"] and len(asked) == 1
-    assert (asked[0].policy, asked[0].seed, asked[0].device) == (str(tmp_path / "sft"), 7, "cpu")
+def test_preferences_come_from_own_answers_of_the_sft_model_unless_it_is_quick():
+    for quick, dpo_data, reward_data in ((False, "own", "arith+own"), (True, "arith", "arith")):
+        data = {stage.name: getattr(stage.config, "data", "") for stage in REAL_STAGES(pipeline.Config(quick=quick))}
+        assert {data[name] for name in ("dpo", "ipo", "kto", "simpo", "orpo")} == {dpo_data}
+        assert data["reward"] == reward_data
 
 
 @pytest.mark.slow

@@ -371,7 +371,8 @@ def folders(tmp_path_factory):
     sft.run(tiny_sft(root / "sft", root / "pretrain"))
     reward.run(
         reward.Config(
-            out_dir=str(root / "reward"), init_from=str(root / "sft"), n_pairs=8, batch_size=4, eval_pairs=8,
+            out_dir=str(root / "reward"), init_from=str(root / "sft"), data="arith", n_pairs=8, n_sums=8,
+            batch_size=4, eval_pairs=8,
             normalize_on=8, max_new_tokens=6, device="cpu", max_length=96,
         )
     )  # fmt: skip

@@ -1,5 +1,7 @@
 import json
 import lzma
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from preferences import (
     load_judged,
     load_pairs,
     sample_pairs,
+    with_own_pairs,
 )
 from runtime.errors import UserError
 from runtime.run import load_stage
@@ -146,7 +149,6 @@ def test_own_pairs_are_a_right_and_a_wrong_whole_answer_to_one_question(untraine
     prompts = load_prompts("arith", "train", n=30)
     pairs = sample_pairs(policy, tokenizer, prompts, n=6, max_new=200, size=60, show=False)
     asked = {prompt.messages[0]["content"]: prompt.gold for prompt in prompts}
-    assert 0 < len(pairs) <= 30 and len({pair.prompt[0]["content"] for pair in pairs}) == len(pairs)
     sampled = {}  # question -> its six answers
     for texts, golds, finished in seen:
         assert len(texts) == len(golds) == len(finished)
@@ -155,12 +157,12 @@ def test_own_pairs_are_a_right_and_a_wrong_whole_answer_to_one_question(untraine
             assert golds[i : i + 6] == [asked[question]] * 6
             sampled[question] = [text for text, whole in zip(texts[i : i + 6], finished[i : i + 6]) if whole]
     assert any(len(texts) < 6 for texts in sampled.values())  # some were cut off
-    for pair in pairs:
-        answers = sampled[pair.prompt[0]["content"]]
-        assert pair.chosen == next(text for text in answers if len(text) % 2 == 0)
-        assert pair.rejected == next(text for text in answers if len(text) % 2 == 1)
-    one_sided = [q for q, texts in sampled.items() if len({len(text) % 2 for text in texts}) < 2]
-    assert len(pairs) == 30 - len(one_sided)
+    expected = []
+    for question, texts in sampled.items():
+        right, wrong = ([text for text in texts if len(text) % 2 == odd] for odd in (0, 1))
+        expected += [(question, a, b) for a, b in zip(right, wrong)]
+    assert [(pair.prompt[0]["content"], pair.chosen, pair.rejected) for pair in pairs] == expected
+    assert len(expected) > len({question for question, _, _ in expected}) > 10
     again = sample_pairs(policy, tokenizer, prompts, n=6, max_new=200, size=60, show=False)
     assert again == pairs != sample_pairs(policy, tokenizer, prompts, n=6, max_new=200, size=60, seed=1, show=False)
 
@@ -184,6 +186,23 @@ def test_own_pairs_are_written_by_a_command_and_dpo_learns_from_them(untrained, 
     monkeypatch.setattr(preferences, "score", lambda texts, *_: (torch.zeros(len(texts)), None))
     with pytest.raises(UserError, match="no question both a right and a wrong answer"):
         preferences.main()
+
+
+def test_own_pairs_are_sampled_once_until_the_policy_changes(untrained, monkeypatch):
+    asked, folder = [], Path(untrained)
+    pair = Pair(({"role": "user", "content": "2+3?"},), "5", "6", "own")
+    monkeypatch.setattr(preferences, "collect", lambda config: asked.append(config) or [pair])
+    assert with_own_pairs("arith+hh-helpful", untrained, 0) == "arith+hh-helpful" and not asked
+    data = with_own_pairs("arith+own", untrained, 3, "cpu")
+    assert data == f"arith+{folder / 'own_pairs_3.jsonl'}"
+    assert (asked[0].policy, asked[0].seed, asked[0].device) == (untrained, 3, "cpu")
+    assert load_pairs(data, "validation") == [*load_pairs("arith", "validation"), pair]
+    assert with_own_pairs("own", untrained, 3) == str(folder / "own_pairs_3.jsonl") and len(asked) == 1
+    assert with_own_pairs("own", str(folder / "ckpt.pt"), 4) == str(folder / "own_pairs_4.jsonl") and len(asked) == 2
+    later = (folder / "own_pairs_3.jsonl").stat().st_mtime + 5
+    os.utime(folder / "ckpt.pt", (later, later))
+    with_own_pairs("own", untrained, 3)
+    assert len(asked) == 3
 
 
 @pytest.mark.parametrize(

@@ -245,9 +245,19 @@ def tiny(stage: str, folder: Path, start: Path, **changes):
             folder, start, **({"n_examples": 16, "epochs": 1.0, "packing": False, "batch_size": 4} | changes)
         )
     common = {"out_dir": str(folder), "init_from": str(start), "device": "cpu", "eval_every": 2, "save_every": 2}
-    pairs = {"n_pairs": 12, "epochs": 1.0, "batch_size": 4, "eval_pairs": 4, "max_length": 96, "log_every": 1}
+    pairs = {
+        "data": "arith",
+        "n_pairs": 12,
+        "epochs": 1.0,
+        "batch_size": 4,
+        "eval_pairs": 4,
+        "max_length": 96,
+        "log_every": 1,
+    }
     if stage == "reward":
-        return reward.Config(**(common | pairs | {"normalize_on": 4, "max_new_tokens": 4, "warmup": 2} | changes))
+        return reward.Config(
+            **(common | pairs | {"n_sums": 4, "normalize_on": 4, "max_new_tokens": 4, "warmup": 2} | changes)
+        )
     if stage in ("dpo", "kto", "orpo"):
         return dpo.Config(**(common | pairs | {"method": stage, "eval_prompts": 4, "warmup": 1} | changes))
     if stage == "ppo":

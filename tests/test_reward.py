@@ -137,7 +137,7 @@ def test_the_loss_at_every_token_by_hand():
     assert (chosen.grad * (1 - where)).abs().sum() == 0 and chosen.grad[0, 1] == pytest.approx(
         -(1 - torch.sigmoid(torch.tensor(1.0)).item()) / 4
     )
-    assert float(token_loss(chosen, rejected, torch.zeros(2, 3))) == 0
+    assert float(token_loss(chosen.detach(), rejected, torch.zeros(2, 3))) == 0
 
 
 def test_columns_behind_the_difference():
@@ -235,7 +235,7 @@ def sft_folder(tmp_path_factory):
 def tiny(folder, sft_folder, **changes) -> Config:
     settings = {
         "out_dir": str(folder), "init_from": str(sft_folder),
-        "n_pairs": 16, "n_sums": 8, "epochs": 1.0, "batch_size": 4,
+        "data": "arith", "n_pairs": 16, "n_sums": 8, "epochs": 1.0, "batch_size": 4,
         "eval_every": 3, "save_every": 2, "log_every": 1, "eval_pairs": 16, "normalize_on": 8, "max_new_tokens": 6,
         "device": "cpu", "max_length": 64,
     }  # fmt: skip

@@ -84,7 +84,7 @@ def stages(config: Config) -> list[Stage]:
         chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
         return Stage(method, label, dpo.run, chosen, ("val_accuracy", "val_questions"))
 
-    judge = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"))
+    judge = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"), beta=0.05)
     policy = ("correct", "accuracy")
     return [
         Stage("pretrain", "Base", pretrain.run, pretrain.Config(**settings("pretrain")), ("loss", "val_loss")),

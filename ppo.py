@@ -66,7 +66,7 @@ class Config(RunConfig):
     """verifier: reward for the strict form, whatever the number."""
     unfinished_penalty: float = 1.0
     """Taken off the score of an answer that was cut off."""
-    steps: int = 120
+    steps: int = 45
     """Rollouts."""
     prompts_per_step: int = 256
     """Prompts of one rollout, over all processes, with one answer each."""
@@ -82,8 +82,8 @@ class Config(RunConfig):
     """Answers at a time in each process; gradients accumulate."""
     gamma: float = 1.0
     """Discount of what comes later."""
-    lam: float = 0.95
-    """GAE's λ."""
+    lam: float = 1.0
+    """GAE's λ. TRL and the papers have 0.95, for longer answers and a critic that has had time to learn."""
     clip_ratio: float = 0.2
     """Ratios outside 1 ± clip_ratio are clipped."""
     clip_value: float = 0.2
@@ -113,7 +113,7 @@ class Config(RunConfig):
     """Longest gradient."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 20
+    eval_every: int = 15
     """Rollouts between two examinations on held-out questions, greedy."""
     eval_prompts: int = 128
     """Questions of an examination."""

@@ -12,10 +12,10 @@ difference of the two answers, on what the head reads there (Cobbe et al. 2021 t
 
     L ← (1 - token_weight) · L + token_weight · mean_t -log σ(r_chosen(t) - r_rejected(t))
 
-Only differences count, so the scores may drift together: ``center`` pulls them to zero (Eisenstein et al. 2023), and
-after training we shift and scale the head so that answers of the starting policy have mean 0 and variance 1 (Stiennon
-et al. 2020). ``margin`` asks for more distance where the judge was more certain (Touvron et al. 2023, Llama 2, eq.
-2).
+Only differences count, so the scores of each prompt may drift where they like, and answers to different prompts could
+not be compared, as PPO does: ``center`` pulls them to zero (Eisenstein et al. 2023), and after training we shift and
+scale the head so that answers of the starting policy have mean 0 and variance 1 (Stiennon et al. 2020). ``margin``
+asks for more distance where the judge was more certain (Touvron et al. 2023, Llama 2, eq. 2).
 
 The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number. The score of
 an answer is read at the last real token, which has seen the whole answer. "Last real" by the mask, never by position
@@ -62,7 +62,7 @@ class Config(RunConfig):
     """
     n_pairs: int | None = None
     """Use only so many (None: 8192 of arith, all of the others)."""
-    n_sums: int = 28_672
+    n_sums: int = 32_768
     """arith: pairs about plain sums among them."""
     init_from: str = ""
     """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
@@ -78,8 +78,8 @@ class Config(RunConfig):
     """Weight of the loss at every token behind the first difference; that of the whole answer has the rest."""
     margin: float = 0.0
     """Distance that the scores of a pair should keep."""
-    center: float = 0.0
-    """Weight of the pull of the scores to zero (Eisenstein et al.: 0.01)."""
+    center: float = 0.05
+    """Weight of the pull of the scores to zero (Eisenstein et al.: 0.01; 0: none)."""
     normalize_on: int = 128
     """Answers of the starting policy whose scores get mean 0 and variance 1 at the end (0: leave the scores as they
     are).
@@ -100,7 +100,7 @@ class Config(RunConfig):
     """Longest gradient."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 50
+    eval_every: int = 200
     """Steps between two validations."""
     eval_pairs: int = 1024
     """Held-out pairs of a validation."""

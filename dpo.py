@@ -18,8 +18,8 @@ averaged: DPO and KTO sum, SimPO and ORPO average. IPO's paper sums, TRL average
 
 What to watch, and what it should look like:
 
-* ``accuracy``, how often the chosen answer has the higher implicit reward: up, from one half (all rewards are 0 at
-  first).
+* ``accuracy``, how often the chosen answer has the higher implicit reward: up, from 0 (at first all rewards are 0, and
+  a tie counts as wrong).
 * ``margin``, the difference of the two rewards: up.
 * ``logp_chosen``, the log-probability of a token of the chosen answer: often *down*, though less than
   ``logp_rejected``. The loss sees the difference alone. If it falls far, the policy has forgotten how to answer:
@@ -51,6 +51,7 @@ from preferences import (
     encode_judged,
     encode_pairs,
     has_labels,
+    held_out_of,
     load_judged,
     load_pairs,
     with_own_pairs,
@@ -200,7 +201,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
     Near 0 we need e^x - 1 exactly, far from 0 the logarithm near 1 (Mächler 2012). x = 0 is taken as the number before.
     """
-    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
     # Each branch sees only values that it can take: where() would pass on the NaN gradient of the other one.
     return torch.where(
@@ -408,7 +409,7 @@ def run(config: Config) -> dict:
     run.descend(state, config.init_from)
 
     # Data: pairs as rows, or single answers; held-out pairs; held-out questions, if there are any.
-    kto, eval_data = config.method == "kto", config.eval_data or ("arith" if config.data == "own" else config.data)
+    kto, eval_data = config.method == "kto", held_out_of(config.eval_data or config.data)
     source = (
         with_own_pairs(config.data, config.init_from, config.seed, config.device),
         "train",
@@ -432,7 +433,7 @@ def run(config: Config) -> dict:
         liked = [(pair.prompt, pair.chosen) for pair in pairs]
     liked = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in liked]
     ids, prompts = [], []
-    if eval_data == "arith":
+    if "arith" in eval_data:
         prompts = load_prompts("arith", "validation", n=config.eval_prompts)
         ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - 48)
     per_step = 2 * config.batch_size if kto else config.batch_size
@@ -482,7 +483,7 @@ def run(config: Config) -> dict:
         for some in (mine[i : i + size] for i in range(0, len(mine), size)):
             if kto:
                 loss, figures = judged_loss(config, model, rows, ref, some, kl, run)
-                n_tokens += sum(len(rows.prompts[i]) + len(rows.answers[i]) for i in some)
+                n_tokens += sum(min(len(rows.prompts[i]) + len(rows.answers[i]), rows.length) for i in some)
             else:
                 loss, figures = pair_loss(config, model, rows, ref, some, words, run)
                 n_tokens += sum(2 * len(rows.prompts[i]) + len(rows.chosen[i]) + len(rows.rejected[i]) for i in some)
@@ -507,7 +508,7 @@ def run(config: Config) -> dict:
     with run.eager():
         how = judged_validation if isinstance(held, JudgedRows) else validation
         figures = how(run, model, held, held_ref, config)
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {eval_data}"
+    hint = f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
     run.close(f"held-out pairs: accuracy {figures.get('val_accuracy', math.nan):.3f}", next_command=hint)
     return figures
 

@@ -96,9 +96,10 @@ class Config(RunConfig):
     """Adapt beta so that the KL of an answer stays near this many nats (Ziegler et al. 2019: 6). None: beta is
     fixed."""
     kl_horizon: int = 10_000
-    """Answers after which an adapting beta has changed by at most a factor of e^0.2."""
+    """An adapting beta changes by at most a fifth in so many answers."""
     whiten_rewards: bool = False
-    """Divide the tokens' rewards by their standard deviation (lm-human-preferences does, TRL does not)."""
+    """Give the tokens' rewards standard deviation 1, around the mean they had (lm-human-preferences does, TRL does
+    not)."""
     lr: float = 3e-4
     """Peak learning rate."""
     final_lr: float = 0.1
@@ -255,15 +256,9 @@ def adapt_beta(beta: float, kl: float, target: float, n_answers: int, horizon: i
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     """1 - var(R - V) / var(R) over the tokens that count: 1 = the critic foresees all, 0 = no better than a
     constant."""
-    mask = mask.to(torch.float64)
-    moments = [
-        mask,
-        returns * mask,
-        returns.square() * mask,
-        (returns - values) * mask,
-        (returns - values).square() * mask,
-    ]
-    n, r, rr, e, ee = processes.sum_over_processes(torch.stack([m.sum(dtype=torch.float64) for m in moments])).tolist()
+    mask, returns, errors = mask.float(), returns * mask, (returns - values) * mask
+    moments = [mask, returns, returns.square(), errors, errors.square()]
+    n, r, rr, e, ee = processes.sum_over_processes(torch.stack([m.sum() for m in moments])).tolist()
     variance = rr / n - (r / n) ** 2
     return 1 - (ee / n - (e / n) ** 2) / variance if variance > 1e-12 else 0.0
 
@@ -379,6 +374,8 @@ def check(config: Config) -> None:
         raise UserError("temperature must be positive: greedy answers explore nothing")
     if not (config.gamma <= 1 and config.lam <= 1):
         raise UserError("gamma and lam end at 1")
+    if config.kl_target is not None and config.prompts_per_step > config.kl_horizon:
+        raise UserError(f"kl_horizon {config.kl_horizon} is less than one step of {config.prompts_per_step} answers")
     if config.kl_target is not None and not config.beta:
         raise UserError("a beta of 0 cannot adapt: give --beta a start, or drop --kl_target")
 

@@ -79,15 +79,18 @@ SOURCES = {  # hub id, configuration, split for training, split for the test
 }
 
 
-def load_pairs(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Pair]:
+def load_pairs(
+    name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None
+) -> list[Pair]:
     """At most ``n`` pairs of "arith", of "sums" (plain ones, none held out), of a name in SOURCES, or of a ``.jsonl``
-    file with the columns prompt, chosen and rejected; of several, joined by "+", at most ``n`` of each.
+    file with the columns prompt, chosen and rejected; of several, in a list or joined by "+", at most ``n`` of each.
 
     split: "train", "validation" (every 50th row of the training split; of arith, held-out questions) or "test" (of
-    arith, other held-out questions; a file has none of its own and gives its validation rows).
+    arith, other wordings of held-out questions; a file has none of its own and gives its validation rows).
     """
-    if "+" in name and not Path(name).is_file():
-        return [pair for part in name.split("+") for pair in load_pairs(part, split, data_dir, seed, n)]
+    if len(sources(name)) > 1:
+        return [pair for part in sources(name) for pair in load_pairs(part, split, data_dir, seed, n)]
+    (name,) = sources(name)
     if name == "arith":
         heldout = split != "train"
         found = arithmetic.preference_pairs(n or (512 if heldout else 2048), split if heldout else f"{seed}", heldout)
@@ -106,12 +109,14 @@ def load_pairs(name: str, split: str, data_dir: str = "", seed: int = 0, n: int 
     return pairs
 
 
-def load_judged(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Judged]:
+def load_judged(
+    name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None
+) -> list[Judged]:
     """Single answers with a thumb, in random order: both answers of each of ``n`` pairs, or the rows of a ``.jsonl``
     file with the columns prompt, completion and label.
     """
     if has_labels(name):
-        skipped, judged = Counter(), []
+        (name,), skipped, judged = sources(name), Counter(), []
         for row in itertools.islice(_rows(name, split, data_dir), n):
             prompt, answer, label = columns(row, ["prompt", "completion", "label"], name)
             messages, text = _messages(prompt), _text(answer)
@@ -132,9 +137,17 @@ def load_judged(name: str, split: str, data_dir: str = "", seed: int = 0, n: int
     return judged
 
 
-def has_labels(name: str) -> bool:
+def has_labels(data: str | list[str]) -> bool:
     """Is this a file of single answers with thumbs?"""
-    return name.endswith(".jsonl") and Path(name).is_file() and "label" in next(_lines(name), {})
+    first, *more = sources(data)
+    return not more and first.endswith(".jsonl") and Path(first).is_file() and "label" in next(_lines(first), {})
+
+
+def sources(data: str | list[str]) -> list[str]:
+    """The parts of "a+b"; a file may have a plus in its name."""
+    if isinstance(data, list):
+        return data
+    return [data] if Path(data).is_file() else data.split("+")
 
 
 def _rows(name: str, split: str, data_dir: str):
@@ -230,20 +243,26 @@ def sample_pairs(
     return pairs
 
 
-def with_own_pairs(data: str, init_from: str, seed: int, device: str = "auto") -> str:
-    """``data`` with its part "own" replaced by a file of pairs of ``init_from``'s own answers to the embedded
+def with_own_pairs(data: str, init_from: str, seed: int, device: str = "auto") -> list[str]:
+    """The parts of ``data``, with "own" replaced by a file of pairs of ``init_from``'s own answers to the embedded
     questions.
 
     They are sampled once for each seed, and kept beside the checkpoint until that changes.
     """
-    if "own" not in data.split("+"):
-        return data
-    checkpoint = find_checkpoint(init_from)
-    path = checkpoint.parent / f"own_pairs_{seed}.jsonl"
-    if processes.rank() == 0 and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
-        write_pairs(path, collect(Config(policy=init_from, seed=seed, device=device)))
-    processes.barrier()
-    return "+".join(str(path) if part == "own" else part for part in data.split("+"))
+    parts = sources(data)
+    if "own" in parts:
+        checkpoint = find_checkpoint(init_from)
+        path = checkpoint.with_name(f"own_pairs_{checkpoint.stem}_{seed}.jsonl")
+        if processes.rank() == 0 and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
+            write_pairs(path, collect(Config(policy=init_from, seed=seed, device=device)))
+        processes.barrier()
+        parts = [str(path) if part == "own" else part for part in parts]
+    return parts
+
+
+def held_out_of(data: str) -> list[str]:
+    """What to validate on: the same data, but for "own" pairs, whose questions were trained on, arith."""
+    return list(dict.fromkeys("arith" if part == "own" else part for part in sources(data)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,21 +296,26 @@ class PairRows:
 class JudgedRows:
     """Encoded single answers, and which of them are desirable."""
 
-    prompts: list[list[int]]
+    prompts: list[list[int]]  # uncut: how much of one fits depends on the answer
     answers: list[list[int]]
     desirable: Tensor  # (N,) boolean
     pad_id: int
+    length: int  # of a row, at most
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def batch(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor, Tensor]:
-        return lay_out([self.prompts[i] for i in rows], [self.answers[i] for i in rows], self.pad_id, device)
+        return self._lay_out(rows, [self.answers[i] for i in rows], device)
 
     def mismatched(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same prompts, each with the answer of the row before it in the whole data: answers to other questions."""
-        answers = [self.answers[i - 1] for i in rows]  # row 0 takes the last one's
-        return lay_out([self.prompts[i] for i in rows], answers, self.pad_id, device)
+        """The same prompts, each with the answer of the row before it in the whole data: as the order is random, one to
+        another question."""
+        return self._lay_out(rows, [self.answers[i - 1] for i in rows], device)  # row 0 takes the last one's
+
+    def _lay_out(self, rows: Sequence[int], answers: list[list[int]], device):
+        fitted = [fit(self.prompts[i], [answer], self.length) for i, answer in zip(rows, answers)]
+        return lay_out([prompt for prompt, _ in fitted], [answer for _, (answer,) in fitted], self.pad_id, device)
 
 
 def lay_out(
@@ -350,15 +374,16 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Pa
 
 def encode_judged(judged: Sequence[Judged], tokenizer: Tokenizer, length: int) -> JudgedRows:
     """Single answers as ids, at most ``length`` in a row."""
-    rows, cut = JudgedRows([], [], torch.tensor([one.desirable for one in judged]), tokenizer.pad_id), Counter()
+    desirable = torch.tensor([one.desirable for one in judged])
+    rows, cut = JudgedRows([], [], desirable, tokenizer.pad_id, length), Counter()
     for one in judged:
         prompt = encode_chat(tokenizer, one.prompt, add_generation_prompt=True)[0]
         whole = tokenizer.encode(one.answer) + [tokenizer.eot_id]
         kept, (answer,) = fit(prompt, [whole], length)
         cut["with the beginning of the prompt cut"] += len(kept) < len(prompt)
         cut["with the end of the answer cut"] += answer != whole
-        rows.prompts.append(kept)
-        rows.answers.append(answer)
+        rows.prompts.append(prompt)
+        rows.answers.append(whole)
     _report_cut(cut, len(judged), length, "answers")
     return rows
 

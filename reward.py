@@ -8,13 +8,14 @@ sigmoid of the difference (Ouyang et al. 2022, InstructGPT, eq. 1)::
     L = - mean log σ(r_chosen - r_rejected - margin)  +  center · mean (r_chosen + r_rejected)²
 
 One bit about a whole answer is little to learn from, so the same loss is also taken at every token behind the first
-difference of the two answers, on what the head reads there (Cobbe et al. 2021 train verifiers so)::
+difference of the two answers, on what the head reads there (the verifiers of Cobbe et al. 2021 also judge at every
+token, though one answer at a time)::
 
     L ← (1 - token_weight) · L + token_weight · mean_t -log σ(r_chosen(t) - r_rejected(t))
 
 Only differences count, so the scores of each prompt may drift where they like, and answers to different prompts could
 not be compared, as PPO does: ``center`` pulls them to zero (Eisenstein et al. 2023), and after training we shift and
-scale the head so that answers of the starting policy have mean 0 and variance 1 (Stiennon et al. 2020). ``margin``
+scale the head so that answers of the starting policy have mean 0 and variance 1 (Ziegler et al. 2019). ``margin``
 asks for more distance where the judge was more certain (Touvron et al. 2023, Llama 2, eq. 2).
 
 The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number. The score of
@@ -41,7 +42,7 @@ from torch import Tensor
 
 from attention import at_least_float32
 from data import epoch_batch, similar_lengths
-from preferences import Pair, PairRows, encode_pairs, load_pairs, with_own_pairs
+from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, with_own_pairs
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import sample_answers
 from runtime import processes
@@ -102,7 +103,7 @@ class Config(RunConfig):
     """Recompute blocks in the backward pass: less memory, a third more work."""
     eval_every: int = 200
     """Steps between two validations."""
-    eval_pairs: int = 1024
+    eval_pairs: int = 512
     """Held-out pairs of a validation."""
 
 
@@ -304,9 +305,9 @@ def load_reward_model(path: str, device="cpu") -> tuple[RewardModel, Tokenizer, 
     return model, tokenizer, state
 
 
-def training_pairs(data: str, config: Config) -> list[Pair]:
+def training_pairs(config: Config) -> list[Pair]:
     pairs = []
-    for name in data.split("+"):
+    for name in with_own_pairs(config.data, config.init_from, config.seed, config.device):
         pairs += load_pairs(name, "train", config.data_dir, config.seed, config.n_pairs or DEFAULTS.get(name))
         if name == "arith" and config.n_sums:
             pairs += load_pairs("sums", "train", seed=config.seed, n=config.n_sums)
@@ -323,7 +324,7 @@ def check(config: Config) -> None:
 
 
 def run(config: Config) -> dict:
-    """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
+    """Train, and return the held-out accuracy. A finished run returns at once, an unfinished one continues."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
     need_checkpoint(config.init_from, "python sft.py")
@@ -334,11 +335,10 @@ def run(config: Config) -> dict:
     run.descend(state, config.init_from)
 
     # Data: pairs as rows of tokens.
-    data = with_own_pairs(config.data, config.init_from, config.seed, config.device)
-    pairs = training_pairs(data, config)
+    pairs = training_pairs(config)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     prompts_with_room(policy, rows, config)
-    held = load_pairs(data, "validation", config.data_dir, config.seed)[: config.eval_pairs]
+    held = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)[: config.eval_pairs]
     held = encode_pairs(held, tokenizer, config.max_length)
     batches = similar_lengths(rows.lengths(), config.batch_size, config.seed)
     steps = max(1, math.ceil(config.epochs * len(batches)))
@@ -402,11 +402,10 @@ def run(config: Config) -> dict:
                 mean, std = normalize(run, model, policy, tokenizer, rows, config)
                 run.print(f"scores of the starting policy's answers had mean {mean:.2f}, std {std:.2f}; now 0 and 1")
         if figures or run.should_save(step, steps):
-            metric = figures.get("val_accuracy")
-            run.save(step, steps, model, optimizers, tokenizer, metric=metric, lower_is_better=False)
-    figures = judge(*held_scores(), config.margin, config.center)
-    run.close(f"held-out accuracy {figures['val_accuracy']:.3f}", next_command=f"python ppo.py --reward {run.folder}")
-    return figures
+            run.save(step, steps, model, optimizers, tokenizer)  # no best.pt: only the last one's scores are scaled
+    accuracy = judge(*held_scores())["val_accuracy"]  # the one figure that scaling leaves as it was
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python ppo.py --reward {run.folder}")
+    return {"val_accuracy": accuracy}
 
 
 if __name__ == "__main__":

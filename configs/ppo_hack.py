@@ -1,10 +1,8 @@
-"""PPO without a leash on a weak reward model: the score rises, the answers get worse.
+"""PPO on the weak reward model of reward_weak.py, without a leash: the score rises, the answers get worse."""
 
-First make the weak model: python reward.py --n_pairs 96 --out_dir out/arith/reward_weak
-"""
-
+task = "arith"
 reward = "out/arith/reward_weak"
 out_dir = "out/arith/ppo_hack"
 beta = 0.0
-lr = 6e-4
-steps = 100
+steps = 60
+eval_every = 5

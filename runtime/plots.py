@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 _HIDDEN = {"step", "time", "lr", "mfu", "tokens_per_second"}
@@ -94,3 +95,35 @@ def plot_sweep(results: list[dict], path: Path) -> None:
     axis.set_ylabel("validation loss")
     axis.grid(alpha=0.3)
     _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...] = ()
+    """Folders of runs, a panel for each."""
+    curves: tuple[str, ...] = ("loss",)
+    """Metrics that share a panel."""
+    write: str = "curves.png"
+    """The picture."""
+
+
+def main() -> None:
+    """``python -m runtime.plots --runs out/a out/b --curves score correct --write picture.png``"""
+    from runtime.config import parse
+    from runtime.errors import UserError
+
+    config = parse(Config)
+    for run in config.runs:
+        if not (Path(run) / "metrics.jsonl").exists():
+            raise UserError(f"{run} holds no metrics.jsonl")
+    if not config.runs:
+        raise UserError("which runs? --runs out/arith/ppo out/arith/grpo")
+    folders = {Path(run).name: Path(run) for run in config.runs}
+    plot_stages(folders, Path(config.write), dict.fromkeys(folders, list(config.curves)))
+    print(config.write)
+
+
+if __name__ == "__main__":
+    from runtime.errors import run_main
+
+    run_main(main)

@@ -16,6 +16,7 @@ from dpo import (
     batch_kl,
     dpo_loss,
     ipo_loss,
+    judged_loss,
     kto_loss,
     log1mexp,
     orpo_loss,
@@ -194,7 +195,7 @@ def test_end_to_end_with_two_llamas_as_trl(name):
         loss = ipo_loss(*(ours / lengths).chunk(2), *(theirs / lengths).chunk(2), 0.1)
     else:
         loss = dpo_loss(*ours.chunk(2), *theirs.chunk(2), 0.1)
-        assert float(ours[:2].mean()) == pytest.approx(float(E2E["sigmoid::metric::logps/chosen"]), abs=1e-4)
+        assert float(ours[:2].detach().mean()) == pytest.approx(float(E2E["sigmoid::metric::logps/chosen"]), abs=1e-4)
         margins = 0.1 * ((ours - theirs)[:2] - (ours - theirs)[2:])
         assert float(margins.mean()) == pytest.approx(float(E2E["sigmoid::metric::rewards/margins"]), abs=1e-5)
     loss.backward()
@@ -231,14 +232,15 @@ def run(tmp_path):
     return start(Config(out_dir=str(tmp_path / "handle"), device="cpu"), "dpo")
 
 
-@pytest.mark.parametrize("method", ["dpo", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("method", ["dpo", "ipo", "ipo_sum", "simpo", "orpo"])
 def test_the_stage_computes_the_loss_of_the_formulas(run, method):
     model, rows = model_and_rows()
+    method, average = method.removesuffix("_sum"), not method.endswith("_sum")
     with torch.no_grad():
         ref = reference_logps(model, rows.batch, len(rows), batch=4)
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    config = Config(method=method, beta=2.0 if method == "simpo" else 0.1)
+    config = Config(method=method, beta=2.0 if method == "simpo" else 0.1, ipo_average=average)
     some = [4, 0, 2]
     words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
     loss, figures = pair_loss(config, model, rows, ref, some, words, run)
@@ -255,7 +257,11 @@ def test_the_stage_computes_the_loss_of_the_formulas(run, method):
     n_c, n_r = (torch.tensor([len(a[i]) for i in some]) for a in (rows.chosen, rows.rejected))
     expected = {
         "dpo": lambda: dpo_loss(chosen, rejected, *ref[:, some], 0.1),
-        "ipo": lambda: ipo_loss(chosen / n_c, rejected / n_r, ref[0, some] / n_c, ref[1, some] / n_r, 0.1),
+        "ipo": lambda: (
+            ipo_loss(chosen / n_c, rejected / n_r, ref[0, some] / n_c, ref[1, some] / n_r, 0.1)
+            if average
+            else ipo_loss(chosen, rejected, *ref[:, some], 0.1)
+        ),
         "simpo": lambda: simpo_loss(chosen / n_c, rejected / n_r, 2.0, 1.0),
         "orpo": lambda: orpo_loss(chosen / n_c, rejected / n_r, nll / count, 0.1),
     }[method]()
@@ -280,6 +286,33 @@ def test_kl_of_kto_is_that_of_mismatched_answers(run):
         logps = model(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         total += float(logps[len(rows.prompts[i]) - 1 :].sum()) - float(ref[i])
     assert float(kl) == pytest.approx(total / 3, rel=1e-5) and not kl.requires_grad
+
+
+def test_the_stage_computes_the_loss_of_single_answers(run):
+    """Sums, not means of an answer's tokens; the weights of either thumb; the given KL."""
+    model, _ = model_and_rows()
+    rows = encode_judged(load_judged("arith", "train", n=5), T, 256)
+    with torch.no_grad():
+        ref = reference_logps(model, rows.batch, len(rows), batch=4)
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    config = Config(method="kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.6)
+    some, kl = [7, 0, 3, 4], torch.tensor(0.8, dtype=torch.float64)
+    loss, figures = judged_loss(config, model, rows, ref, some, kl, run)
+    expected, rewards = [], {True: [], False: []}
+    for i in some:
+        ids = torch.tensor([rows.prompts[i] + rows.answers[i]])
+        logps = model(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        gain = float(logps[len(rows.prompts[i]) - 1 :].sum()) - float(ref[i])
+        liked = bool(rows.desirable[i])
+        rewards[liked].append(0.1 * gain)
+        sign, weight = (1, 1.3) if liked else (-1, 0.6)
+        expected.append(weight * (1 - 1 / (1 + math.exp(-sign * 0.1 * (gain - 0.8)))))
+    assert {bool(x) for x in rows.desirable[some]} == {True, False}
+    assert float(loss.detach()) == pytest.approx(sum(expected) / 4, rel=1e-5)
+    assert figures["desirable"] == len(rewards[True])
+    assert figures["reward_chosen"] == pytest.approx(sum(rewards[True]), rel=1e-4)
+    assert figures["reward_rejected"] == pytest.approx(sum(rewards[False]), rel=1e-4)
 
 
 def test_the_reference_of_pairs_has_two_rows_and_no_gradient(run):
@@ -336,7 +369,7 @@ def test_a_run_of_each_method(tmp_path, sft_folder, method):
 @pytest.mark.parametrize("method", ["orpo", "kto"])
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
     """The two losses that hold a count of the whole batch: ORPO's words and KTO's KL."""
-    for name, size in (("a", 0), ("b", 1)):
+    for name, size in (("a", 0), ("b", 3)):  # parts of unequal size
         dpo.run(tiny(tmp_path / name, sft_folder, method=method, micro_batch_size=size, beta=0.5, lr=1e-2))
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
         for name in ("loss", "grad_norm", "kl", "logp_chosen"):
@@ -431,7 +464,7 @@ def test_the_report_ranks_pairs_by_the_methods_own_reward(tmp_path, sft_folder, 
 
     dpo.run(tiny(tmp_path / method, sft_folder, method=method, lr=5e-3))
     path = tmp_path / "pairs.jsonl"
-    pairs = load_pairs("arith", "validation", n=60)
+    pairs = load_pairs("arith", "validation", n=2000)
     lines = [{"prompt": list(p.prompt), "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = evaluate.measure(str(tmp_path / method), evaluate.Config(data=str(path), device="cpu"))
@@ -445,5 +478,11 @@ def test_the_report_ranks_pairs_by_the_methods_own_reward(tmp_path, sft_folder, 
             sums, lengths = answer_logps(policy, tokens, mask)
             gains = sums / lengths if method == "simpo" else sums - answer_logps(reference, tokens, mask)[0]
             right += bool(gains[0] > gains[1])
-    assert row["n"] == len(kept) == 2 and row["accuracy"] == pytest.approx(right / 2)
+    assert row["n"] == len(kept) == 40 and row["accuracy"] == pytest.approx(right / 40)
     assert row["low"] <= row["accuracy"] <= row["high"]
+    if method == "dpo":  # a reference that is not what the run started from
+        state = torch.load(tmp_path / method / "ckpt.pt", weights_only=True)
+        state["lineage"][-1]["weights"] = "0"
+        torch.save(state, tmp_path / method / "ckpt.pt")
+        with pytest.raises(UserError, match="has other weights"):
+            evaluate.measure(str(tmp_path / method), evaluate.Config(data=str(path), device="cpu"))

@@ -417,6 +417,28 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, folders, monkeypatch
     assert one["extra"] == two["extra"]
 
 
+def test_the_reference_stays_what_the_policy_was(tmp_path, folders):
+    """The KL is that to the start, not to the policy as it is now, which would be 0 for ever; and the leash is felt."""
+    ppo.run(tiny(tmp_path / "ppo", folders, lr=5e-3, warmup=1, beta=0.5, temperature=0.7))
+    rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
+    assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-3) and rows[-1]["kl_ref"] > 0.05
+
+
+def test_an_answer_is_judged_as_if_it_stood_alone(run, folders):
+    """Whatever padding its neighbours need."""
+    judge, tokenizer, _ = reward.load_reward_model(str(folders / "reward"))
+    policy, _, _ = load_stage(str(folders / "sft"))
+    prompts = [tokenizer.encode("What is 2+3?" * (1 + i % 3)) for i in range(9)]
+    rollout = sample_answers(policy, tokenizer, prompts, 1, 12, 1.0, seed=3)
+    found = ppo.judged(run, judge, rollout, size=4)
+    lengths = set()
+    for tokens, mask, score in zip(rollout.tokens, rollout.mask, found):
+        n = int(mask.nonzero().max()) + 2  # the last answer token is one column behind its log-probability
+        lengths.add(n)
+        close(judge(tokens[None, :n], torch.ones(1, n))[0], score, 1e-5)
+    assert len(lengths) > 2
+
+
 def test_an_unfinished_answer_costs(tmp_path, folders):
     """At two tokens nothing can end in time: every score is the penalty."""
     ppo.run(tiny(tmp_path / "ppo", folders, steps=1, max_new_tokens=2, unfinished_penalty=0.75))
@@ -430,6 +452,7 @@ def test_an_unfinished_answer_costs(tmp_path, folders):
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"minibatches": 9}, "do not make 9 minibatches"),
         ({"beta": 0.0, "kl_target": 1.0}, "cannot adapt"),
+        ({"beta": 0.1, "kl_target": 1.0, "kl_horizon": 7}, "kl_horizon 7 is less than one step of 8 answers"),
         ({"lam": 1.5}, "end at 1"),
         ({"reward": "nowhere"}, "there is no checkpoint in nowhere"),
         ({"max_new_tokens": 4096}, "leaves no room"),

@@ -19,6 +19,7 @@ from preferences import (
     encode_pairs,
     fit,
     has_labels,
+    held_out_of,
     lay_out,
     load_judged,
     load_pairs,
@@ -192,17 +193,20 @@ def test_own_pairs_are_sampled_once_until_the_policy_changes(untrained, monkeypa
     asked, folder = [], Path(untrained)
     pair = Pair(({"role": "user", "content": "2+3?"},), "5", "6", "own")
     monkeypatch.setattr(preferences, "collect", lambda config: asked.append(config) or [pair])
-    assert with_own_pairs("arith+hh-helpful", untrained, 0) == "arith+hh-helpful" and not asked
+    assert with_own_pairs("arith+hh-helpful", untrained, 0) == ["arith", "hh-helpful"] and not asked
     data = with_own_pairs("arith+own", untrained, 3, "cpu")
-    assert data == f"arith+{folder / 'own_pairs_3.jsonl'}"
+    assert data == ["arith", str(folder / "own_pairs_ckpt_3.jsonl")]
     assert (asked[0].policy, asked[0].seed, asked[0].device) == (untrained, 3, "cpu")
     assert load_pairs(data, "validation") == [*load_pairs("arith", "validation"), pair]
-    assert with_own_pairs("own", untrained, 3) == str(folder / "own_pairs_3.jsonl") and len(asked) == 1
-    assert with_own_pairs("own", str(folder / "ckpt.pt"), 4) == str(folder / "own_pairs_4.jsonl") and len(asked) == 2
-    later = (folder / "own_pairs_3.jsonl").stat().st_mtime + 5
+    assert with_own_pairs("own", untrained, 3) == data[1:] and len(asked) == 1
+    assert with_own_pairs("own", str(folder / "ckpt.pt"), 4) == [str(folder / "own_pairs_ckpt_4.jsonl")]
+    (folder / "best.pt").write_bytes((folder / "ckpt.pt").read_bytes())
+    assert with_own_pairs("own", str(folder / "best.pt"), 3) == [str(folder / "own_pairs_best_3.jsonl")]  # not ckpt's
+    assert len(asked) == 3 and asked[2].policy == str(folder / "best.pt")
+    later = (folder / "own_pairs_ckpt_3.jsonl").stat().st_mtime + 5
     os.utime(folder / "ckpt.pt", (later, later))
     with_own_pairs("own", untrained, 3)
-    assert len(asked) == 3
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize(
@@ -293,6 +297,25 @@ def test_a_mismatched_row_has_the_answer_of_another_prompt():
     ]
     assert said == ["C", "B"]
     assert ["a" in T.decode(tokens[0].tolist()), "c" in T.decode(tokens[1].tolist())] == [True, True]
+
+
+def test_no_row_is_longer_than_asked_whatever_answer_it_gets():
+    """A short answer leaves much of its prompt; the long answer of the row before it must not come on top of that."""
+    long, short = "x" * 60, "y"
+    judged = [Judged(({"role": "user", "content": "q" * 200},), a, True) for a in (long, short, long, short)]
+    rows = encode_judged(judged, T, 96)
+    for tokens, mask, real in (rows.batch(range(4)), rows.mismatched(range(4))):
+        assert tokens.shape[1] == 96 and int(real.sum(dim=1).max()) == 96
+        assert mask.sum(dim=1).min() == 2 and mask.sum(dim=1).max() == 61  # no answer was cut
+
+
+def test_parts_of_the_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a+b.jsonl").write_text('{"prompt": "q", "chosen": "x", "rejected": "y"}\n')
+    assert len(load_pairs("a+b.jsonl", "validation")) == 1 and not has_labels("a+b.jsonl")
+    assert len(load_pairs(["arith", "a+b.jsonl"], "validation")) == 513
+    assert held_out_of("own") == ["arith"] == held_out_of("arith+own")
+    assert held_out_of("hh-helpful+own") == ["hh-helpful", "arith"]
 
 
 def test_batches_of_pairs_have_the_chosen_answers_first():

@@ -24,6 +24,7 @@ from reward import (
     report,
     token_loss,
 )
+from rollout import sample_answers
 from runtime.errors import UserError
 from runtime.run import load_stage, start
 from tokenizer import ByteTokenizer
@@ -187,7 +188,7 @@ def test_the_words_get_no_gradient_and_do_not_decay():
 def test_head_starts_with_scores_of_about_unit_size():
     torch.manual_seed(0)
     judge = RewardModel(Transformer(ModelConfig(40, 256, 1, 2)))
-    assert float(judge.score.weight.std()) == pytest.approx(1 / math.sqrt(257), rel=0.2)
+    assert float(judge.score.weight.detach().std()) == pytest.approx(1 / math.sqrt(257), rel=0.2)
     assert float(judge.score.bias.detach()) == 0
 
 
@@ -244,7 +245,10 @@ def tiny(folder, sft_folder, **changes) -> Config:
 
 def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
     figures = reward.run(tiny(tmp_path / "reward", sft_folder))
-    assert set(figures) == {"val_loss", "val_accuracy", "val_margin", "val_calibration_error"}
+    assert set(figures) == {"val_accuracy"} and not (tmp_path / "reward" / "best.pt").exists()
+    logged = [json.loads(line) for line in (tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["val_accuracy"] == figures["val_accuracy"]
+    assert set(logged[-1]) >= {"val_loss", "val_margin", "val_calibration_error"}
     judge, tokenizer, state = load_reward_model(str(tmp_path / "reward"))
     assert state["stage"] == "reward" and state["lineage"][-1]["stage"] == "sft"
     assert "flaw" in (tmp_path / "reward" / "samples.txt").read_text()
@@ -257,6 +261,25 @@ def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
         load_reward_model(str(sft_folder))
 
 
+def test_after_training_answers_of_the_starting_policy_score_0_with_variance_1(tmp_path, sft_folder):
+    """Each answer alone, without padding: if padding were scored in training's place, this would not hold."""
+    config = tiny(tmp_path / "reward", sft_folder, normalize_on=16, max_new_tokens=10)
+    reward.run(config)
+    judge, tokenizer, _ = load_reward_model(str(tmp_path / "reward"))
+    policy, _, _ = load_stage(str(sft_folder))
+    rows = encode_pairs(reward.training_pairs(config), tokenizer, config.max_length)
+    rollout = sample_answers(policy, tokenizer, rows.prompts[:16], 1, 10, 1.0, seed=config.seed)
+    found = []
+    with torch.no_grad():
+        for tokens, mask in zip(rollout.tokens, rollout.mask):
+            n = int(mask.nonzero().max()) + 2
+            found.append(float(judge(tokens[None, :n], torch.ones(1, n))))
+    assert sum(found) / 16 == pytest.approx(0, abs=1e-3) and float(torch.tensor(found).std()) == pytest.approx(
+        1, abs=1e-3
+    )
+    assert len({int(mask.sum()) + len(prompt) for mask, prompt in zip(rollout.mask, rows.prompts)}) > 2
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypatch):
     whole, stopped = (tiny(tmp_path / name, sft_folder) for name in ("whole", "stopped"))
     assert_exact_resume(monkeypatch, reward, whole, stopped, saves=2)
@@ -265,7 +288,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypa
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder):
     one = {"epochs": 1.0, "n_pairs": 4, "batch_size": 4, "n_sums": 0, "normalize_on": 0, "center": 0.1}
     reward.run(tiny(tmp_path / "a", sft_folder, **one))
-    reward.run(tiny(tmp_path / "b", sft_folder, micro_batch_size=1, **one))
+    reward.run(tiny(tmp_path / "b", sft_folder, micro_batch_size=3, **one))  # parts of unequal size
     a, b = (json.loads((tmp_path / x / "metrics.jsonl").read_text().splitlines()[0]) for x in "ab")
     for name in ("loss", "grad_norm", "margin"):
         assert a[name] == pytest.approx(b[name], rel=1e-4), name

@@ -410,17 +410,9 @@ def run(config: Config) -> dict:
 
     # Data: pairs as rows, or single answers; held-out pairs; held-out questions, if there are any.
     kto, eval_data = config.method == "kto", held_out_of(config.eval_data or config.data)
-    source = (
-        with_own_pairs(config.data, config.init_from, config.seed, config.device),
-        "train",
-        config.data_dir,
-        config.seed,
-        config.n_pairs,
-    )
-    if kto:
-        rows = encode_judged(load_judged(*source), tokenizer, config.max_length)
-    else:
-        rows = encode_pairs(load_pairs(*source), tokenizer, config.max_length)
+    encode, load = (encode_judged, load_judged) if kto else (encode_pairs, load_pairs)
+    data = with_own_pairs(config.data, config.init_from, config.seed, config.device)
+    rows = encode(load(data, "train", config.data_dir, config.seed, config.n_pairs), tokenizer, config.max_length)
     if kto and len(rows) < 2:
         raise UserError("kto compares answers with those to other prompts: it needs at least two")
     if kto and has_labels(eval_data):
@@ -444,8 +436,10 @@ def run(config: Config) -> dict:
     ref = ref_other = held_ref = None
     if config.method in ("dpo", "ipo", "kto"):
         with run.autocast():
-            ref, held_ref = (reference_logps(model, part.batch, len(part), show=run.is_main) for part in (rows, held))
-            ref_other = reference_logps(model, rows.mismatched, len(rows), show=run.is_main) if kto else None
+            held_ref = reference_logps(model, held.batch, len(held), show=run.is_main)
+            if not run.finished:
+                ref = reference_logps(model, rows.batch, len(rows), show=run.is_main)
+                ref_other = reference_logps(model, rows.mismatched, len(rows), show=run.is_main) if kto else None
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:

@@ -58,6 +58,7 @@ EXAMPLES = {
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
     "rollout": ["finished", "counts, log p"],
+    "preferences": ["pairs of arith", "a pair as two rows", "padding"],
 }
 
 

@@ -154,6 +154,8 @@ def test_columns_behind_the_difference():
     assert where[0].nonzero()[:, 0].tolist() == [first, first + 1, first + 2]  # the digit, the dot, the end
     start = len(rows.prompts[1])
     assert where[1].nonzero()[:, 0].tolist() == [start, start + 1]  # "9" and its end; the other one goes on
+    turned = torch.cat([tokens[2:], tokens[:2]]), torch.cat([real[2:], real[:2]])
+    assert torch.equal(behind_the_difference(*turned), where)  # whichever of the two is the longer
 
 
 def test_last_real_refuses_an_empty_row():

@@ -1,16 +1,17 @@
 """The DPO family: preferences without a reward model and without sampling.
 
-The policy that is best for a reward r while staying near a reference is known in closed form, and solved for r it reads
-r = β log (π / π_ref) plus a term that depends on the prompt alone (Rafailov et al. 2023, eq. 5). Put into
-Bradley-Terry, that term cancels, and the reward model's loss becomes a loss on the policy itself. With Δ = log π(y|x) -
-log π_ref(y|x), summed over the tokens of an answer y (its end-of-text among them, the prompt not), and w, l for chosen
-and rejected::
+The policy that is best for a reward r while staying near a reference, max E[r] - β KL(π, π_ref), is known in closed
+form: π ∝ π_ref exp(r / β). Solved for r it reads r = β log (π / π_ref) plus a term that depends on the prompt alone
+(Rafailov et al. 2023, eq. 5). Put into Bradley-Terry, that term cancels, and the reward model's loss becomes a loss on
+the policy itself. With Δ = log π(y|x) - log π_ref(y|x), summed over the tokens of an answer y (its end-of-text among
+them, the prompt not), βΔ, the answer's *implicit reward*, and w, l for chosen and rejected::
 
     DPO     - log σ( β (Δ_w - Δ_l) )                                            label smoothing ε: flipped labels occur
     IPO     ( (Δ_w - Δ_l) - 1/(2β) )²                                           a target for the gap instead of "more"
-    KTO     λ_D (1 - σ( β (Δ - z) ))  or  λ_U (1 - σ( β (z - Δ) ))              single answers with a thumb; z is a KL
-    SimPO   - log σ( β (a_w - a_l) - γ )          a = mean log π of a token     no reference
-    ORPO    NLL(chosen) - β log σ( log odds_w / odds_l )    odds = P / (1 - P), P = e^a    no reference, and SFT inside
+    KTO     λ_D (1 - σ( β (Δ - z) ))  or  λ_U (1 - σ( β (z - Δ) ))              single answers with a thumb; z: mean Δ
+    of answers to other prompts SimPO   - log σ( β (a_w - a_l) - γ )          a = mean log π of a token     no
+    reference ORPO    NLL(chosen) - β log σ( log (odds_w / odds_l) )    odds = P / (1 - P), P = e^a    no reference,
+    and SFT inside
 
 (Azar et al. 2023; Ethayarajh et al. 2024; Meng et al. 2024; Hong et al. 2024.) Mind what is summed and what is
 averaged: DPO and KTO sum, SimPO and ORPO average. IPO's paper sums, TRL averages since its authors said so;
@@ -19,7 +20,9 @@ averaged: DPO and KTO sum, SimPO and ORPO average. IPO's paper sums, TRL average
 What to watch, and what it should look like:
 
 * ``accuracy``, how often the chosen answer has the higher implicit reward: up, from 0 (at first all rewards are 0, and
-  a tie counts as wrong).
+  a tie counts as wrong). In SimPO and ORPO the "reward" is log π per token itself, and starts where the start stands.
+* ``val_questions``, greedy accuracy on held-out questions of the embedded task: what it is all for. ``val_accuracy``
+  need not rise with it: those pairs were written by others.
 * ``margin``, the difference of the two rewards: up.
 * ``logp_chosen``, the log-probability of a token of the chosen answer: often *down*, though less than
   ``logp_rejected``. The loss sees the difference alone. If it falls far, the policy has forgotten how to answer:
@@ -30,8 +33,8 @@ log-probabilities are computed once, before the first step.
 
     python dpo.py                                     # after sft.py: on right and wrong answers of its model
     python dpo.py --method kto
-    python dpo.py --data arith                        # on pairs that others wrote: see how little that helps
-    python dpo.py --data hh-harmless --init_from out/mine/sft --data_dir DIR     # HH-RLHF
+    python dpo.py --data arith --out_dir out/arith/dpo_others      # on pairs that others wrote: it helps little
+    python dpo.py configs/dpo_hh_cpu.py --data_dir DIR             # HH-RLHF
 """
 
 import math
@@ -502,7 +505,7 @@ def run(config: Config) -> dict:
     with run.eager():
         how = judged_validation if isinstance(held, JudgedRows) else validation
         figures = how(run, model, held, held_ref, config)
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
+    hint = "" if has_labels(eval_data) else f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
     run.close(f"held-out pairs: accuracy {figures.get('val_accuracy', math.nan):.3f}", next_command=hint)
     return figures
 

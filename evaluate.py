@@ -337,19 +337,24 @@ def write_report(folder: str | Path, rows: Sequence[dict], title: str, note: str
     write_text(folder / "report.json", json.dumps(list(rows), indent=2) + "\n")
 
 
+STAGES = ("pretrain", "sft", "reward", "dpo", "ipo", "kto", "simpo", "orpo", "ppo_reward", "ppo", "grpo")
+
+
 def main() -> None:
     config = parse(Config)
     at_least(config, n=1, max_new_tokens=0, samples=0, temperature=1e-9, top_p=1e-9, batch_size=1)
     if any(k < 1 for k in config.ks):
         raise UserError("the k of pass@k starts at 1")
     paths = config.checkpoints or tuple(
-        path
-        for stage in ("pretrain", "sft", "dpo", "ppo", "grpo")
-        if find_checkpoint(path := f"out/arith/{stage}").exists()
+        path for stage in STAGES if find_checkpoint(path := f"out/arith/{stage}").exists()
     )
     if not paths:
         raise UserError("nothing to evaluate: name run folders or checkpoints, or make some with: python pipeline.py")
     rows = [measure(path, config) for path in paths]
+    repeated = Counter(row["stage"] for row in rows)
+    for row in rows:  # two runs of one stage go by their folders
+        if repeated[row["stage"]] > 1:
+            row["stage"] = row["path"]
     print(table(rows))
     if config.out:
         write_report(config.out, rows, f"{config.data}")

@@ -4,9 +4,9 @@
     python pipeline.py --quick               # the same path with little training, to see it run
     python pipeline.py --seed 1 --out out/seed1
 
-Each stage writes into its own folder of ``out`` and starts from the one before. The report card, ``report.md`` and
-``report.json``, is written anew after each stage; ``curves.png`` shows them all. If it is interrupted, the same
-command continues where it stopped.
+Each stage writes into its own folder of ``out``; SFT starts from pretraining, all others from SFT. The report card,
+``report.md`` and ``report.json``, is written anew after each stage; ``curves.png`` shows them all. If it is
+interrupted, the same command continues where it stopped.
 """
 
 import dataclasses

@@ -16,16 +16,29 @@ Ouyang et al. 2022; Huang et al. 2023)::
     L_value  = ½ mean max( (V_t - R_t)², (clip(V_t, V_old,t ± ε_v) - R_t)² )    the worse of the two, as in the policy
     L = L_policy + c · L_value
 
-The same answers are used for several epochs of minibatches; the clip keeps that honest. In the first minibatch of all,
-nothing has moved yet, so every ρ_t is 1, and we assert it.
+The same answers are used for several epochs of minibatches; the clip keeps that honest. In the first minibatch on each
+rollout nothing has moved yet, so every ρ_t is 1, and we assert it. In the fields below, ε is ``clip_ratio``, ε_v
+``clip_value``, c ``value_weight``; π_old is the policy that sampled.
 
-Two conventions must not be mixed: here V_t is the value *before* token t+1 is chosen (the stream at column t, which
-has seen the tokens up to t), and the score stands on the answer's last token, its end-of-text if it has one. Columns
+What to watch, and what it should look like:
+
+* ``score`` and ``correct``: up, together. If only the score rises, the reward is being outwitted.
+* ``kl_ref``, nats of an answer to the reference: a few. If it runs away, raise --beta or lower --lr.
+* ``entropy`` (an estimate, nats of a token): slowly down; near 0 nothing is explored any more.
+* ``clip_fraction``: a few percent; ``kl_old``, nats of a token from the policy that sampled: well below 0.1. More of
+  either means too large steps.
+* ``explained_variance``: how much of the returns the critic foresees: up, from 0 to 1 in the best case. In a short
+  run it stays near 0, and the whitening does the critic's work, as a mean over the batch.
+* ``finished``: near 1, or the answers need more room.
+
+Two conventions must not be mixed with others': V_t is the value *before* token t+1 is chosen (the stream at column t,
+which has seen the tokens up to t), and the score stands on the answer's last token, its end-of-text if it has one (TRL
+1.9 puts it one column later). Columns
 are those of ``token_logps``: column t is about token t+1.
 
     python ppo.py                                             # reward from the verifier, after sft.py
-    python ppo.py --reward out/arith/reward                   # reward from the reward model
-    python ppo.py --reward out/arith/reward --beta 0          # ... without a leash
+    python ppo.py --reward out/arith/reward --beta 0.05 --out_dir out/arith/ppo_reward      # from the reward model
+    python ppo.py configs/ppo_hack.py                         # from a weak one without a leash: see the answers go bad
 """
 
 import copy
@@ -125,7 +138,8 @@ class Config(RunConfig):
 
 
 class ActorCritic(nn.Module):
-    """A policy, and a value head on the same body. The head starts at zero: the first advantages are the rewards."""
+    """A policy, and a value head on the same body. The head starts at zero: the first advantages are sums of
+    rewards alone."""
 
     def __init__(self, backbone: Transformer):
         super().__init__()
@@ -153,8 +167,8 @@ class ActorCritic(nn.Module):
 def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, beta: float) -> Tensor:
     """``-β (log π_old - log π_ref)`` at every token that counts, and the score on the last of them.
 
-    scores (B,), logps, ref_logps and mask (B, C) -> (B, C), 0 where the mask is 0. The mean of the KL's estimate over
-    answers of the policy is the KL; of one token it may be negative.
+    scores (B,), logps, ref_logps and mask (B, C) -> (B, C), 0 where the mask is 0. Averaged over answers
+    of the policy, the sum of log π_old - log π_ref is the KL; of a single token it may be negative.
 
     >>> token_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -1.0, 0.0]]), torch.tensor([[-2.0, -1.0, 0.0]]),
     ...               torch.tensor([[1, 1, 0]]), beta=0.1)

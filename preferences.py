@@ -17,7 +17,7 @@ would not have said anyway; a right and a wrong answer of its *own* show it the 
 ``--policy`` makes such pairs, judged by ``verify.py``.
 
     python preferences.py                                                       # rows of two pairs
-    python preferences.py --policy out/arith/sft --write out/arith/own.jsonl    # the policy's own answers
+    python preferences.py --policy out/arith/sft --write own.jsonl              # the policy's own answers
     python preferences.py --data hh-harmless --data_dir DIR --write pairs.jsonl # any source as JSONL, to look at
 """
 
@@ -157,6 +157,8 @@ def _rows(name: str, split: str, data_dir: str):
         hub_id, config, train, test = SOURCES[name]
         rows, own = read_dataset(hub_id, config, test if split == "test" else train, data_dir), split == "test"
     else:
+        if name == "own":
+            raise UserError("own pairs need the policy whose they are: --policy out/arith/sft")
         raise UserError(f"--data {name}: no pairs called so; there are arith, {', '.join(SOURCES)}, or a .jsonl file")
     return rows if own else (row for i, row in enumerate(rows) if (i % 50 == 0) == (split != "train"))
 
@@ -401,7 +403,8 @@ def _report_cut(cut: Counter, n: int, length: int, what: str) -> None:
 @dataclass(frozen=True)
 class Config:
     data: str = "arith"
-    """arith, hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file; with --policy: arith, gsm8k or svamp."""
+    """arith, sums, hh-harmless, hh-helpful, ultrafeedback, a .jsonl file, or several, joined by "+"; with --policy:
+    arith, gsm8k or svamp."""
     split: Literal["train", "validation", "test"] = "train"
     """Which part."""
     data_dir: str = ""

@@ -7,31 +7,42 @@ sigmoid of the difference (Ouyang et al. 2022, InstructGPT, eq. 1)::
     P(chosen ≻ rejected) = σ(r_chosen - r_rejected)
     L = - mean log σ(r_chosen - r_rejected - margin)  +  center · mean (r_chosen + r_rejected)²
 
-One bit about a whole answer is little to learn from, so the same loss is also taken at every token behind the first
-difference of the two answers, on what the head reads there (the verifiers of Cobbe et al. 2021 also judge at every
+One bit about a whole answer is little to learn from, so the pairs are also compared at every token behind the first
+difference of the two answers, as far as the shorter one goes: an answer that has gone wrong should score less from then
+on, whatever stands beside it (the verifiers of Cobbe et al. 2021 also judge at every
 token, though one answer at a time)::
 
-    L ← (1 - token_weight) · L + token_weight · mean_t -log σ(r_chosen(t) - r_rejected(t))
+    L ← (1 - token_weight) · L + token_weight · (- mean_t log σ(r_chosen(t) - r_rejected(t)))
+
+(``loss`` in the metrics is this one, ``val_loss`` that of whole answers.)
 
 Only differences count, so the scores of each prompt may drift where they like, and answers to different prompts could
-not be compared, as PPO does: ``center`` pulls them to zero (Eisenstein et al. 2023), and after training we shift and
-scale the head so that answers of the starting policy have mean 0 and variance 1 (Ziegler et al. 2019). ``margin``
-asks for more distance where the judge was more certain (Touvron et al. 2023, Llama 2, eq. 2).
+not be compared, though PPO has to: ``center`` pulls them to zero (Eisenstein et al. 2023), and after training we
+shift and scale the head so that answers of the starting policy to training prompts have mean 0 and variance 1
+(Ziegler et al. 2019); to fresh ones they begin a little lower. ``margin`` asks for more distance (where the judge was
+more certain, in Touvron et al. 2023, Llama 2, eq. 2).
 
 The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number. The score of
 an answer is read at the last real token, which has seen the whole answer. "Last real" by the mask, never by position
 -1, where padding may stand, nor by looking for the padding's id, which a text may contain.
 
 To see that 12+15=28 is wrong, a language model that would itself write 27 still has to learn how to *check*, which is
-another skill. On the embedded task it practises on plain sums before and between the stories (``n_sums``), as large
+another skill. On the embedded task it practises on plain sums among the stories (``n_sums``), as large
 reward models are first trained on cheap comparisons (Askell et al. 2021).
 
     python reward.py                                                    # the embedded pairs, after sft.py
-    python reward.py --data hh-harmless --init_from out/mine/sft --data_dir DIR     # HH-RLHF, harmless-base
+    python reward.py configs/reward_hh_cpu.py --data_dir DIR            # HH-RLHF, harmless-base
+
+To score answers of your own::
+
+    judge, tokenizer, _ = load_reward_model("out/arith/reward")
+    pair = Pair(({"role": "user", "content": "What is 2+3?"},), "<answer>5</answer>", "<answer>6</answer>")
+    print(scores(judge, encode_pairs([pair], tokenizer, 256)))
 """
 
 import math
 import os
+import random
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -338,7 +349,9 @@ def run(config: Config) -> dict:
     pairs = training_pairs(config)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     prompts_with_room(policy, rows, config)
-    held = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)[: config.eval_pairs]
+    held = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)
+    random.Random("held out").shuffle(held)  # of several sources, some of each
+    held = held[: config.eval_pairs]
     held = encode_pairs(held, tokenizer, config.max_length)
     batches = similar_lengths(rows.lengths(), config.batch_size, config.seed)
     steps = max(1, math.ceil(config.epochs * len(batches)))
@@ -404,7 +417,8 @@ def run(config: Config) -> dict:
         if figures or run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer)  # no best.pt: only the last one's scores are scaled
     accuracy = judge(*held_scores())["val_accuracy"]  # the one figure that scaling leaves as it was
-    run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python ppo.py --reward {run.folder}")
+    hint = f"python ppo.py --reward {run.folder} --beta 0.05 --out_dir {run.folder.parent / 'ppo_reward'}"
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint if "arith" in held_out_of(config.data) else "")
     return {"val_accuracy": accuracy}
 
 

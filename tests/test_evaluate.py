@@ -94,3 +94,13 @@ def test_instruction_data_gives_perplexity_and_rouge(base, tmp_path):
         str(base), evaluate.Config(data="dolly", data_dir=str(tmp_path), max_new_tokens=8, device="cpu")
     )
     assert figures["perplexity"] > 1 and 0 <= figures["rouge_l"] <= 1 and figures["n"] == 2
+
+
+def test_two_runs_of_one_stage_go_by_their_folders(monkeypatch, capsys):
+    found = {"a": "sft", "b/dpo": "dpo", "c/dpo": "dpo"}
+    row = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    monkeypatch.setattr(evaluate, "measure", lambda path, config: {"stage": found[path], "path": path} | row)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *found])
+    evaluate.main()
+    printed = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert printed == ["sft", "b/dpo", "c/dpo"]

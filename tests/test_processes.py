@@ -25,6 +25,7 @@ import reward
 import sft
 from data import epoch_batch, load_chats, pack
 from grpo import Rollout, accumulate_gradients, group_advantages, sample_answers
+from preferences import Judged, encode_judged
 from runtime import processes
 from runtime.errors import UserError
 from runtime.run import load_stage
@@ -230,6 +231,21 @@ def test_ppo_on_two_processes_has_the_gradient_of_the_whole_batch(tmp_path):
     for name, value in whole["figures"].items():
         of_both = zero["figures"][name] + one["figures"][name] if name == "kl_ref" else zero["figures"][name]
         assert of_both == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def kto_kl() -> float:
+    policy, _ = policy_and_rollout()
+    judged = [Judged(({"role": "user", "content": "q" * i},), "ab" * (1 + i), i % 2 == 0) for i in range(6)]
+    rows = encode_judged(judged, TOKENIZER, 64)
+    ref = dpo.reference_logps(Transformer(policy.config), rows.mismatched, 6, show=False)  # other weights
+    some = processes.my_share(list(range(6)))
+    return float(dpo.batch_kl(StubRun(), policy, rows, ref, some, size=2))
+
+
+def test_kl_of_kto_is_that_of_the_whole_batch(tmp_path):
+    whole = kto_kl()
+    zero, one = results(on_two_processes(tmp_path, kto_kl))
+    assert zero == one == pytest.approx(whole, rel=1e-5) and abs(whole) > 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

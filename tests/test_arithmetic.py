@@ -115,7 +115,9 @@ def test_a_wrong_sum_is_one_wrong_digit_and_is_carried_through():
         assert written[i].split("=")[0] == problem.steps[i].split("=")[0]
         assert len(told) == len(right) and sum(a != b for a, b in zip(told, right)) == 1
         if i == 0 and len(written) == 2:
-            assert str(values[0]) in re.split(r"[-+*/=]", written[1])[:2]
+            a, sign, b = re.fullmatch(r"(\d+)([-+*/])(\d+)=\d+", problem.steps[1]).groups()
+            assert right == (b if problem.kind == "both" else a)
+            assert written[1].split("=")[0] == (f"{a}{sign}{told}" if problem.kind == "both" else f"{told}{sign}{b}")
         assert pair["rejected"].endswith(f"</think><answer>{values[-1]}</answer>") and values[-1] >= 0
         places[i, len(written)] += 1
     assert min(places[key] for key in ((0, 1), (0, 2), (1, 2))) > 100

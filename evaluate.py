@@ -157,7 +157,7 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
     max_new = min(max_new, model.config.max_seq_len // 2)
     prompts = load_prompts(config.data, "test", config.data_dir, n=config.n)
     ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
-    n, right, cut, unread = len(ids), 0, 0, 0
+    n, right, cut, unread, tokens = len(ids), 0, 0, 0, 0
     passes, majority = {k: 0.0 for k in config.ks if k <= config.samples}, 0
     order = sorted(range(n), key=lambda i: len(ids[i]))  # prompts of like length together: less padding
     per_batch = max(1, config.batch_size // max(1, config.samples))
@@ -168,6 +168,7 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
         right += int(correct.sum())
         cut += int((~rollout.finished).sum())
         unread += int((formed == 0).sum())
+        tokens += int(rollout.mask.sum())
     for first in tqdm(range(0, n, per_batch), desc="sampling", leave=False) if config.samples else ():
         batch = order[first : first + per_batch]
         rollout = sample_answers(
@@ -184,6 +185,7 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
             majority += majority_vote(read) == prompts[i].gold
     low, high = wilson_interval(right, n)
     result = {"accuracy": right / n, "low": low, "high": high, "n": n, "cut_off": cut / n, "unreadable": unread / n}
+    result["tokens"] = tokens / n
     result |= {f"pass@{k}": value for k, value in passes.items()}
     if config.samples:
         result[f"maj@{config.samples}"] = majority / n
@@ -250,7 +252,7 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
 @torch.no_grad()
 def measure_pairs(path: str, config: Config) -> dict:
     """How often the preferred answer of a test pair gets the higher score. Scores are those of a reward model; or β
-    (log π - log π_ref) of a policy that was trained from a reference (dpo, ipo, kto, and PPO and GRPO too), found
+    (log π - log π_ref) of a policy that was trained from a reference (dpo, ipo, kto, and PPO, GRPO and GDPO too), found
     through its lineage; or log π per token (simpo, orpo, and models without a reference). A tie counts as wrong.
     """
     device, state = pick_device(config.device), load_checkpoint(path)
@@ -264,7 +266,7 @@ def measure_pairs(path: str, config: Config) -> dict:
         model, tokenizer, _ = load_stage(path, device=device)
         rows = encode_pairs(pairs, tokenizer, length)
         reference = None
-        if state["stage"] in ("dpo", "ipo", "kto", "ppo", "grpo"):
+        if state["stage"] in ("dpo", "ipo", "kto", "ppo", "grpo", "gdpo"):
             start = state["lineage"][-1]
             reference, _, theirs = load_stage(start["path"], device=device)
             if fingerprint(theirs["model"]) != start["weights"]:
@@ -310,6 +312,7 @@ def measure(path: str, config: Config) -> dict:
 # The report card
 
 COLUMNS = {"cut_off": "cut off", "unreadable": "no answer read", "bits_per_byte": "bits per byte", "rouge_l": "ROUGE-L"}
+DIGITS = {"tokens": 1}
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -324,7 +327,9 @@ def table(rows: Sequence[dict]) -> str:
         if has_accuracy:
             known = "accuracy" in row
             cells += [f"{row['accuracy']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if known else ["", ""]
-        cells += [f"{row[name]:.3f}" if name in row else "" for name in names] + [str(row.get("n", ""))]
+        cells += [f"{row[name]:.{DIGITS.get(name, 3)}f}" if name in row else "" for name in names] + [
+            str(row.get("n", ""))
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -337,7 +342,10 @@ def write_report(folder: str | Path, rows: Sequence[dict], title: str, note: str
     write_text(folder / "report.json", json.dumps(list(rows), indent=2) + "\n")
 
 
-STAGES = ("pretrain", "sft", "reward", "dpo", "ipo", "kto", "simpo", "orpo", "ppo_reward", "ppo", "grpo")
+STAGES = (
+    "pretrain", "sft", "reward", "dpo", "ipo", "kto", "simpo", "orpo", "ppo_reward", "ppo", "grpo", "dr_grpo", "dapo",
+    "gspo", "cispo", "gdpo",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -10,23 +10,32 @@ much better or worse it did than its siblings (Shao et al. 2024, DeepSeekMath, s
 The minimum is one-sided on purpose: the clip takes the gradient away only where the ratio has already moved as far as
 the advantage wants it to; a token that moved the wrong way can always come back.
 
-Where sources differ, and what ``loss_type`` chooses:
+What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
 
-* ``grpo``: mean over each answer's tokens, then over answers, as the paper has it: a token of a short answer weighs
-  more.
-* ``dapo``: mean over all tokens of the batch (TRL's default, and ours; Yu et al. 2025, eq. 8, has it in each group).
-* ``dr_grpo``: sum over tokens / (answers · max_length), a constant (Liu et al. 2025). Use it with ``scale="none"``:
-  the division by the group's std is the other bias that paper removes.
-* ``cispo``: the ratio as a clipped, detached weight on log π (MiniMax 2025): no token ever loses its gradient. Only
-  the upper bound acts, at 1 + clip_high; TRL calls that sum its ``epsilon_high``.
+* **GRPO** as DeepSeekMath has it: ``loss_type = grpo``, mean over each answer's tokens, then over answers, so a token
+  of a short answer weighs more; β 0.04, 64 answers to a question, one update.
+* **Dr. GRPO** (Liu et al. 2025): no division by the group's std (``scale = none``), which favours questions that are
+  nearly always or nearly never answered, and a sum over tokens divided by a constant (``loss_type = dr_grpo``), so that
+  a long wrong answer is not excused for its length.
+* **DAPO** (Yu et al. 2025): mean over all tokens of the batch (``loss_type = dapo``; TRL's default, and ours; eq. 8 has
+  it in each group); ε_high 0.28, above ε_low 0.2, so that rare tokens can grow; groups that are all right or all wrong
+  are replaced by fresh ones (``draws``); answers that were cut off leave the loss (``mask_truncated``) and long ones
+  lose reward before they are (``overlong_buffer``). No KL.
+* **GSPO** (Zheng et al. 2025): one ratio for the whole answer, the geometric mean of its tokens'
+  (``ratio_level = sequence``), with ``loss_type = grpo``; it hardly moves, so ε is 3e-4 and 4e-4 there, for answers
+  much longer than ours.
+* **CISPO** (MiniMax 2025): the ratio as a clipped, detached weight on log π (``loss_type = cispo``), so that no token
+  ever loses its gradient. Only the upper bound acts, at 1 + clip_high, which the paper does not disclose; TRL calls
+  that sum its ``epsilon_high`` and has 5, after ScaleRL.
 
-``ratio_level="sequence"`` takes one ratio for the whole answer, the geometric mean of its tokens' (Zheng et al. 2025,
-GSPO).
+As long as each rollout serves one update (``updates_per_rollout`` and ``minibatches`` 1), every ratio is 1, no clip
+acts, and GRPO, GSPO and CISPO differ in their reductions alone.
 
 The tokens are sampled at ``temperature`` with no top-k or top-p, and every log-probability is computed at the same
 temperature: the policy that samples is the policy that trains. The first update of each rollout asserts it.
 
     python grpo.py                                           # the embedded task, after sft.py
+    python grpo.py configs/grpo_dapo.py
     python grpo.py configs/grpo_gsm8k.py --data_dir DIR
     python grpo.py --updates_per_rollout 2 --beta 0.02 --kl k2
 """
@@ -34,20 +43,23 @@ temperature: the policy that samples is the policy that trains. The first update
 import copy
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from data import encode_prompts, epoch_batch, load_prompts
+from data import Prompt, encode_prompts, epoch_batch, load_prompts
+from ppo import minibatch_rows
 from pretrain import learning_rate, make_optimizers, update
-from rollout import Rollout, examine, flat_groups, render, report_start, sample_answers, score, warn
+from rollout import Rollout, examine, flat_groups, join, kept_apart, render, report_start, sample_answers, score, warn
 from runtime import processes
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, load_stage, need_checkpoint, start
 from transformer import Transformer, token_logps
+from verify import overlong_penalty
 
 
 @dataclass(frozen=True)
@@ -60,24 +72,38 @@ class Config(RunConfig):
     """Draw the prompts of the first steps from the embedded task: a weak model finds no reward in GSM8K to begin
     with.
     """
+    arith_fade: int = 0
+    """Then let the share of its prompts fall to 0 over so many steps."""
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    steps: int = 320
+    steps: int = 45
     """Rollouts."""
-    prompts_per_step: int = 16
+    prompts_per_step: int = 64
     """Prompts of one rollout, over all processes."""
-    group_size: int = 16
-    """Answers for each prompt."""
+    group_size: int = 4
+    """Answers for each prompt. The papers have 8 to 64; with few answers in all, more questions teach more."""
     max_new_tokens: int = 48
     """An answer that does not end by then is cut off."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability."""
-    correct_weight: float = 1.0
-    """Reward for the right answer in the strict form (verify.py). Negative: the policy should unlearn; a test of the
-    signs.
+    verifier: Literal["strict", "last", "any"] = "strict"
+    """What counts as right: the strict form; or a lax rule, the text's last number or any of them (to see it
+    outwitted). Examinations are always strict.
     """
+    correct_weight: float = 1.0
+    """Reward for the right answer. Negative: the policy should unlearn; a test of the signs."""
     format_weight: float = 0.1
     """Reward for the strict form, whatever the number."""
+    overlong_buffer: int = 0
+    """Reward falls by up to 1 over the last so many tokens before max_new_tokens (DAPO: 4096 of 20480). 0: never."""
+    mask_truncated: bool = False
+    """Answers that were cut off are not learned from; they stay in the mean of their group (DAPO's overlong
+    filtering).
+    """
+    draws: int = 1
+    """Groups that are all right or all wrong are replaced by those of other prompts, drawn up to so many times
+    (DAPO's dynamic sampling; then whatever there is fills the batch). 1: never.
+    """
     scale: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the std of the group, of the whole batch, or not at all."""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"
@@ -85,9 +111,9 @@ class Config(RunConfig):
     ratio_level: Literal["token", "sequence"] = "token"
     """One ratio for each token, or one for the answer (GSPO)."""
     clip_low: float = 0.2
-    """Ratios below 1 - clip_low are clipped."""
+    """Ratios below 1 - clip_low are clipped. GSPO: 3e-4 and 4e-4."""
     clip_high: float = 0.2
-    """Ratios above 1 + clip_high are clipped. DAPO: 0.28."""
+    """Ratios above 1 + clip_high are clipped. DAPO: 0.28; CISPO, in TRL: 4."""
     beta: float = 0.0
     """Weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: no reference
     is kept.
@@ -96,8 +122,12 @@ class Config(RunConfig):
     """The estimator of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
     """The KL as a term of the loss, or subtracted from each answer's reward."""
-    updates_per_rollout: int = 1
-    """Updates on the same answers; from the second on, ratios differ from 1 and clipping acts."""
+    kl_times_ratio: bool = False
+    """Weigh the KL in the loss by the ratio, which makes k3's gradient that of the KL (TRL's default since 1.16)."""
+    updates_per_rollout: int = 2
+    """Passes over the same answers; from the second update on, ratios differ from 1 and clipping acts."""
+    minibatches: int = 2
+    """Updates in each pass, on so many disjoint parts of the answers. DAPO: 16."""
     micro_batch_size: int = 64
     """Answers at a time in each process; gradients accumulate."""
     lr: float = 2e-4
@@ -114,7 +144,7 @@ class Config(RunConfig):
     """Longest gradient."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 25
+    eval_every: int = 15
     """Steps between two examinations on held-out questions, greedy."""
     eval_prompts: int = 128
     """Questions of an examination."""
@@ -240,6 +270,36 @@ def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def judge(rollout: Rollout, golds: list, config: Config) -> dict[str, Tensor]:
+    """What each answer earns, by the name of the reward, (N,) each, before weights."""
+    correct, formed = score(rollout.texts, golds, rollout.finished, config.verifier)
+    rewards = {"correct": correct, "formatted": formed}
+    if config.overlong_buffer:
+        limit, buffer = config.max_new_tokens, config.overlong_buffer
+        lengths = rollout.mask.sum(dim=1).tolist()
+        rewards["overlong"] = torch.tensor([overlong_penalty(n, limit, buffer) for n in lengths]).to(correct)
+    return rewards
+
+
+def weights_of(config: Config) -> dict[str, float]:
+    """How much each reward counts. A KL in the reward is a cost: what strays from the reference earns less."""
+    return {"correct": config.correct_weight, "formatted": config.format_weight, "overlong": 1.0, "kl": -config.beta}
+
+
+def total_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum of all rewards, (N,)."""
+    return sum(weights[name] * values for name, values in rewards.items())
+
+
+def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -> Tensor:
+    """GRPO: all rewards become one number before siblings are compared. (N,), of the answers of all processes."""
+    return group_advantages(total_reward(rewards, weights_of(config)), config.group_size, config.scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The update
 
 
@@ -248,6 +308,17 @@ def logps_in_parts(run: Run, model: Transformer, rollout: Rollout, config: Confi
     with torch.no_grad(), run.autocast():
         parts = zip(rollout.tokens.split(config.micro_batch_size), rollout.mask.split(config.micro_batch_size))
         return torch.cat([token_logps(model, tokens, config.temperature, where=mask) for tokens, mask in parts])
+
+
+def assert_same_policy(run: Run, gap: float) -> None:
+    """``gap``: how far, on average, the log-probabilities that training begins with lie from those of sampling."""
+    if gap != gap:
+        raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
+    if not gap < (1e-3 if run.precision == "fp32" else 0.1):
+        raise AssertionError(
+            f"the policy that trains is not the policy that sampled: log-probabilities differ by {gap:.4f} on "
+            "average before the first update"
+        )
 
 
 def accumulate_gradients(
@@ -266,15 +337,16 @@ def accumulate_gradients(
     step, are the old ones. Returns them (N, T-1), and statistics.
     """
     in_loss = bool(config.beta) and config.kl_in == "loss"
-    normalizer = processes.sum_over_processes(loss_normalizer(rollout.mask, config.loss_type))
+    counts = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask  # (N, T-1)
+    normalizer = processes.sum_over_processes(loss_normalizer(counts, config.loss_type))
     first = old_logps is None
     old_logps = torch.zeros_like(rollout.sampled_logps) if first else old_logps
     # An answer without advantage has no gradient but that of the KL: without it we need not run the model on it. It
     # stays counted.
-    useful = torch.ones_like(advantages, dtype=torch.bool) if in_loss else advantages != 0
+    useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
     sums = dict.fromkeys(("loss", "tokens", "clipped", "moved", "kl", "gap"), 0.0)
     for rows in useful.nonzero().squeeze(1).split(config.micro_batch_size) if useful.any() else ():
-        tokens, mask = rollout.tokens[rows], rollout.mask[rows]
+        tokens, mask = rollout.tokens[rows], counts[rows]
         width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
         mask = mask[:, :width]
         with run.autocast():
@@ -285,7 +357,7 @@ def accumulate_gradients(
         ref = ref_logps[rows, :width] if in_loss else None
         loss = grpo_loss(
             logps, old, advantages[rows], mask, ref, config.beta if in_loss else 0.0, config.clip_low, config.clip_high,
-            config.loss_type, config.ratio_level, config.max_new_tokens, config.kl, normalizer=normalizer,
+            config.loss_type, config.ratio_level, config.max_new_tokens, config.kl, config.kl_times_ratio, normalizer,
         )  # fmt: skip
         run.scaler.scale(loss).backward()
 
@@ -300,7 +372,7 @@ def accumulate_gradients(
             sums["tokens"] += float(mask.sum())
             sums["clipped"] += float((outside & mask).sum())
             sums["moved"] += float((kl_estimate(old, logps, "k3") * mask).sum())
-            sums["gap"] += float(((logps - rollout.sampled_logps[rows, :width]).abs() * mask).sum())
+            sums["gap"] += float(((old - rollout.sampled_logps[rows, :width]).abs() * mask).sum())
             if in_loss:
                 sums["kl"] += float((kl_estimate(logps, ref, "k3") * mask).sum())
     total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
@@ -309,16 +381,7 @@ def accumulate_gradients(
     statistics = {"loss": sums["loss"], "clip_fraction": sums["clipped"] / n, "kl_old": sums["moved"] / n, "tokens": n}
     if in_loss:
         statistics["kl_ref"] = sums["kl"] / n
-    if first:
-        statistics["sampler_gap"] = sums["gap"] / n
-        limit = 1e-3 if run.precision == "fp32" else 0.1
-        if statistics["sampler_gap"] != statistics["sampler_gap"]:
-            raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
-        if not statistics["sampler_gap"] < limit:
-            raise AssertionError(
-                f"the policy that trains is not the policy that sampled: log-probabilities differ by "
-                f"{statistics['sampler_gap']:.4f} on average before the first update"
-            )
+    statistics["sampler_gap"] = sums["gap"] / n
     return old_logps, statistics
 
 
@@ -330,27 +393,40 @@ def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     _, world, _ = processes.setup_processes(config.device)
     at_least(config, steps=1, prompts_per_step=1, max_new_tokens=1, updates_per_rollout=1, micro_batch_size=1, warmup=0)
-    at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, arith_warmup=0, clip=1e-9)
+    at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, clip=1e-9, draws=1)
+    at_least(config, arith_warmup=0, arith_fade=0, overlong_buffer=0, minibatches=1, beta=0.0)
     if config.group_size < 2:
         raise UserError("group_size starts at 2: an answer is compared with its siblings")
     if config.prompts_per_step % world:
         raise UserError(f"prompts_per_step {config.prompts_per_step} cannot be shared evenly by {world} processes")
+    answers = config.prompts_per_step * config.group_size // world
+    if answers < config.minibatches:
+        raise UserError(f"{answers} answers do not make {config.minibatches} minibatches per process")
+    if config.data == "arith" and (config.arith_warmup or config.arith_fade):
+        raise UserError("arith_warmup and arith_fade lead from the embedded task to another one: choose --data")
     if config.temperature <= 0:
         raise UserError(
             "temperature must be positive: greedy answers are all the same, and a group of equals teaches nothing"
         )
-    if config.beta and config.kl == "k1" and config.kl_in == "loss":
+    if config.overlong_buffer > config.max_new_tokens:
+        raise UserError(f"overlong_buffer {config.overlong_buffer} is longer than max_new_tokens")
+    if config.beta and config.kl == "k1" and config.kl_in == "loss" and not config.kl_times_ratio:
         raise UserError("k1 as a loss has an expected gradient of zero: use --kl k2 or k3, or --kl_in reward")
-    if config.loss_type == "dr_grpo" and config.scale == "group":
+    if config.loss_type == "dr_grpo" and config.scale == "group" and processes.rank() == 0:
         print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
 
 
 def run(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
-    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
+    return train(config, "grpo", judge, weights_of, advantages_of)
+
+
+def train(config: Config, stage: str, judge: Callable, weights_of: Callable, advantages_of: Callable) -> dict:
+    """The loop: answers, rewards, advantages, updates. The three functions above are what ``gdpo.py`` replaces."""
+    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     need_checkpoint(config.init_from, "python sft.py")
-    run = start(config, "grpo")
+    run = start(config, stage)
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     run.descend(state, config.init_from)
     longest = model.config.max_seq_len - config.max_new_tokens
@@ -361,7 +437,7 @@ def run(config: Config) -> dict:
 
     # Data: prompts with gold answers; held-out ones for the examination.
     sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
-    if config.arith_warmup:
+    if config.arith_warmup or config.arith_fade:
         sources["arith"] = load_prompts("arith", "train", seed=config.seed)
     encoded = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
     held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
@@ -372,25 +448,54 @@ def run(config: Config) -> dict:
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
     first = run.resume(model, optimizers)
+    in_loss = bool(config.beta) and config.kl_in == "loss"
+    G, share = config.group_size, config.prompts_per_step // processes.world_size()
 
-    def rollout_of(step: int, name: str):
-        """This process's share of the answers of a step: the rollout, its gold answers, both rewards."""
-        ids, prompts = encoded[name]
-        chosen = processes.my_share(epoch_batch(len(ids), config.prompts_per_step, step, config.seed).tolist())
-        seed = (config.seed * 1_000_000 + step) * 1_000 + processes.rank()
-        with run.autocast(), run.eager():
-            rollout = sample_answers(
-                model,
-                tokenizer,
-                [ids[i] for i in chosen],
-                config.group_size,
-                config.max_new_tokens,
-                config.temperature,
-                seed,
-            )
-        golds = [prompts[i].gold for i in chosen for _ in range(config.group_size)]
-        correct, formed = score(rollout.texts, golds, rollout.finished)
-        return rollout, correct, formed, [prompts[i] for i in chosen]
+    def prompts_at(step: int, draw: int) -> list[tuple[list[int], Prompt]]:
+        """This process's share of a draw of prompts; a function of its arguments alone."""
+        size, place = config.prompts_per_step, step * config.draws + draw
+        fading = (step + 1 - config.arith_warmup) / (config.arith_fade + 1)  # 0 while only arith, 1 when only data
+        from_data = round(size * min(1.0, max(0.0, fading))) if "arith" in encoded else size
+        batch = []
+        for name, n in {"arith": size - from_data, config.data: from_data}.items():
+            ids, prompts = encoded.get(name, ((), ()))
+            batch += [(ids[i], prompts[i]) for i in epoch_batch(len(ids), size, place, config.seed)[:n]] if n else []
+        return processes.my_share(batch)
+
+    def collect(step: int) -> tuple[Rollout, dict[str, Tensor], list[Prompt], int]:
+        """This process's share of a step's answers, their rewards, their prompts, and how many answers it sampled."""
+        drawn: list[Rollout] = []
+        asked: list[Prompt] = []
+        alive = torch.zeros(0, dtype=torch.bool)
+        for draw in range(config.draws):
+            batch = prompts_at(step, draw)
+            batch = batch if draw == 0 else batch[: 2 * (share - int(alive.sum()))]  # half of them may be dead again
+            seed = ((config.seed * 1_000_000 + step) * config.draws + draw) * 1_000 + processes.rank()
+            with run.autocast(), run.eager():
+                ids = [ids for ids, _ in batch]
+                drawn.append(sample_answers(model, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed))
+            asked += [prompt for _, prompt in batch]
+            rollout = join(drawn, tokenizer.pad_id)
+            rewards = judge(rollout, [prompt.gold for prompt in asked for _ in range(G)], config)
+            right = rewards["correct"].view(-1, G)
+            alive = (right != right[:, :1]).any(dim=1).cpu()  # (P,): some answers right, some wrong
+            if int(alive.sum()) >= share:
+                break
+        groups = torch.argsort(~alive, stable=True)[:share]  # the live ones first ...
+        rows = (groups.sort().values[:, None] * G + torch.arange(G)).flatten()  # ... but in the order drawn
+        chosen = rollout.rows(rows.to(run.device))
+        rewards = {name: values[rows] for name, values in rewards.items()}
+        return chosen, rewards, [asked[i] for i in groups.sort().values.tolist()], len(rollout)
+
+    def compare(rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """The advantages of the answers of all processes, (N,), and whether they teach."""
+        everyone = {name: processes.gather(values) for name, values in rewards.items()}
+        advantages = advantages_of(everyone, processes.gather(rollout.mask.sum(dim=1)), config)
+        weights = weights_of(config)
+        counted = [values for name, values in everyone.items() if weights[name]] or list(everyone.values())
+        table = torch.stack(counted, dim=1)  # (N, K)
+        figures = {"flat_groups": float(flat_groups(advantages, G)), "kept_apart": kept_apart(table, advantages, G)}
+        return advantages, figures
 
     if not run.finished:
         run.banner(
@@ -400,65 +505,71 @@ def run(config: Config) -> dict:
             starts=config.init_from,
         )  # fmt: skip
     if first == 0:
-        rollout, correct, formed, asked = rollout_of(0, "arith" if config.arith_warmup else config.data)
-        flat = flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size)
-        flat = float(processes.sum_over_processes(flat)) / processes.world_size()
-        report_start(run, rollout, correct, formed, flat, asked[0])
+        rollout, rewards, asked, _ = collect(0)
+        _, figures = compare(rollout, rewards)
+        report_start(run, rollout, rewards["correct"], rewards["formatted"], figures["flat_groups"], asked[0])
         accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
-    in_loss = bool(config.beta) and config.kl_in == "loss"
     silent = 0  # steps in a row from which nothing could be learned
     for step in run.steps(first, config.steps):
         # 1. Answers, and how good each one is.
         started = time.perf_counter()
-        rollout, correct, formed, asked = rollout_of(step, "arith" if step < config.arith_warmup else config.data)
-        rewards = config.correct_weight * correct + config.format_weight * formed  # (N,)
+        rollout, rewards, asked, n_drawn = collect(step)
         ref_logps = logps_in_parts(run, reference, rollout, config) if reference is not None else None
         if config.beta and config.kl_in == "reward":
             current = logps_in_parts(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
-            penalty = kl_estimate(current, ref_logps, config.kl) * rollout.mask
-            rewards = rewards - config.beta * penalty.sum(dim=1)  # what strays from the reference earns less
-        everyone = group_advantages(processes.gather(rewards), config.group_size, config.scale)  # of all processes
+            rewards["kl"] = (kl_estimate(current, ref_logps, config.kl) * rollout.mask).sum(dim=1)
+        everyone, teaching = compare(rollout, rewards)
         advantages = processes.my_share(everyone)
-        teaches = bool(everyone.any()) or in_loss
+        if config.mask_truncated:
+            advantages = advantages * rollout.finished
         rollout_seconds = time.perf_counter() - started
 
         # 2. One or several updates on them.
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        old_logps, norm = None, 0.0
-        for _ in range(config.updates_per_rollout):
-            old_logps, statistics = accumulate_gradients(
-                run, model, rollout, advantages, config, old_logps, ref_logps if in_loss else None
-            )
-            if teaches:  # else all groups are flat, and momentum alone must not move the weights
-                norm = update(run, model, optimizers, lr, config.clip)
+        old_logps = logps_in_parts(run, model, rollout, config) if config.minibatches > 1 else None
+        updates = []
+        for epoch in range(config.updates_per_rollout):
+            for rows in minibatch_rows(len(rollout), config.minibatches, step, epoch, config.seed):
+                rows = rows.to(run.device) if config.minibatches > 1 else torch.arange(len(rollout), device=run.device)
+                part = rollout.rows(rows)
+                old, statistics = accumulate_gradients(
+                    run, model, part, advantages[rows], config,
+                    None if old_logps is None else old_logps[rows], ref_logps[rows] if in_loss else None,
+                )  # fmt: skip
+                old_logps = old if config.minibatches == 1 else old_logps
+                if not updates:
+                    assert_same_policy(run, statistics["sampler_gap"])
+                # Where no answer has an advantage, momentum alone must not move the weights.
+                teaches = in_loss or bool(processes.sum_over_processes(advantages[rows].abs().sum()))
+                norm = update(run, model, optimizers, lr, config.clip) if teaches else 0.0
+                updates.append(statistics | {"grad_norm": norm})
 
         # 3. What happened.
         lengths = rollout.mask.sum(dim=1).float()
-        flat = flat_groups(config.correct_weight * correct + config.format_weight * formed, config.group_size)
-        means = torch.stack(
-            [
-                rewards.mean(), correct.mean(), formed.mean(), rollout.finished.float().mean(), lengths.mean(),
-                flat, -rollout.sampled_logps.sum() / len(rollout),
-            ]
-        )  # fmt: skip
-        means = (processes.sum_over_processes(means) / processes.world_size()).tolist()
-        names = ("reward", "correct", "formatted", "finished", "length", "flat_groups", "entropy")
-        figures = dict(zip(names, means)) | {k: v for k, v in statistics.items() if k != "tokens"}
+        total = total_reward(rewards, weights_of(config))
+        means = {name: values.mean() for name, values in rewards.items() if name != "kl"}
+        means |= {"reward": total.mean(), "finished": rollout.finished.float().mean(), "length": lengths.mean()}
+        means |= {"entropy": -rollout.sampled_logps.sum() / len(rollout), "answers": torch.tensor(float(n_drawn))}
+        sums = processes.sum_over_processes(torch.stack([value.float().cpu() for value in means.values()])).tolist()
+        figures = {name: value / processes.world_size() for name, value in zip(means, sums)}
         figures["entropy"] /= figures["length"]  # of an answer, until here; now of a token
+        figures["answers"] *= processes.world_size()  # sampled in this step, those that were replaced among them
+        figures |= teaching
+        tokens = sum(one.pop("tokens") for one in updates)
+        figures |= {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
         run.log(
-            step, int(statistics["tokens"]) * config.updates_per_rollout, always=True, show=("reward", "correct"),
-            grad_norm=norm, lr=lr, truncated=1 - figures["finished"], **figures,
-            rollout_share=rollout_seconds / (time.perf_counter() - started),
+            step, int(tokens), always=True, show=("reward", "correct"), lr=lr, truncated=1 - figures["finished"],
+            **figures, rollout_share=rollout_seconds / (time.perf_counter() - started),
         )  # fmt: skip
-        silent = silent + 1 if figures["flat_groups"] == 1 or norm == 0 else 0
-        warn(run, silent, figures, norm)
+        silent = silent + 1 if figures["flat_groups"] == 1 or figures["grad_norm"] == 0 else 0
+        warn(run, silent, figures, figures["grad_norm"])
 
         accuracy = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
             run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked[0], rollout, correct, min(4, config.group_size)))
+            run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, config.group_size)))
         if accuracy is not None or run.should_save(step, config.steps):
             run.save(step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
     accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)

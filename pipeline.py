@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 import dpo
 import evaluate
+import gdpo
 import grpo
 import ppo
 import pretrain
 import reward
 import sft
 from runtime import processes
-from runtime.config import parse
+from runtime.config import parse, read_preset
 from runtime.errors import run_main
 from runtime.plots import plot_stages
 
@@ -65,7 +66,7 @@ class Stage:
 
 def stages(config: Config) -> list[Stage]:
     """The chain, in order. A new stage is one more entry."""
-    out = Path(config.out)
+    out, policy = Path(config.out), ("correct", "accuracy")
     common = {name: getattr(config, name) for name in ("seed", "device", "precision", "compile", "track", "fresh")}
     quick = {  # so little training gives no right answer to make pairs of: they learn from ready-made ones
         "pretrain": {"steps": 60, "warmup": 10, "eval_every": 30},
@@ -73,7 +74,7 @@ def stages(config: Config) -> list[Stage]:
         "reward": {"data": "arith", "n_pairs": 128, "n_sums": 128, "eval_pairs": 64},
         "pairs": {"data": "arith", "n_pairs": 64, "epochs": 1.0, "eval_pairs": 64, "eval_prompts": 32},
         "ppo": {"steps": 3, "prompts_per_step": 32, "eval_every": 3},
-        "grpo": {"steps": 3, "prompts_per_step": 4, "group_size": 8, "eval_every": 3},
+        "grpo": {"steps": 2, "prompts_per_step": 8, "group_size": 4, "eval_every": 2, "eval_prompts": 32},
     }
 
     def settings(folder: str, init_from: str = "", kind: str = "", **more) -> dict:
@@ -84,8 +85,12 @@ def stages(config: Config) -> list[Stage]:
         chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
         return Stage(method, label, dpo.run, chosen, ("val_accuracy", "val_questions"))
 
+    def relative(name: str, label: str, preset: str, **more) -> Stage:
+        fields = read_preset(grpo.Config, str(Path(__file__).parent / "configs" / preset)) | more
+        chosen = grpo.Config(**fields | settings(name, "sft", "grpo"))
+        return Stage(name, label, grpo.run, chosen, (*policy, "flat_groups"))
+
     judge = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"), beta=0.05)
-    policy = ("correct", "accuracy")
     return [
         Stage("pretrain", "Base", pretrain.run, pretrain.Config(**settings("pretrain")), ("loss", "val_loss")),
         Stage("sft", "SFT", sft.run, sft.Config(**settings("sft", "pretrain")), ("loss", "val_loss")),
@@ -104,6 +109,14 @@ def stages(config: Config) -> list[Stage]:
         Stage("ppo_reward", "PPO, reward model", ppo.run, ppo.Config(**judge), ("score", *policy)),
         Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**settings("ppo", "sft")), policy),
         Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), (*policy, "flat_groups")),
+        relative("dr_grpo", "Dr. GRPO", "grpo_dr.py"),
+        # Replacing flat groups doubles the answers a step takes: half the steps, and the budget is that of the others.
+        relative("dapo", "DAPO", "grpo_dapo.py", steps=25, eval_every=5),
+        relative("gspo", "GSPO", "grpo_gspo.py"),
+        relative("cispo", "CISPO", "grpo_cispo.py"),
+        Stage(
+            "gdpo", "GDPO", gdpo.run, gdpo.Config(**settings("gdpo", "sft", "grpo")), (*policy, "formatted", "short")
+        ),
     ]
 
 

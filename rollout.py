@@ -28,7 +28,7 @@ from runtime import processes
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, token_logps
-from verify import correctness_reward, format_reward
+from verify import correctness_reward, format_reward, lax_correctness_reward
 
 
 @dataclass
@@ -43,6 +43,24 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def rows(self, chosen: Tensor) -> "Rollout":
+        """Those rows alone, in that order. chosen: (n,), indices."""
+        texts = [self.texts[i] for i in chosen.tolist()]
+        return Rollout(self.tokens[chosen], self.mask[chosen], self.sampled_logps[chosen], texts, self.finished[chosen])
+
+
+def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """The rows of several rollouts below each other; the narrower ones get more padding on the right."""
+    T = max(rollout.tokens.shape[1] for rollout in rollouts)
+    pad = torch.nn.functional.pad
+    return Rollout(
+        torch.cat([pad(r.tokens, (0, T - r.tokens.shape[1]), value=pad_id) for r in rollouts]),
+        torch.cat([pad(r.mask, (0, T - 1 - r.mask.shape[1])) for r in rollouts]),
+        torch.cat([pad(r.sampled_logps, (0, T - 1 - r.sampled_logps.shape[1])) for r in rollouts]),
+        [text for r in rollouts for text in r.texts],
+        torch.cat([r.finished for r in rollouts]),
+    )
 
 
 def sample_answers(
@@ -79,10 +97,17 @@ def sample_answers(
     return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
 
 
-def score(texts: Sequence[str], golds: Sequence, finished: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither."""
+def score(texts: Sequence[str], golds: Sequence, finished: Tensor, verifier: str = "strict") -> tuple[Tensor, Tensor]:
+    """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither.
+
+    verifier: "strict"; or one of the lax ones, "last" and "any" (verify.py), which look neither at the form nor at
+    the end.
+    """
     done = finished.tolist()
-    correct = [correctness_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
+    if verifier == "strict":
+        correct = [correctness_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
+    else:
+        correct = [lax_correctness_reward(text, gold, verifier) for text, gold in zip(texts, golds)]
     formed = [format_reward(text) * ok for text, ok in zip(texts, done)]
     return torch.tensor(correct, device=finished.device), torch.tensor(formed, device=finished.device)
 
@@ -108,6 +133,25 @@ def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
     """The share of groups whose rewards are all equal: between equals nothing can be learned."""
     groups = rewards.view(-1, group_size)
     return (groups == groups[:, :1]).all(dim=1).float().mean()
+
+
+def kept_apart(rewards: Tensor, advantages: Tensor, group_size: int) -> float:
+    """How many different advantages there are for each different row of rewards, in groups that are not flat. Below 1,
+    answers that earned different things were treated as equals: their sum forgot the difference (gdpo.py).
+
+    rewards: (N, K), advantages: (N,).
+
+    >>> rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
+    >>> round(kept_apart(rewards, torch.tensor([0.5, 0.5, -1.5, 0.5]), group_size=4), 3)
+    0.667
+    """
+    combinations = distinct = 0
+    for rows, values in zip(rewards.split(group_size), advantages.split(group_size)):
+        n = len({tuple(row) for row in rows.tolist()})
+        if n > 1:
+            combinations += n
+            distinct += len({round(value, 4) for value in values.tolist()})
+    return distinct / combinations if combinations else 1.0
 
 
 def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str:

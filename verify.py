@@ -28,6 +28,7 @@ _SHAPE = re.compile(
     rf"\s*<think>(?P<thinking>(?:(?!{_TAG}).)*)</think>\s*<answer>(?P<answer>(?:(?!{_TAG}).)*)</answer>\s*", re.DOTALL
 )
 _NUMBER = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?\.?", re.ASCII)
+_ANYWHERE = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?", re.ASCII)
 _GOLD = re.compile(r"[-+]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 
 
@@ -65,9 +66,48 @@ def format_reward(text: str) -> float:
     return float(extract_answer(text) is not None)
 
 
+def lax_correctness_reward(text: str, gold: Decimal | str | int, verifier: str = "last") -> float:
+    """1.0 if the "last" number of the text, wherever it stands, equals ``gold``; or if "any" of its numbers does.
+
+    Many public verifiers fall back on such rules. They are here to be outwitted (docs/experiments/hack.md); nothing
+    in the book trains with them unless told to.
+
+    >>> [lax_correctness_reward(text, 7) for text in ("so it is 7", "7 or 8")]
+    [1.0, 0.0]
+    >>> lax_correctness_reward("7 or 8", 7, "any")
+    1.0
+    """
+    if verifier not in ("last", "any"):
+        raise ValueError(f"verifier {verifier!r}: last or any")
+    numbers = [Decimal(n.replace(",", "")) for n in _ANYWHERE.findall(text)]
+    return float(parse_gold(gold) in (numbers[-1:] if verifier == "last" else numbers))
+
+
+def integer_reward(text: str) -> float:
+    """1.0 if the answer is a whole number (7, 1,080, 7.0), else 0.0.
+
+    >>> [integer_reward(f"<think>14/2=7</think><answer>{number}</answer>") for number in ("7", "3.5")]
+    [1.0, 0.0]
+    """
+    answer = extract_answer(text)
+    return float(answer is not None and answer == answer.to_integral_value())
+
+
 def length_reward(n_tokens: int, limit: int) -> float:
     """1.0 if the answer took at most ``limit`` tokens, its end-of-text among them, else 0.0."""
     return float(n_tokens <= limit)
+
+
+def overlong_penalty(n_tokens: int, limit: int, buffer: int) -> float:
+    """DAPO's soft overlong punishment (Yu et al. 2025, eq. 13): 0 up to ``limit - buffer`` tokens, then falling in a
+    straight line to -1 at ``limit``, and -1 beyond.
+
+    >>> [overlong_penalty(n, limit=20, buffer=5) for n in (15, 16, 20, 25)]
+    [0.0, -0.2, -1.0, -1.0]
+    """
+    if not 0 < buffer <= limit:
+        raise ValueError(f"a buffer of {buffer} tokens in a limit of {limit}")
+    return max(-1.0, min(0.0, (limit - buffer - n_tokens) / buffer))
 
 
 def parse_gold(gold: Decimal | str | int) -> Decimal:

@@ -40,9 +40,7 @@ def _draw(axis, steps, values, label=None) -> None:
         axis.plot(steps, values, marker=".", label=label)
         return
     line = axis.plot(steps, values, alpha=0.25, linewidth=0.8)[0]
-    width = max(2, len(values) // 20)
-    mean = [sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1]) for i in range(len(values))]
-    axis.plot(steps, mean, color=line.get_color(), label=label)
+    axis.plot(steps, _smooth(values, max(2, len(values) // 20)), color=line.get_color(), label=label)
 
 
 def _save(figure, path: Path) -> None:
@@ -82,6 +80,60 @@ def plot_stages(folders: dict[str, Path], path: Path, wanted: dict[str, list[str
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     _save(figure, path)
+
+
+def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], names: dict[str, str]) -> None:
+    """The cells of a study: ``runs[part, label]`` is a list of rows, one for each seed.
+
+    A panel for each part and curve, a line for each cell, the mean over its seeds in a band from the least to the
+    greatest; or, with two columns to ``scatter``, one panel with a point for each cell, bars over its seeds, and a
+    line through the cells of each part.
+    """
+    parts = list(dict.fromkeys(part for part, _ in runs))
+    if scatter:
+        figure, axes = _axes(1, columns=1)
+        figure.set_size_inches(6.5, 4.5)
+        for part in parts:
+            points = []
+            for (which, label), rows in runs.items():
+                if which == part:
+                    xs, ys = ([row[name] for row in rows] for name in scatter)
+                    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+                    spread = [[x - min(xs)], [max(xs) - x]], [[y - min(ys)], [max(ys) - y]]
+                    points.append((x, y, spread, label))
+            line = axes[0].plot([p[0] for p in points], [p[1] for p in points], marker="o", label=part)[0]
+            for x, y, (wide, high), label in points:
+                axes[0].errorbar([x], [y], xerr=wide, yerr=high, color=line.get_color(), alpha=0.4)
+                axes[0].annotate(label, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes[0].set_xlabel(names.get(scatter[0], scatter[0]), fontsize=9)
+        axes[0].set_ylabel(names.get(scatter[1], scatter[1]), fontsize=9)
+        axes[0].grid(alpha=0.3)
+        axes[0].legend(fontsize=8)
+        return _save(figure, path)
+    panels = [(part, curve) for part in parts for curve in curves]
+    figure, axes = _axes(len(panels), columns=min(3, len(panels)) if len(curves) == 1 else len(curves))
+    for axis, (part, curve) in zip(axes, panels):
+        for (which, label), rows in runs.items():
+            seeds = [row["curves"][curve] for row in rows if curve in row.get("curves", {})]
+            if which != part or not seeds:
+                continue
+            steps = seeds[0][0]
+            values = [[_smooth(v, len(v) // 12)[i] for _, v in seeds] for i in range(len(steps))]
+            line = axis.plot(steps, [sum(v) / len(v) for v in values], label=label)[0]
+            axis.fill_between(
+                steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, color=line.get_color()
+            )
+        axis.set_title(f"{part}: {names.get(curve, curve)}" if part else names.get(curve, curve), fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    """The mean of each value and the ``width`` before it."""
+    parts = [values[max(0, i - width) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def plot_sweep(results: list[dict], path: Path) -> None:

@@ -19,7 +19,8 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "transformer", "moe", "lora", "generate", "arithmetic", "verify", "data", "pretrain",
-    "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
+    "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "ablate",
+    "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
@@ -161,6 +162,8 @@ def test_no_field_is_dead(name):
     runtime = set().union(*(attributes_read(path) for path in (ROOT / "runtime").glob("*.py")))
     if name == "pretrain":  # it hands on by name whatever the model's configuration has too
         own |= {field.name for field in dataclasses.fields(ModelConfig)}
+    for base in module.Config.__mro__[1:-1]:  # what a chapter takes over from another is read there
+        runtime |= attributes_read(Path(sys.modules[base.__module__].__file__))
     assert not (fields - shared) - own
     assert not (fields & shared) - own - runtime
 

@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from grpo import (
     loss_normalizer,
     sample_answers,
 )
+from runtime.config import read_preset
 from runtime.errors import UserError
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, token_logps
@@ -295,12 +297,6 @@ def test_the_policy_that_samples_is_the_policy_that_trains(policy, temperature):
     torch.testing.assert_close(logps, rollout.sampled_logps, rtol=0, atol=1e-5)
 
 
-def test_another_temperature_in_training_is_noticed(policy):
-    rollout = rollout_of(policy, temperature=0.5)
-    with pytest.raises(AssertionError, match="not the policy that sampled"):
-        accumulate_gradients(StubRun(), policy, rollout, torch.randn(12), Config(temperature=1.0))
-
-
 def gradients(policy, rollout, advantages, config, **more):
     policy.zero_grad()
     old, statistics = accumulate_gradients(StubRun(), policy, rollout, advantages, config, **more)
@@ -334,7 +330,7 @@ def test_the_first_update_has_ratio_one_and_the_second_has_not(policy):
         for p in policy.parameters():
             p -= 2.0 * p.grad
     _, same, second = gradients(policy, rollout, advantages, config, old_logps=old)
-    assert torch.equal(old, same) and second["kl_old"] > 0 and "sampler_gap" not in second
+    assert torch.equal(old, same) and second["kl_old"] > 0 and second["sampler_gap"] == first["sampler_gap"]
 
 
 def test_a_step_along_the_gradient_favours_the_better_answer(policy):
@@ -377,6 +373,7 @@ def tiny_grpo(folder, start, **changes) -> Config:
     settings = {
         "out_dir": str(folder), "init_from": str(start), "steps": 3, "prompts_per_step": 4, "group_size": 4,
         "n_prompts": 64, "eval_prompts": 8, "eval_every": 2, "save_every": 1, "device": "cpu", "micro_batch_size": 8,
+        "minibatches": 1, "updates_per_rollout": 1,
     }  # fmt: skip
     return Config(**(settings | changes))
 
@@ -390,7 +387,10 @@ def tiny_grpo(folder, start, **changes) -> Config:
         {"beta": 0.05, "kl": "k2", "loss_type": "grpo", "ratio_level": "sequence"},
         {"loss_type": "dr_grpo", "scale": "none"},
         {"loss_type": "cispo", "scale": "batch", "activation_checkpointing": True},
-        {"arith_warmup": 2},
+        {"draws": 3, "mask_truncated": True, "overlong_buffer": 10, "clip_high": 0.28},
+        {"beta": 0.05, "kl": "k1", "kl_times_ratio": True, "minibatches": 3, "mask_truncated": True},
+        {"verifier": "last"},
+        {"verifier": "any", "format_weight": 0.0},
         {"precision": "bf16"},
     ],
     ids=str,
@@ -426,6 +426,207 @@ def test_an_impossible_start_is_said_loudly(tmp_path, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)  # flat groups move nothing
 
 
+def steps_of(folder) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "reward" in row]
+
+
+def spied(monkeypatch, correct_of) -> dict:
+    """Rewards made up by ``correct_of(prompt number in its draw, answer number in its group)``, and what was done."""
+    seen = {"prompts": [], "updates": []}
+    sample, accumulate = grpo.sample_answers, grpo.accumulate_gradients
+
+    def sampled(model, tokenizer, prompts, n, max_new, temperature, seed):
+        seen["prompts"].append((len(prompts), seed, [tuple(p) for p in prompts]))
+        return sample(model, tokenizer, prompts, n, max_new, temperature, seed)
+
+    def scored(texts, golds, finished, verifier):
+        correct = []
+        rows = [(draw, i) for draw, (n, _, _) in enumerate(seen["prompts"][seen["from"] :]) for i in range(n)]
+        for draw, i in rows:
+            correct += [float(correct_of(draw, i, g)) for g in range(4)]
+        assert len(correct) == len(texts)
+        return torch.tensor(correct), torch.zeros(len(texts))
+
+    def accumulated(run, model, rollout, advantages, config, *more):
+        seen["updates"].append((rollout, advantages))
+        return accumulate(run, model, rollout, advantages, config, *more)
+
+    seen["from"] = 0
+    monkeypatch.setattr(grpo, "sample_answers", sampled)
+    monkeypatch.setattr(grpo, "score", scored)
+    monkeypatch.setattr(grpo, "accumulate_gradients", accumulated)
+    monkeypatch.setattr(grpo, "examine", lambda *args: seen.update({"from": len(seen["prompts"])}) or 0.0)
+    return seen
+
+
+def test_dynamic_sampling_replaces_groups_that_are_all_right_or_all_wrong(tmp_path, start, monkeypatch):
+    # In the first draw prompt 1 is all right and prompt 3 all wrong; in the second, prompt 0 is all wrong.
+    flat = {(0, 1): 1.0, (0, 3): 0.0, (1, 0): 0.0}
+    seen = spied(monkeypatch, lambda draw, i, g: flat.get((draw, i), float(g == i)))
+    grpo.run(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1))
+    first = seen["prompts"][: len(seen["prompts"]) // 2]  # of the report on the start; the step draws the same
+    assert [n for n, _, _ in first] == [4, 4] and first[0][1] != first[1][1]  # two are missing: twice as many drawn
+    assert not set(first[0][2]) & set(first[1][2])  # other questions
+    (rollout, advantages), *others = seen["updates"]
+    assert others == [] and len(rollout) == 16
+    assert (
+        (advantages.view(4, 4) != 0).any(dim=1).all()
+    )  # every group teaches: 0 and 2 of the first draw, 1 and 2 of the second
+    best = advantages.view(4, 4).argmax(dim=1).tolist()
+    assert best == [0, 2, 1, 2]
+    row = steps_of(tmp_path)[0]
+    assert row["answers"] == 32 and row["flat_groups"] == 0 and row["correct"] == 0.25
+
+
+def test_when_the_draws_run_out_flat_groups_fill_the_batch(tmp_path, start, monkeypatch):
+    seen = spied(monkeypatch, lambda draw, i, g: float(g == 0) if (draw, i) == (1, 2) else 1.0)
+    grpo.run(tiny_grpo(tmp_path, start, draws=2, steps=1, eval_every=1))
+    _, advantages = seen["updates"][0]
+    assert (advantages.view(4, 4) != 0).any(dim=1).tolist() == [False, False, False, True]
+    row = steps_of(tmp_path)[0]
+    assert row["answers"] == 32 and row["flat_groups"] == 0.75
+
+
+def test_one_draw_is_one_rollout(tmp_path, start, monkeypatch):
+    seen = spied(monkeypatch, lambda draw, i, g: 1.0 if i else float(g == 0))
+    grpo.run(tiny_grpo(tmp_path, start, steps=2, eval_every=1))
+    assert [n for n, _, _ in seen["prompts"]] == [4, 4, 4] and all(row["answers"] == 16 for row in steps_of(tmp_path))
+    assert seen["prompts"][1][2] != seen["prompts"][2][2]  # other questions in the next step
+
+
+@pytest.mark.parametrize("loss_type", OURS)
+def test_answers_that_were_cut_off_can_leave_the_loss(policy, loss_type):
+    with torch.no_grad():
+        policy.head.weight[TOKENIZER.eot_id] = policy.head.weight.mean(0) + 0.5
+    rollout = rollout_of(policy)
+    assert rollout.finished.any() and not rollout.finished.all()
+    torch.manual_seed(1)
+    advantages = torch.randn(12)
+    config = Config(temperature=0.7, mask_truncated=True, loss_type=loss_type, max_new_tokens=12)
+    ours, _, statistics = gradients(policy, rollout, advantages, config)
+    mask = rollout.mask & rollout.finished[:, None]
+    logps = token_logps(policy, rollout.tokens, 0.7, where=rollout.mask)
+    policy.zero_grad()
+    grpo_loss(logps, logps.detach(), advantages, mask, loss_type=loss_type, max_length=12).backward()  # B counts all
+    plain = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-7)
+    with_all, _, _ = gradients(policy, rollout, advantages, Config(temperature=0.7, loss_type=loss_type))
+    assert (ours - with_all).abs().max() > 1e-4 and statistics["tokens"] == float(mask.sum())
+
+
+def test_the_penalty_for_length_is_a_reward():
+    lengths = [20, 38, 43, 48]
+    mask = torch.arange(48)[None] < torch.tensor(lengths)[:, None]
+    rollout = grpo.Rollout(torch.zeros(4, 49), mask, torch.zeros(4, 48), ["7"] * 4, torch.ones(4, dtype=torch.bool))
+    rewards = grpo.judge(rollout, [7] * 4, Config(overlong_buffer=10))
+    assert rewards["overlong"].tolist() == [0.0, 0.0, -0.5, -1.0]
+    total = grpo.total_reward(rewards, grpo.weights_of(Config()))
+    assert total.tolist() == [0.0, 0.0, -0.5, -1.0]
+    assert "overlong" not in grpo.judge(rollout, [7] * 4, Config())
+
+
+@pytest.mark.parametrize(("minibatches", "passes"), [(2, 1), (3, 2)])
+def test_every_answer_is_used_once_in_each_pass(tmp_path, start, monkeypatch, minibatches, passes):
+    seen = spied(monkeypatch, lambda draw, i, g: float(g == i))
+    grpo.run(tiny_grpo(tmp_path / "whole", start, steps=1, eval_every=1))
+    (whole, _), *_ = seen["updates"]
+    seen["updates"], seen["from"] = [], len(seen["prompts"])
+    more = {"minibatches": minibatches, "updates_per_rollout": passes}
+    grpo.run(tiny_grpo(tmp_path / "parts", start, steps=1, eval_every=1, lr=1e-2, **more))
+    assert len(seen["updates"]) == minibatches * passes
+    for i in range(passes):
+        parts = [rollout for rollout, _ in seen["updates"][i * minibatches : (i + 1) * minibatches]]
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        rows = [row for part in parts for row in part.sampled_logps.tolist()]
+        assert sorted(rows) == sorted(whole.sampled_logps.tolist())
+
+
+def test_ratios_differ_from_one_only_behind_the_first_update(tmp_path, start, monkeypatch):
+    """Each minibatch is compared with the policy that sampled, not with the one before it."""
+    seen = []
+    real = grpo.grpo_loss
+
+    def loss(logps, old_logps, advantages, mask, *more):
+        seen.append(float(((logps - old_logps).detach().abs() * mask).max()))
+        return real(logps, old_logps, advantages, mask, *more)
+
+    monkeypatch.setattr(grpo, "grpo_loss", loss)
+    grpo.run(
+        tiny_grpo(
+            tmp_path,
+            start,
+            steps=1,
+            minibatches=2,
+            updates_per_rollout=2,
+            lr=1e-2,
+            warmup=0,
+            beta=0.1,
+            micro_batch_size=64,
+        )
+    )
+    assert len(seen) == 4 and seen[0] < 1e-4 and min(seen[1:]) > 1e-3
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_another_temperature_in_training_is_noticed(tmp_path, start, monkeypatch, minibatches):
+    sample = grpo.sample_answers
+    monkeypatch.setattr(grpo, "sample_answers", lambda *args: sample(*args[:5], 0.5 * args[5], args[6]))
+    with pytest.raises(AssertionError, match="not the policy that sampled"):
+        grpo.run(tiny_grpo(tmp_path, start, minibatches=minibatches))
+
+
+def test_weights_that_are_no_numbers_are_said(tmp_path, start, monkeypatch):
+    real = grpo.accumulate_gradients
+
+    def broken(*args):
+        old, statistics = real(*args)
+        return old, statistics | {"sampler_gap": float("nan")}
+
+    monkeypatch.setattr(grpo, "accumulate_gradients", broken)
+    with pytest.raises(UserError, match="lower --lr"):
+        grpo.run(tiny_grpo(tmp_path, start))
+
+
+def test_the_curriculum_hands_over(tmp_path, start, monkeypatch):
+    """Arithmetic alone, then less and less of it, then none."""
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(200)]
+    folder = tmp_path / "openai__gsm8k" / "main"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = []
+    real = grpo.judge
+
+    def judged(rollout, golds, config):
+        asked.append(golds)
+        return real(rollout, golds, config)
+
+    monkeypatch.setattr(grpo, "judge", judged)
+    small = {"data": "gsm8k", "data_dir": str(tmp_path), "steps": 7, "max_new_tokens": 4, "eval_every": 7}
+    drawn = []
+    batch = grpo.epoch_batch
+    monkeypatch.setattr(grpo, "epoch_batch", lambda n, *more: drawn.append(n) or batch(n, *more))
+    sampled = []
+    sample = grpo.sample_answers
+    monkeypatch.setattr(grpo, "sample_answers", lambda *args: sampled.append(args[2]) or sample(*args))
+    grpo.run(tiny_grpo(tmp_path / "run", start, arith_warmup=2, arith_fade=3, **small))
+    tokenizer = grpo.load_stage(str(start))[1]
+    short = [sum("What is" in tokenizer.decode(ids) for ids in prompts) for prompts in sampled[1:]]
+    assert short == [0, 0, 1, 2, 3, 4, 4]
+
+
+def test_presets_of_the_family_are_what_the_papers_say():
+    root = Path(grpo.__file__).parent / "configs"
+    preset = {p.stem: Config(**read_preset(Config, str(p))) for p in root.glob("grpo_*.py")}
+    dr, dapo, gspo, cispo = (preset[f"grpo_{name}"] for name in ("dr", "dapo", "gspo", "cispo"))
+    assert (dr.loss_type, dr.scale) == ("dr_grpo", "none")
+    assert (dapo.loss_type, dapo.clip_low, dapo.clip_high, dapo.beta) == ("dapo", 0.2, 0.28, 0.0)
+    assert dapo.draws > 1 and dapo.mask_truncated and dapo.overlong_buffer
+    assert (gspo.ratio_level, gspo.loss_type) == ("sequence", "grpo")
+    assert (cispo.loss_type, cispo.clip_high) == ("cispo", 4.0)
+    assert (preset["grpo_deepseekmath"].loss_type, preset["grpo_deepseekmath"].beta) == ("grpo", 0.04)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
@@ -433,6 +634,10 @@ def test_an_impossible_start_is_said_loudly(tmp_path, capsys):
         ({"temperature": 0.0}, "temperature"),
         ({"beta": 0.1, "kl": "k1"}, "k1"),
         ({"max_new_tokens": 4096}, "max_new_tokens"),
+        ({"overlong_buffer": 49}, "overlong_buffer"),
+        ({"arith_fade": 2}, "arith_fade"),
+        ({"minibatches": 17}, "16 answers do not make 17 minibatches"),
+        ({"draws": 0}, "draws"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, start, changes, word):

@@ -1,16 +1,20 @@
 """Does it learn? And does it unlearn when the reward is negated? Only then are all the signs right."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_pretrain, tiny_sft
 
 import evaluate
+import gdpo
 import grpo
 import pretrain
 import sft
+from gdpo import gdpo_advantages
 from grpo import Config, accumulate_gradients, group_advantages, sample_answers
+from runtime.config import read_preset
 from runtime.run import start
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer
@@ -61,31 +65,70 @@ def test_the_rewarded_letter_becomes_frequent_and_with_the_reward_negated_rare(t
     assert after < 0.5 * before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_grpo_on_the_embedded_task_rises_and_with_the_reward_negated_falls(tmp_path_factory, sign):
-    """From a short pretraining and SFT, a few minutes: accuracy goes up; negated, it goes to nothing."""
-    root = tmp_path_factory.mktemp(f"learning{sign}")
+@pytest.mark.parametrize("lengths", [None, torch.full((64,), 6)], ids=["over answers", "over tokens"])
+def test_gdpo_raises_both_of_two_rewards_and_with_both_negated_lowers_them(tmp_path, lengths):
+    """The letter "a" in an answer, and the letter "b"."""
+    tokenizer = ByteTokenizer()
+    for sign in (1.0, -1.0):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, max_seq_len=32))
+        with torch.no_grad():
+            model.head.weight[ord("a")] = model.head.weight[ord("b")] = 0.3
+        config = Config(out_dir=str(tmp_path / f"{sign}"), device="cpu", max_new_tokens=6)
+        run = start(config, "gdpo")
+        optimizers = pretrain.make_optimizers(model, 5e-3)
+        means = []
+        for step in range(30):
+            rollout = sample_answers(model, tokenizer, [[ord(c)] for c in "wxyz"], 16, 6, 1.0, seed=step)
+            rewards = [[float("a" in text), float("b" in text)] for text in rollout.texts]
+            means.append(torch.tensor(rewards).mean(dim=0))
+            advantages = gdpo_advantages(sign * torch.tensor(rewards), 16, lengths=lengths)
+            accumulate_gradients(run, model, rollout, advantages, config)
+            pretrain.update(run, model, optimizers, 5e-3, 1.0)
+        before, after = torch.stack(means[:3]).mean(dim=0), torch.stack(means[-3:]).mean(dim=0)
+        assert ((after > before + 0.25) if sign > 0 else (after < 0.25 * before)).all(), (sign, before, after)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    root = tmp_path_factory.mktemp("learning")
     pretrain.run(pretrain.Config(out_dir=str(root / "pretrain"), device="cpu", eval_every=1000))
     sft.run(sft.Config(out_dir=str(root / "sft"), init_from=str(root / "pretrain"), device="cpu"))
-    grpo.run(
-        grpo.Config(
-            out_dir=str(root / "grpo"),
-            init_from=str(root / "sft"),
-            device="cpu",
-            steps=40,
-            eval_every=40,
-            correct_weight=sign,
-            eval_prompts=256,
-        )  # fmt: skip
-    )
-    rows = [json.loads(line) for line in (root / "grpo" / "metrics.jsonl").read_text().splitlines()]
-    accuracy = [row["accuracy"] for row in rows if "accuracy" in row]
-    correct = [row["correct"] for row in rows if "correct" in row]
+    return root / "sft"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("preset", ["", "grpo_dr.py", "grpo_dapo.py", "grpo_gspo.py", "grpo_cispo.py"])
+def test_grpo_on_the_embedded_task_rises_and_with_the_reward_negated_falls(tmp_path, tuned, preset, sign):
+    """Accuracy goes up; negated, it goes to nothing."""
+    fields = read_preset(Config, str(Path(grpo.__file__).parent / "configs" / preset)) if preset else {}
+    more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "correct_weight": sign}
+    grpo.run(Config(**fields | more | {"steps": 15, "eval_every": 15, "eval_prompts": 256}))
+    accuracy, correct = curves(tmp_path)
     if sign > 0:
-        assert accuracy[-1] > accuracy[0] + 0.05 and sum(correct[-5:]) / 5 > sum(correct[:5]) / 5 + 0.1
+        assert accuracy[-1] > accuracy[0] + 0.05 and sum(correct[-3:]) > sum(correct[:3]) + 0.3
     else:
-        assert accuracy[-1] < 0.5 * accuracy[0] and sum(correct[-5:]) / 5 < 0.2 * sum(correct[:5]) / 5
+        assert accuracy[-1] < 0.6 * accuracy[0] and sum(correct[-3:]) < 0.5 * sum(correct[:3])
+
+
+def curves(folder) -> tuple[list, list]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["accuracy"] for row in rows if "accuracy" in row], [row["correct"] for row in rows if "correct" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_gdpo_on_the_embedded_task_moves_all_rewards(tmp_path, tuned, sign):
+    """Right, in form and short together; with all weights negated, none of them."""
+    weights = {"correct_weight": sign, "format_weight": sign, "length_weight": sign}
+    more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "length_limit": 26}
+    gdpo.run(gdpo.Config(**weights | more | {"steps": 15, "eval_every": 15}))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "correct" in row]
+    for name in ("correct", "formatted", "short"):
+        first, last = (sum(row[name] for row in part) / 3 for part in (rows[:3], rows[-3:]))
+        assert last > first + 0.01 if sign > 0 else last < first - 0.2, (name, first, last)
 
 
 def test_sft_teaches_the_form(tmp_path):

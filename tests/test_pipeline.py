@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 TINY = {
     "pretrain": SMALL | {"steps": 3, "max_documents": 60, "vocab_size": 270, "eval_windows": 4, "eval_every": 3},
     "sft": {"n_examples": 8, "epochs": 1.0, "eval_every": 10},
-    "grpo": {"steps": 2, "prompts_per_step": 2, "group_size": 2, "n_prompts": 8, "eval_prompts": 4, "eval_every": 2},
 }
+FEW = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "n_prompts": 8, "eval_prompts": 4, "eval_every": 2}
+TINY |= dict.fromkeys(("grpo", "dr_grpo", "dapo", "gspo", "cispo", "gdpo"), FEW)
 PAIRS = {"n_pairs": 8, "epochs": 1.0, "batch_size": 4, "eval_pairs": 4, "eval_prompts": 4, "eval_every": 10}
 TINY |= dict.fromkeys(("dpo", "ipo", "kto", "simpo", "orpo"), PAIRS)
 TINY["reward"] = PAIRS | {"n_sums": 8, "normalize_on": 4, "max_new_tokens": 6}
@@ -134,11 +135,27 @@ def test_preferences_come_from_own_answers_of_the_sft_model_unless_it_is_quick()
         assert data["reward"] == reward_data
 
 
+def test_the_family_has_one_budget_and_one_start():
+    """Answers sampled: the same for PPO, GRPO, its relatives and GDPO; DAPO, which replaces groups, takes half the
+    steps and about as many."""
+    found = {stage.name: stage.config for stage in REAL_STAGES(pipeline.Config(out="o"))}
+    family = ("grpo", "dr_grpo", "gspo", "cispo", "gdpo")
+    answers = {name: found[name].steps * found[name].prompts_per_step * found[name].group_size for name in family}
+    assert set(answers.values()) == {found["ppo"].steps * found["ppo"].prompts_per_step}
+    assert {found[name].init_from for name in (*family, "ppo", "dapo")} == {"o/sft"}
+    assert found["dapo"].draws > 1 and found["dapo"].steps < found["grpo"].steps
+    assert (found["dr_grpo"].loss_type, found["gspo"].ratio_level, found["cispo"].loss_type) == (
+        "dr_grpo",
+        "sequence",
+        "cispo",
+    )
+
+
 @pytest.mark.slow
 def test_the_quick_pipeline_runs_as_a_script(tmp_path):
     command = [sys.executable, "pipeline.py", "--quick", "--out", str(tmp_path / "q"), "--device", "cpu"]
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "| GRPO |" in done.stdout
+        assert "| GRPO |" in done.stdout and "| GDPO |" in done.stdout
     assert {"report.md", "report.json", "curves.png"} <= {path.name for path in (tmp_path / "q").iterdir()}

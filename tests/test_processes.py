@@ -18,6 +18,7 @@ from test_grpo import TOKENIZER, StubRun
 from tiny import assert_same_training, tiny_pretrain, tiny_sft
 
 import dpo
+import gdpo
 import grpo
 import ppo
 import pretrain
@@ -190,6 +191,45 @@ def test_grpo_on_two_processes_has_the_gradient_of_the_whole_batch(tmp_path):
     assert any(row["clip_fraction"] > 0 for row in whole[1:])
 
 
+def gdpo_run(config) -> list:
+    """The advantages of each update of a GDPO run on rewards that are made up; both processes must know all rewards."""
+    seen, real = [], grpo.accumulate_gradients
+    judged = []
+
+    def judge(rollout, golds, config):
+        sums = torch.tensor([sum(map(ord, text)) for text in rollout.texts])
+        rewards = {"correct": (sums % 2).float(), "formatted": (sums % 3 == 0).float(), "short": (sums % 5 < 2).float()}
+        judged.append((rewards, rollout.mask.sum(dim=1)))
+        return rewards
+
+    def accumulated(run, model, rollout, advantages, *args):
+        seen.append(advantages.clone())
+        return real(run, model, rollout, advantages, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gdpo, "judge", judge)
+        patch.setattr(grpo, "accumulate_gradients", accumulated)
+        gdpo.run(config)
+    return [judged[1:], seen]  # the first rollout is that of the report on the start
+
+
+@pytest.mark.parametrize("over", ["sequences", "tokens"])
+def test_gdpo_advantages_are_those_of_the_batch_of_all_processes(tmp_path, base, over):
+    fields = {
+        "out_dir": str(tmp_path / "run"), "init_from": str(base), "steps": 2, "prompts_per_step": 4, "group_size": 4,
+        "n_prompts": 16, "eval_prompts": 4, "max_new_tokens": 8, "eval_every": 100, "device": "cpu", "minibatches": 1,
+        "updates_per_rollout": 1, "batch_over": over,
+    }  # fmt: skip
+    zero, one = results(on_two_processes(tmp_path, gdpo_run, gdpo.Config(**fields)))
+    assert len(zero[0]) == len(zero[1]) == 2
+    for (r0, n0), (r1, n1), a0, a1 in zip(zero[0], one[0], zero[1], one[1]):
+        table = torch.cat([torch.stack(list(r.values()), dim=1) for r in (r0, r1)])
+        lengths = torch.cat([n0, n1]) if over == "tokens" else None
+        expected = gdpo.gdpo_advantages(table, 4, lengths=lengths)
+        assert expected.abs().max() > 0.5
+        torch.testing.assert_close(torch.cat([a0, a1]), expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # PPO on a given rollout
 
@@ -285,7 +325,7 @@ def tiny(stage: str, folder: Path, start: Path, **changes):
     small = {
         "out_dir": str(folder), "init_from": str(start), "steps": 3, "prompts_per_step": 4, "group_size": 4,
         "n_prompts": 16, "eval_prompts": 4, "max_new_tokens": 8, "eval_every": 2, "save_every": 2, "device": "cpu",
-        "lr": 2e-3,
+        "lr": 2e-3, "minibatches": 1, "updates_per_rollout": 1,
     }  # fmt: skip
     return grpo.Config(**(small | changes))
 
@@ -304,7 +344,7 @@ def watched_run(stage: str, config, flat_from: int = 1000) -> dict:
         seen["gradients"].append(torch.cat([p.grad.flatten() for p in params if p.grad is not None]))
         return clip(params, *args)
 
-    def scored(texts, golds, finished):  # of an untrained policy, something that differs between answers
+    def scored(texts, golds, finished, *verifier):  # of an untrained policy, something that differs between answers
         rewards = torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts])
         if len(seen["rewards"]) >= flat_from:
             rewards = torch.arange(len(texts)).div(4, rounding_mode="floor") + 2.0 * processes.rank()
@@ -417,7 +457,7 @@ def test_what_strays_from_the_reference_earns_less(tmp_path, base, monkeypatch):
     scored, rewarded = [], []
     real = grpo.group_advantages
 
-    def score(texts, golds, finished):
+    def score(texts, golds, finished, verifier):
         scored.append(torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts]))
         return scored[-1], torch.zeros(len(texts))
 
@@ -427,7 +467,7 @@ def test_what_strays_from_the_reference_earns_less(tmp_path, base, monkeypatch):
     )
     more = {"beta": 0.5, "kl": "k3", "kl_in": "reward", "temperature": 0.7, "correct_weight": 2.0}
     grpo.run(tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, **more))
-    changes = [given - 2.0 * plain for given, plain in zip(rewarded, scored[1:])]  # scored[0]: the report on the start
+    changes = [given - 2.0 * plain for given, plain in zip(rewarded[1:], scored[1:])]  # [0]: the report on the start
     assert len(changes) == 3
     torch.testing.assert_close(changes[0], torch.zeros(16), rtol=0, atol=1e-4)
     assert all((change < 1e-4).all() and change.min() < -1e-3 for change in changes[1:])

@@ -42,7 +42,7 @@ def settings(stage: str, folder: Path, starts: dict, **changes):
     small = {
         "out_dir": str(folder), "init_from": str(starts["grpo"]), "steps": STEPS, "prompts_per_step": 2,
         "group_size": 4, "n_prompts": 32, "eval_prompts": 4, "max_new_tokens": 8, "device": "cpu", "beta": 0.05,
-        "updates_per_rollout": 2, "lr": 2e-3,
+        "updates_per_rollout": 2, "minibatches": 2, "draws": 2, "lr": 2e-3,
     }  # fmt: skip
     return grpo.Config(**(small | changes))
 
@@ -75,7 +75,7 @@ def child(stage: str, config, pause: float, dies_in_save: int, dies_behind_save:
         if saves == dies_behind_save:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def score(texts, golds, finished):  # a reward that an untrained policy earns now and then
+    def score(texts, golds, finished, verifier):  # a reward that an untrained policy earns now and then
         return torch.tensor([float(text.count("e")) for text in texts]), torch.zeros(len(texts))
 
     module.update, torch.save, grpo.score = update, save, score

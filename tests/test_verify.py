@@ -5,10 +5,13 @@ import os
 from decimal import Decimal
 
 import pytest
+import torch
 from conftest import load_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import verify
+from rollout import score
 from runtime.errors import UserError
 from verify import correctness_reward, extract_answer, format_reward, length_reward, parse_gold
 
@@ -405,3 +408,62 @@ def test_length_reward():
 def test_rewards_are_floats():
     for reward in (correctness_reward(answered("7"), 7), format_reward("x"), length_reward(1, 2)):
         assert type(reward) is float
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole numbers, lengths, and verifiers that are too kind
+
+
+@pytest.mark.parametrize("i", range(26))
+def test_the_penalty_for_length_is_dapos(i):
+    fixture = load_json("dapo_soft_overlong.json")
+    n, penalty = fixture["lengths"][i], fixture["penalty"][i]
+    assert verify.overlong_penalty(n, fixture["max_len"], fixture["cache"]) == pytest.approx(penalty)
+
+
+@pytest.mark.parametrize(("limit", "buffer"), [(20, 0), (20, 21), (20, -1)])
+def test_a_buffer_that_cannot_be_is_refused(limit, buffer):
+    with pytest.raises(ValueError):
+        verify.overlong_penalty(5, limit, buffer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "whole"),
+    [("7", 1), ("1,080", 1), ("-3", 1), ("7.0", 1), ("7.5", 0), ("²", 0), ("٣", 0), ("seven", 0), ("", 0)],
+)
+def test_whole_numbers(answer, whole):
+    assert verify.integer_reward(f"<think>a</think><answer>{answer}</answer>") == whole
+    assert verify.integer_reward(answer) == 0  # in no form at all
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "any_of_them"),
+    [
+        ("<think>3+4=7</think><answer>7</answer>", 1, 1),
+        ("7", 1, 1),
+        ("it is 7, or 8", 0, 1),
+        ("8 7", 1, 1),
+        ("1,007", 0, 0),
+        ("it was 1,007 and then 7.0", 1, 1),
+        ("-7", 0, 0),
+        ("3+4=7", 1, 1),
+        ("", 0, 0),
+        ("٧", 0, 0),
+    ],
+)
+def test_lax_verifiers(text, last, any_of_them):
+    assert verify.lax_correctness_reward(text, 7, "last") == last
+    assert verify.lax_correctness_reward(text, "He has #### 7", "any") == any_of_them
+
+
+def test_there_is_no_other_lax_verifier():
+    with pytest.raises(ValueError, match="last or any"):
+        verify.lax_correctness_reward("7", 7, "strict")
+
+
+def test_only_the_strict_verifier_looks_at_the_end_and_the_form():
+    texts, done = ["<think>a</think><answer>7</answer>", "so 7", "so 7 8"], torch.tensor([False, False, True])
+    for verifier, expected in {"strict": [0, 0, 0], "last": [1, 1, 0], "any": [1, 1, 1]}.items():
+        correct, formed = score(texts, [7] * 3, done, verifier)
+        assert correct.tolist() == expected and formed.tolist() == [0, 0, 0]
+    assert score(texts[:1], [7], torch.tensor([True]))[0].tolist() == [1]

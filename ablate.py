@@ -1,0 +1,422 @@
+"""Ablations: change one thing, several times over, and see whether anything changed.
+
+What is each piece of an algorithm worth? One run with it and one without it do not tell: reinforcement learning from
+the same start with another seed ends elsewhere, often by more than the piece is worth. So a study is a list of cells,
+each a setting that differs from the others in one thing, and every cell is run with several seeds. For a figure x of
+its n seeds the table gives the mean and the 95 % interval of the mean (Student 1908)::
+
+    mean(x)  ±  t(n - 1) · std(x) / √n                                               std of the sample, t(2) = 4.3
+
+Two cells whose intervals overlap widely have not been told apart. Seeds decide the order of the questions and the
+sampling; all cells share one start (another one would be a cell of its own).
+
+    python ablate.py configs/ablate_grpo.py                    # a study of the book; stops and continues anywhere
+    python ablate.py --cells "a | lr=1e-4" "a | lr=3e-4"       # one of your own: part | settings
+    python ablate.py configs/ablate_grpo.py --page docs/experiments/grpo.md
+
+``out/ablate/<name>/`` holds ``results.jsonl`` (a row for each cell and seed, with its curves), ``table.md`` and
+``plot.png``; ``--page`` writes the table into a page, between two marks, and results and plot beside it.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import gdpo
+import grpo
+import sft
+from data import encode_prompts, load_prompts
+from rollout import Rollout, sample_answers, score
+from runtime.checkpoint import find_checkpoint, load_checkpoint, write_text
+from runtime.config import at_least, parse
+from runtime.errors import UserError, run_main
+from runtime.plots import plot_study, read_metrics
+from runtime.run import fingerprint, load_stage, need_checkpoint
+from transformer import Transformer
+
+STAGES = {"grpo": grpo, "gdpo": gdpo, "sft": sft}
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "mine"
+    """Names the folder out/ablate/<name>."""
+    stage: Literal["grpo", "gdpo"] = "grpo"
+    """The chapter whose settings are varied."""
+    base: str = ""
+    """What all cells share: "steps=60 lr=1e-4"; a cell may overrule it."""
+    cells: tuple[str, ...] = ()
+    """part | label | settings: cells of one part are compared with each other. The label may be left out."""
+    starts: tuple[str, ...] = ()
+    """label | settings of sft.py: starts of other strength, for cells with start=label."""
+    init_from: str = "out/arith/sft"
+    """The start of all other cells."""
+    pretrained: str = "out/arith/pretrain"
+    """What the starts are made from."""
+    seeds: int = 3
+    """Runs of each cell. More may be added later."""
+    jobs: int = 0
+    """Runs at a time, one thread each (0: one for each core)."""
+    questions: int = 512
+    """Held-out questions that each run is measured on at its end."""
+    length_limit: int = 22
+    """Up to so many tokens an answer is short; counted for every run, whether it is rewarded or not."""
+    columns: tuple[str, ...] = ("accuracy", "correct", "steps_90", "kl", "entropy", "length")
+    """Of the table."""
+    curves: tuple[str, ...] = ("accuracy",)
+    """Of the plot: a panel for each part and curve."""
+    scatter: tuple[str, ...] = ()
+    """Two columns: the plot shows the end of each cell in their plane instead, and a line through each part."""
+    out: str = ""
+    """Where runs and results are written. Default: out/ablate/<name>."""
+    page: str = ""
+    """Also write the table into this page, between <!-- table --> and <!-- /table -->, and results and plot beside
+    it.
+    """
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting of the study. Cells of several parts may share their settings, and then their runs."""
+
+    part: str
+    label: str
+    settings: tuple[tuple[str, str], ...]  # (field, value) as text, sorted
+
+    @property
+    def key(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.settings)
+
+
+def read_settings(text: str) -> dict[str, str]:
+    """
+    >>> read_settings("lr=1e-4 mask_truncated=True")
+    {'lr': '1e-4', 'mask_truncated': 'True'}
+    """
+    settings = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if not equals or not name or not value:
+            raise UserError(f"{word!r} is not a setting: field=value, without spaces")
+        settings[name] = value
+    return settings
+
+
+def read_cells(config: Config) -> list[Cell]:
+    """The cells, and for each its configuration checked, before anything runs."""
+    if not config.cells:
+        raise UserError('no cells: name some, --cells "size | group_size=4" "size | group_size=8", or take a preset')
+    cells = []
+    for line in config.cells:
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) not in (2, 3):
+            raise UserError(f"{line!r} is not a cell: part | settings, or part | label | settings")
+        settings = read_settings(config.base) | read_settings(parts[-1])
+        cells.append(Cell(parts[0], parts[-2] if len(parts) == 3 else parts[-1], tuple(sorted(settings.items()))))
+    for line in config.starts:
+        if line.count("|") != 1:
+            raise UserError(f"{line!r} is not a start: label | settings of sft.py")
+    known = {line.split("|")[0].strip() for line in config.starts}
+    for cell in cells:
+        start = dict(cell.settings).get("start")
+        if start is not None and start not in known:
+            raise UserError(f"start={start}: --starts has {', '.join(sorted(known)) or 'none'}")
+        stage_config(config, cell, 0)
+    return cells
+
+
+def to_arguments(settings: dict[str, str]) -> list[str]:
+    """Settings as a command line: a switch is --x or --no-x."""
+    arguments = []
+    for name, value in settings.items():
+        if value in ("True", "False"):
+            arguments.append(f"--{'no-' if value == 'False' else ''}{name}")
+        else:
+            arguments += [f"--{name}", value]
+    return arguments
+
+
+def stage_config(config: Config, cell: Cell, seed: int):
+    """The configuration of one run, as its command line would make it."""
+    settings, root = dict(cell.settings), root_of(config)
+    start = settings.pop("start", None)
+    settings["init_from"] = str(root / "starts" / start) if start else config.init_from
+    settings |= {"seed": str(seed), "out_dir": str(folder_of(config, cell, seed)), "device": "cpu"}
+    return parse(STAGES[config.stage].Config, to_arguments(settings))
+
+
+def root_of(config: Config) -> Path:
+    return Path(config.out or f"out/ablate/{config.name}")
+
+
+def folder_of(config: Config, cell: Cell, seed: int) -> Path:
+    return root_of(config) / "runs" / (cell.key.replace("/", "_").replace(" ", ",") or "base") / f"seed{seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured of a run
+
+
+@torch.no_grad()
+def measure(folder: str, start: str, config: Config) -> dict:
+    """The figures of a finished run, all on held-out questions and by the strict verifier, except ``start`` and
+    ``steps_90``, which come from its curve.
+
+    accuracy: of greedy answers. Of one answer sampled at temperature 1 to each question: correct, formatted, short
+    and all three; length in tokens; finished; entropy: of the next token's distribution, in nats, mean over answer
+    tokens; kl: KL(π ‖ start) in nats, summed over an answer's tokens. Both use whole distributions, not only the
+    sampled tokens.
+    """
+    model, tokenizer, state = load_stage(folder)
+    reference = load_stage(start)[0]
+    max_new = state["config"]["max_new_tokens"]
+    prompts = load_prompts("arith", "validation", n=config.questions)
+    ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
+    golds, greedy = [prompt.gold for prompt in prompts], 0.0
+    sums = dict.fromkeys(("correct", "formatted", "short", "all", "length", "finished", "entropy", "kl"), 0.0)
+    tokens = 0
+    for first in range(0, len(ids), 128):
+        some = slice(first, first + 128)
+        best = sample_answers(model, tokenizer, ids[some], 1, max_new, 0.0, seed=0)
+        greedy += float(score(best.texts, golds[some], best.finished)[0].sum())
+        rollout = sample_answers(model, tokenizer, ids[some], 1, max_new, 1.0, seed=first)
+        correct, formatted = score(rollout.texts, golds[some], rollout.finished)
+        lengths = rollout.mask.sum(dim=1)
+        short = (lengths <= config.length_limit) * rollout.finished
+        entropy, kl = distributions(model, reference, rollout)
+        found = (correct, formatted, short, correct * short, lengths, rollout.finished, entropy, kl)
+        sums = {name: value + float(values.sum()) for (name, value), values in zip(sums.items(), found)}
+        tokens += int(lengths.sum())
+    row = {name: value / len(ids) for name, value in sums.items()}
+    curves = read_metrics(Path(folder) / "metrics.jsonl")
+    row |= {"accuracy": greedy / len(ids), "entropy": sums["entropy"] / tokens}
+    row |= {"start": curves["accuracy"][1][0], "steps_90": steps_to(*curves["accuracy"])}
+    row["answers"] = sum(curves["answers"][1])
+    return row
+
+
+def distributions(model: Transformer, reference: Transformer, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """(N,) entropy and (N,) KL to the reference, each summed over the answer's tokens."""
+    logps = model(rollout.tokens[:, :-1])[rollout.mask].float().log_softmax(-1)  # (tokens, V)
+    ref = reference(rollout.tokens[:, :-1])[rollout.mask].float().log_softmax(-1)
+    each = torch.stack([-(logps.exp() * logps).sum(-1), (logps.exp() * (logps - ref)).sum(-1)])  # (2, tokens)
+    rows = rollout.mask.nonzero()[:, 0]
+    return tuple(torch.zeros(2, len(rollout)).index_add_(1, rows, each))
+
+
+def steps_to(steps: list, values: list, share: float = 0.9) -> float | None:
+    """Where a curve first reaches ``share`` of its whole gain, on the straight lines between its points; None if it
+    gains nothing.
+
+    >>> steps_to([0, 10, 20, 30], [0.5, 0.7, 0.9, 0.9])
+    18.0
+    """
+    goal = values[0] + share * (values[-1] - values[0])
+    if values[-1] <= values[0]:
+        return None
+    for (s0, v0), (s1, v1) in zip(zip(steps, values), zip(steps[1:], values[1:])):
+        if v1 >= goal:
+            return round(s0 + (s1 - s0) * (goal - v0) / (v1 - v0), 1)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean and the half width of its 95 % interval; of one value, infinite.
+
+    >>> tuple(round(x, 3) for x in interval([0.8, 0.9, 1.0]))
+    (0.9, 0.248)
+    """
+    n = len(values)
+    if n < 2:
+        return values[0], math.inf
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)  # beyond the table, to within 0.5 %
+    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_cell(config: Config, cell: Cell, seed: int) -> dict:
+    """Train and measure one run; its row. In a process of its own, with one thread; what it prints goes to log.txt."""
+    torch.set_num_threads(1)
+    settings, folder = stage_config(config, cell, seed), folder_of(config, cell, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            STAGES[config.stage].run(settings)
+            row = measure(str(folder), settings.init_from, config)
+    curves = read_metrics(folder / "metrics.jsonl")
+    rounded = lambda value: round(value, 5) if isinstance(value, float) else value  # noqa: E731
+    kept = {name: [curves[name][0], [rounded(v) for v in curves[name][1]]] for name in config.curves if name in curves}
+    for weights in folder.glob("*.pt"):
+        weights.unlink()  # the row is what is left of a run; its command makes the weights again
+    return {"cell": cell.key, "seed": seed} | {name: rounded(value) for name, value in row.items()} | {"curves": kept}
+
+
+def make_start(config: Config, line: str) -> None:
+    """One of the starts, if it is not there yet."""
+    label, settings = (part.strip() for part in line.split("|"))
+    folder = root_of(config) / "starts" / label
+    fields = {"init_from": config.pretrained, "out_dir": str(folder), "device": "cpu"}
+    sft.run(parse(sft.Config, to_arguments(read_settings(settings) | fields)))
+
+
+def run(config: Config) -> list[dict]:
+    """Run what is missing, seed by seed, so that an unfinished study is a study with fewer seeds; return all rows."""
+    at_least(config, seeds=1, jobs=0, questions=1, length_limit=1)
+    cells = read_cells(config)
+    if config.scatter and len(config.scatter) != 2:
+        raise UserError("scatter takes two columns")
+    root = root_of(config)
+    need_checkpoint(config.init_from, "python sft.py")
+    check_same_study(config)
+    rows = read_rows(root / "results.jsonl")
+    done = {(row["cell"], row["seed"]) for row in rows}
+    unique = list({cell.key: cell for cell in cells}.values())
+    missing = [(cell, seed) for seed in range(config.seeds) for cell in unique if (cell.key, seed) not in done]
+    for line in config.starts:
+        if missing and not find_checkpoint(str(root / "starts" / line.split("|")[0].strip())).exists():
+            make_start(config, line)
+    jobs = config.jobs or os.cpu_count() or 1
+    print(f"{config.name}: {len(unique)} cells, {config.seeds} seeds, {len(missing)} runs to do, {jobs} at a time")
+    failed: list[str] = []
+    spawn = multiprocessing.get_context("spawn")  # a forked process would inherit PyTorch's threads half dead
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        waiting = {pool.submit(run_cell, config, cell, seed): (cell, seed) for cell, seed in missing}
+        try:
+            finished = concurrent.futures.as_completed(waiting)
+            for future in tqdm(finished, total=len(waiting), desc=config.name, disable=not waiting):
+                cell, seed = waiting[future]
+                if future.exception() is not None:
+                    failed.append(f"{cell.key} (seed {seed}): {future.exception()}")
+                    continue
+                rows.append(future.result())
+                with open(root / "results.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    report(config, cells, rows)
+    if failed:
+        raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}; the others are in the table")
+    return rows
+
+
+def check_same_study(config: Config) -> None:
+    """Refuse to mix results of another start or of other questions into a study."""
+    path = root_of(config) / "study.json"
+    weights = fingerprint(load_checkpoint(config.init_from)["model"])
+    facts = {
+        "stage": config.stage,
+        "start": weights,
+        "questions": config.questions,
+        "length_limit": config.length_limit,
+    }
+    if path.exists():
+        stored = json.loads(path.read_text())
+        changed = [
+            f"{name} {stored.get(name)}, now {value}" for name, value in facts.items() if stored.get(name) != value
+        ]
+        if changed:
+            raise UserError(f"{path.parent} holds results with {', '.join(changed)}: choose another --name or --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(facts, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a results file; a line that a crash cut off is forgotten, and its run is done again."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    if path.exists():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table, plot and page
+
+NAMES = {
+    "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)",
+    "all": "right and short", "correct": "sampled, right", "formatted": "in form", "accuracy": "greedy accuracy",
+    "answers": "answers sampled",
+}  # fmt: skip
+DIGITS = {"steps_90": 0, "length": 1, "kl": 2, "answers": 0}
+
+
+def table(config: Config, cells: list[Cell], rows: list[dict]) -> str:
+    """Markdown: a line for each cell, mean ± half width for each column; seeds that have no such figure are left out,
+    and if some are, their number is said."""
+    several = any(cell.part for cell in cells)
+    head = [*(["part"] if several else []), "setting", *(NAMES.get(name, name) for name in config.columns), "seeds"]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    for cell in cells:
+        mine = [row for row in rows if row["cell"] == cell.key]
+        if not mine:
+            continue
+        entries = []
+        for name in config.columns:
+            values = [row[name] for row in mine if row.get(name) is not None]
+            entries.append(describe(values, len(mine), DIGITS.get(name, 3)))
+        lines.append(
+            "| " + " | ".join([*([cell.part] if several else []), cell.label, *entries, str(len(mine))]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def describe(values: list[float], n: int, digits: int) -> str:
+    """
+    >>> describe([0.8, 0.9, 1.0], 3, 3), describe([12.0], 2, 0), describe([], 2, 0)
+    ('0.900 ± 0.248', '12 (1 of 2)', '-')
+    """
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+    return text + (f" ({len(values)} of {n})" if len(values) < n else "")
+
+
+def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
+    """table.md and plot.png in the study's folder; with ``page``, in the page and beside it too."""
+    root, text = root_of(config), table(config, cells, rows)
+    write_text(root / "table.md", text + "\n")
+    runs = {(cell.part, cell.label): [row for row in rows if row["cell"] == cell.key] for cell in cells}
+    runs = {key: mine for key, mine in runs.items() if mine}
+    if runs:
+        plot_study(runs, root / "plot.png", list(config.curves), list(config.scatter), NAMES)
+    print(f"{text}\n\n{root / 'results.jsonl'}, {root / 'table.md'}, {root / 'plot.png'}")
+    if config.page:
+        page = Path(config.page)
+        if not page.exists():
+            raise UserError(f"there is no page {page}")
+        before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+        _, end, after = rest.partition("<!-- /table -->")
+        if not mark or not end:
+            raise UserError(
+                f"{page} has no place for the table: <!-- table --> and <!-- /table --> on lines of their own"
+            )
+        write_text(page, f"{before}{mark}\n{text}\n\n{end}{after}")
+        shutil.copyfile(root / "results.jsonl", page.with_suffix(".jsonl"))
+        shutil.copyfile(root / "plot.png", page.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

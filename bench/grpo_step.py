@@ -1,0 +1,211 @@
+"""One step of GRPO, from prompts to changed weights: ours against TRL's ``GRPOTrainer``.
+
+16 prompts of 32 tokens, 8 answers of 128 tokens to each, a reward (the share of even token ids), the log-probabilities
+of a frozen reference (β = 0.04, k3), one update of AdamW; the same 5 million parameters on both sides, a vocabulary of
+4,096, float32, no activation checkpointing. No answer can end early: the end-of-text is a token that the models do not
+have. Both sides sample from the full distribution at temperature 1. The two take turns inside one process, ours between
+two steps of theirs; a figure is the median over the steps, the ratio the median of the ratios of neighbours, above 1
+means that ours is faster. The first steps of each are left out.
+
+    pip install -e ".[bench]"
+    python bench/grpo_step.py
+    python bench/grpo_step.py --quick     # 32 new tokens, few repeats
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything is made here
+
+import datasets  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import trl  # noqa: E402
+from training_step import llama  # noqa: E402
+
+import grpo  # noqa: E402
+from pretrain import make_optimizers, update  # noqa: E402
+from rollout import sample_answers  # noqa: E402
+from runtime.run import start  # noqa: E402
+from transformer import ModelConfig, Transformer, count_parameters  # noqa: E402
+
+PROMPTS, GROUP, LENGTH, VOCABULARY = 16, 8, 32, 4096
+PARTS = ("rollout", "reward", "reference", "update")
+
+
+class Clock:
+    """Adds up the seconds of each part of a step."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.inside = False
+
+    def time(self, part: str, call):
+        def timed(*args, **kwargs):
+            if self.inside:  # a part within a part belongs to the outer one
+                return call(*args, **kwargs)
+            self.inside, begun = True, time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.seconds[part] += time.perf_counter() - begun
+
+        return timed
+
+
+def words() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of 4,096 words, whose end-of-text is one more token, which no model here can write."""
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)} | {"<end>": VOCABULARY}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<end>", pad_token="w1", unk_token="w0", padding_side="left"
+    )
+
+
+class Ours:
+    def __init__(self, config: ModelConfig, new: int, folder: str):
+        torch.manual_seed(0)
+        self.model, self.reference = Transformer(config), Transformer(config).requires_grad_(False)
+        self.config = grpo.Config(
+            out_dir=folder, device="cpu", prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=new, beta=0.04,
+            lr=1e-6, minibatches=1, micro_batch_size=PROMPTS * GROUP,
+        )  # fmt: skip
+        self.run = start(self.config, "grpo")
+        self.optimizers = make_optimizers(self.model, self.config.lr, 0.0, self.config.beta2)
+        self.n = 0
+
+        class Tokenizer:
+            eot_id, pad_id = VOCABULARY, 0
+
+            def decode(self, ids):
+                return " ".join(f"w{i}" for i in ids)
+
+        self.tokenizer = Tokenizer()
+
+    def step(self, prompts: list[list[int]]) -> dict:
+        clock, begun = Clock(), time.perf_counter()
+        rollout = clock.time("rollout", sample_answers)(
+            self.model, self.tokenizer, prompts, GROUP, self.config.max_new_tokens, 1.0, seed=self.n
+        )
+        assert int(rollout.mask.sum()) == PROMPTS * GROUP * self.config.max_new_tokens
+        reward = lambda: torch.tensor([even(text) for text in rollout.texts])  # noqa: E731
+        advantages = grpo.group_advantages(clock.time("reward", reward)(), GROUP)
+        ref = clock.time("reference", grpo.logps_in_parts)(self.run, self.reference, rollout, self.config)
+
+        def learn():
+            grpo.accumulate_gradients(self.run, self.model, rollout, advantages, self.config, None, ref)
+            update(self.run, self.model, self.optimizers, self.config.lr, 1.0)
+
+        clock.time("update", learn)()
+        self.n += 1
+        return clock.seconds | {"all": time.perf_counter() - begun}
+
+
+def even(text: str) -> float:
+    ids = [int(word[1:]) for word in text.split()]
+    return sum(i % 2 == 0 for i in ids) / len(ids)
+
+
+def run(new: int, repeats: int, warm_up: int) -> tuple[list[dict], list[dict]]:
+    """Seconds by part of each step, of ours and of theirs."""
+    config = ModelConfig(VOCABULARY, d_model=256, n_layers=4, n_heads=8, max_seq_len=256)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(VOCABULARY, (PROMPTS, LENGTH), generator=generator).tolist()
+    rows = {"ours": [], "theirs": []}
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(config, new, folder + "/ours")
+        path = folder + "/llama"
+        theirs = llama(config)
+        assert count_parameters(ours.model) == count_parameters(theirs)
+        theirs.config.eos_token_id = theirs.generation_config.eos_token_id = None
+        theirs.save_pretrained(path)
+        theirs_clock = Clock()
+
+        def reward(completions, **_):
+            return [even(text) for text in completions]
+
+        settings = trl.GRPOConfig(
+            output_dir=folder + "/theirs", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, steps_per_generation=1,
+            max_completion_length=new, beta=0.04, learning_rate=1e-6, max_steps=warm_up + repeats, report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
+        )  # fmt: skip
+        text = [{"prompt": " ".join(f"w{i}" for i in ids)} for ids in prompts]
+        trainer = trl.GRPOTrainer(
+            model=path, reward_funcs=reward, args=settings, processing_class=words(),
+            train_dataset=datasets.Dataset.from_list(text * (warm_up + repeats)),
+        )  # fmt: skip
+        for part, name in {
+            "rollout": "_generate", "reward": "_calculate_rewards", "reference": "_get_per_token_logps_and_entropies"
+        }.items():  # fmt: skip
+            setattr(trainer, name, theirs_clock.time(part, getattr(trainer, name)))
+        loss_of = trainer._compute_loss
+
+        def compute_loss(*args, **kwargs):  # in here the policy's log-probabilities are part of the update
+            theirs_clock.inside, before = True, theirs_clock.inside
+            try:
+                return loss_of(*args, **kwargs)
+            finally:
+                theirs_clock.inside = before
+
+        trainer._compute_loss = compute_loss
+        loaded = [trainer.model.config.vocab_size, count_parameters(trainer.model)]
+        assert loaded == [VOCABULARY, count_parameters(ours.model)]
+        lengths = []
+        trainer.add_callback(Turns(ours, prompts, theirs_clock, rows))
+        score = trainer._calculate_rewards
+
+        def lengths_seen(inputs, prompts, completions, completion_ids):
+            lengths.extend(len(ids) for ids in completion_ids)
+            return score(inputs, prompts, completions, completion_ids)
+
+        trainer._calculate_rewards = lengths_seen
+        trainer.train()
+        assert set(lengths) == {new}, f"answers of TRL ended early: {sorted(set(lengths))}"
+        assert len(lengths) == PROMPTS * GROUP * (warm_up + repeats)
+    return rows["ours"][warm_up:], rows["theirs"][warm_up:]
+
+
+class Turns(transformers.TrainerCallback):
+    def __init__(self, ours: Ours, prompts: list, clock: Clock, rows: dict):
+        self.ours, self.prompts, self.clock, self.rows = ours, prompts, clock, rows
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.clock.seconds, self.begun = dict.fromkeys(PARTS, 0.0), time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        total, seconds = time.perf_counter() - self.begun, self.clock.seconds
+        seconds["update"] = total - sum(seconds.values())  # forward, loss, backward, optimizer, and all the rest
+        self.rows["theirs"].append(seconds | {"all": total})
+        self.rows["ours"].append(self.ours.step(self.prompts))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--repeats", type=int, default=None, help="steps (default 10; quick: 3)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    new, repeats = (32, options.repeats or 3) if options.quick else (128, options.repeats or 10)
+    ours, theirs = run(new, repeats, warm_up=1 if options.quick else 2)
+    print(
+        f"{PROMPTS} × {GROUP} answers of {new} tokens, {repeats} steps, {options.threads} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}\n"
+    )
+    print("| | seconds a step | " + " | ".join(PARTS) + " |\n" + "| --- " * (len(PARTS) + 2) + "|")
+    for name, rows in (("TRL", theirs), ("ours", ours)):
+        shares = [statistics.median(row[part] / row["all"] for row in rows) for part in PARTS]
+        seconds = statistics.median(row["all"] for row in rows)
+        print(f"| {name} | {seconds:.2f} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    ratios = [statistics.median(b[part] / a[part] for a, b in zip(ours, theirs)) for part in ("all", *PARTS)]
+    print(f"| TRL / ours | {ratios[0]:.2f} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios[1:]) + " |")

@@ -1,0 +1,188 @@
+"""GDPO: several rewards at once, each compared with its own kind before they are added.
+
+An answer can be right, well-formed, short. GRPO adds such rewards first and compares siblings then, and the sum
+forgets what it was made of: with two rewards of 0 or 1 and two answers, the totals (0, 1), (0, 2) and (1, 2) all give
+the advantages (-0.71, 0.71), although the second pair differs twice as much. GDPO (Liu et al. 2026, arXiv 2601.05242)
+turns the order around; for answer i and reward k, with weights w::
+
+    A_ik = (r_ik - mean(r_k of the group)) / (std(r_k of the group) + eps)          each reward on its own    (eq. 4)
+    S_i  = Σ_k w_k A_ik                                                             weights come after        (eq. 5, 7)
+    A_i  = (S_i - mean(S of the batch)) / (std(S of the batch) + eps)               one scale for the batch   (eq. 6)
+
+and the rest is ``grpo.py``. What to know about it:
+
+* A weight on a raw reward would cancel in eq. 4; on the normalised advantage it counts.
+* A rarer success counts more: one right answer among four gets 1.5 from its reward, one of two 0.87.
+* Equal weights on two opposed rewards still cancel: r1 = (1, 1, 0), r2 = (0, 0, 1) gives A_1 = -A_2 and no lesson,
+  although the paper shows this case as one that GDPO saves. Other weights do save it.
+* The last step makes an advantage depend on the rest of the batch: beside dead groups, whose rewards are all equal, a
+  live one is scaled up (its largest advantage grows from 1.33 alone to 8.66 beside 31 dead ones). ``draws`` replaces
+  them; the paper's runs do so too.
+* With one reward this is GRPO, except for the last step.
+
+Where the published codes differ: TRL and NVlabs' fork of it take the batch's mean and std over answers, NVlabs' and
+verl's own verl over tokens, so that long answers count more, and the answers of a dead group get an advantage that is
+not 0 (``batch_over = tokens``). NVlabs leaves out the last step for a single reward, TRL does not, and neither do we.
+A reward of NaN is unknown (TRL): it enters no statistic and adds nothing; NVlabs takes it for 0.
+
+    python gdpo.py                                            # the embedded task, after sft.py: right, in form, short
+    python gdpo.py --combine sum --out_dir out/arith/summed   # the same rewards, GRPO's order
+    python gdpo.py --conditioned --length_weight 0.5
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import grpo
+from grpo import group_advantages, total_reward, train
+from rollout import Rollout
+from runtime import processes
+from runtime.config import at_least, parse
+from runtime.errors import UserError, run_main
+from verify import integer_reward, length_reward
+
+
+@dataclass(frozen=True)
+class Config(grpo.Config):
+    combine: Literal["gdpo", "sum"] = "gdpo"
+    """Normalise each reward, then add (GDPO); or add, then normalise (GRPO)."""
+    format_weight: float = 1.0
+    """Weight of the strict form, whatever the number."""
+    length_weight: float = 1.0
+    """Weight of an answer of at most length_limit tokens."""
+    length_limit: int = 22
+    """Tokens, the end-of-text among them. About half of the fine-tuned model's answers are longer."""
+    integer_weight: float = 0.0
+    """Weight of an answer that is a whole number."""
+    conditioned: bool = False
+    """A short answer counts as short only if it is right (eq. 8): else answers are easiest to shorten by not
+    thinking.
+    """
+    batch_over: Literal["sequences", "tokens"] = "sequences"
+    """What the batch's mean and std are taken over."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The algorithm, as functions of numbers
+
+
+def gdpo_advantages(
+    rewards: Tensor,
+    group_size: int,
+    weights: Tensor | None = None,
+    eps: float = 1e-4,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Each reward normalised in its group, the weighted sum normalised over the batch (GDPO, eq. 4 to 7).
+
+    rewards: (N, K), the answers of one prompt side by side, NaN where a reward is unknown; weights: (K,), by default
+    all 1. lengths: (N,), tokens of each answer: if given, the batch's mean and variance are over tokens (verl), else
+    over answers (TRL). Returns (N,), no gradient; 0 for an answer without any known reward, and, over answers, exactly
+    0 in a group in which every reward is flat.
+
+    >>> rewards = torch.tensor([[0., 0.], [0., 1.], [0., 0.], [1., 1.], [0., 1.], [1., 1.]])     # 3 prompts, 2 answers
+    >>> gdpo_advantages(rewards, group_size=2)
+    tensor([-0.6454,  0.6454, -1.2909,  1.2909, -0.6454,  0.6454])
+    """
+    summed = group_sums(rewards, group_size, weights, eps)  # (N,)
+    known = ~rewards.isnan().all(dim=1)
+    values = summed[known]
+    if lengths is None:
+        std = values.std() if len(values) > 1 else torch.zeros(())
+        advantages = (summed - values.mean()) / (std + eps)
+        groups = rewards.view(-1, group_size, rewards.shape[1])
+        low, high = groups.nan_to_num(float("inf")).amin(1), groups.nan_to_num(float("-inf")).amax(1)  # (P, K)
+        known = known & (low < high).any(dim=1).repeat_interleave(group_size)  # the rest is 0, not rounding
+    else:
+        counts = lengths[known].to(values.dtype)
+        mean = (values * counts).sum() / counts.sum()
+        variance = ((values - mean).square() * counts).sum() / (counts.sum() - 1).clamp(min=1)
+        advantages = (summed - mean) * (variance + 1e-8).rsqrt()
+    return advantages.masked_fill(~known, 0.0)
+
+
+def group_sums(rewards: Tensor, group_size: int, weights: Tensor | None = None, eps: float = 1e-4) -> Tensor:
+    """Σ_k w_k A_ik, before the step over the batch. rewards: (N, K); returns (N,)."""
+    weights = torch.ones(rewards.shape[1]) if weights is None else weights
+    each = [group_advantages(rewards[:, k], group_size, "group", eps) for k in range(rewards.shape[1])]
+    return torch.stack(each, dim=1) @ weights.to(rewards)
+
+
+def condition(reward: Tensor, on: Tensor, threshold: float = 1.0) -> Tensor:
+    """``reward`` where ``on`` reaches the threshold, else 0 (eq. 8). Before any normalisation.
+
+    >>> condition(torch.tensor([1., 1., 0.]), on=torch.tensor([1., 0., 1.]))
+    tensor([1., 0., 0.])
+    """
+    return torch.where(on >= threshold, reward, torch.zeros_like(reward))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What replaces GRPO's three functions
+
+
+def judge(rollout: Rollout, golds: list, config: Config) -> dict[str, Tensor]:
+    """What each answer earns, by the name of the reward, (N,) each, before weights."""
+    rewards = grpo.judge(rollout, golds, config)
+    short = [length_reward(n, config.length_limit) for n in rollout.mask.sum(dim=1).tolist()]
+    rewards["short"] = torch.tensor(short).to(rewards["correct"]) * rollout.finished
+    if config.conditioned:
+        rewards["short"] = condition(rewards["short"], rewards["correct"])
+    if config.integer_weight:
+        whole = [integer_reward(text) for text in rollout.texts]
+        rewards["integer"] = torch.tensor(whole).to(rewards["correct"]) * rollout.finished
+    return rewards
+
+
+def weights_of(config: Config) -> dict[str, float]:
+    """How much each reward counts."""
+    return grpo.weights_of(config) | {"short": config.length_weight, "integer": config.integer_weight}
+
+
+def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -> Tensor:
+    """(N,), of the answers of all processes."""
+    weights = weights_of(config)
+    if config.combine == "sum":
+        return group_advantages(total_reward(rewards, weights), config.group_size, config.scale)
+    used = [name for name in rewards if weights[name]]  # a reward without weight has no part in anything
+    table = torch.stack([rewards[name] for name in used], dim=1)  # (N, K)
+    counts = lengths if config.batch_over == "tokens" else None
+    return gdpo_advantages(table, config.group_size, torch.tensor([weights[name] for name in used]), lengths=counts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    grpo.check(config)
+    at_least(config, length_limit=1)
+    weights = (config.correct_weight, config.format_weight, config.length_weight, config.integer_weight)
+    n = sum(bool(weight) for weight in weights)
+    if n == 0:
+        raise UserError("all weights are 0: there is nothing to learn")
+    if config.combine == "gdpo" and config.scale != "group":
+        raise UserError("GDPO divides each reward by its std in the group: --scale is for --combine sum")
+    if config.combine == "gdpo" and config.beta and config.kl_in == "reward":
+        raise UserError("GDPO would normalise a KL in the reward like any other reward: use --kl_in loss")
+    if config.combine == "sum" and config.batch_over == "tokens":
+        raise UserError("--combine sum has no step over the batch: --batch_over is for GDPO")
+    if config.combine == "gdpo" and n == 1 and processes.rank() == 0:
+        print(
+            "note: with one reward GDPO is GRPO but for its last step: the advantages are also divided by their std "
+            "over the batch, so they grow when many groups are flat (grpo.py leaves them as they are)"
+        )
+
+
+def run(config: Config) -> dict:
+    """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
+    check(config)
+    return train(config, "gdpo", judge, weights_of, advantages_of)
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

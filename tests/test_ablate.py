@@ -1,0 +1,274 @@
+import json
+import math
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_grpo import start  # noqa: F401  (a fixture)
+
+import ablate
+import grpo
+from ablate import Config, distributions, interval, measure, read_cells, steps_to, table
+from rollout import sample_answers
+from runtime.config import parse
+from runtime.errors import UserError
+from runtime.run import load_stage
+from transformer import Transformer
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs" / "experiments").glob("*.md"))
+BASE = "steps=2 prompts_per_step=4 eval_every=1 eval_prompts=8 n_prompts=32"
+
+
+def tiny(tmp_path, start, **changes) -> Config:  # noqa: F811
+    settings = {
+        "base": BASE, "init_from": str(start), "pretrained": str(start.parent / "pretrain"), "seeds": 2, "jobs": 1,
+        "out": str(tmp_path / "study"), "questions": 16,
+        "cells": ("size | 2 | group_size=2", "size | 4 | group_size=4", "scale | of the group | group_size=4"),
+    }  # fmt: skip
+    return Config(**(settings | changes))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_the_interval_is_students():
+    values = [0.71, 0.74, 0.80]  # mean 0.75, squares 0.0016 + 0.0001 + 0.0025 over 2: std 0.04583
+    mean, half = interval(values)
+    assert mean == pytest.approx(0.75) and half == pytest.approx(4.303 * 0.0458258 / math.sqrt(3), rel=1e-4)
+    assert interval([0.5])[1] == math.inf
+    five = [1.0, 2, 3, 4, 5]
+    assert interval(five)[1] == pytest.approx(2.776 * statistics.stdev(five) / math.sqrt(5))
+    assert interval([float(i) for i in range(20)])[1] == pytest.approx(2.093 * math.sqrt(35) / math.sqrt(20), rel=0.006)
+
+
+def test_the_interval_holds_the_truth_19_times_out_of_20():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
+    held = sum(abs(mean) <= half for mean, half in (interval(row) for row in samples.tolist()))
+    assert 0.94 < held / 4000 < 0.96
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0.5, 0.7, 0.9, 0.9], 18.0), ([0.5, 1.0], 9.0), ([0.5, 0.4], None), ([0.5, 0.5, 0.5], None), ([0, 1, 0.5], 4.5)],
+)
+def test_steps_to_most_of_the_gain(values, expected):
+    assert steps_to(list(range(0, 10 * len(values), 10)), values) == expected
+
+
+def test_entropy_and_kl_of_whole_distributions(start):  # noqa: F811
+    model, tokenizer, _ = load_stage(str(start))
+    torch.manual_seed(1)
+    other = Transformer(model.config)
+    rollout = sample_answers(model, tokenizer, [[65, 66], [67]], 2, 8, 1.0, seed=0)
+    with torch.no_grad():
+        entropy, kl = distributions(model, other, rollout)
+        same = distributions(model, model, rollout)[1]
+    assert same.abs().max() < 1e-5 and (kl > 0).all()
+    for i in range(4):
+        h = d = 0.0
+        for t in rollout.mask[i].nonzero().squeeze(1).tolist():
+            with torch.no_grad():
+                p, q = (m(rollout.tokens[i : i + 1, : t + 1])[0, -1].softmax(-1) for m in (model, other))
+            h -= float((p * p.log()).sum())
+            d += float((p * (p / q).log()).sum())
+        assert float(entropy[i]) == pytest.approx(h, rel=1e-3) and float(kl[i]) == pytest.approx(d, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def test_cells_and_their_configurations():
+    config = Config(base="steps=5 lr=1e-4", cells=("a | x | lr=1e-3 mask_truncated=True", "b | lr=1e-4", "b | plain |"))
+    cells = read_cells(config)
+    assert [(cell.part, cell.label) for cell in cells] == [("a", "x"), ("b", "lr=1e-4"), ("b", "plain")]
+    assert cells[1].key == cells[2].key == "lr=1e-4 steps=5"  # one run for both
+    made = ablate.stage_config(config, cells[0], 3)
+    assert (made.steps, made.lr, made.mask_truncated, made.seed) == (5, 1e-3, True, 3)
+    assert made.out_dir.endswith("seed3") and made.init_from == "out/arith/sft"
+    off = ablate.stage_config(
+        replace(config, cells=()), ablate.Cell("", "", (("activation_checkpointing", "False"),)), 0
+    )
+    assert off.activation_checkpointing is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cells": ()}, "no cells"),
+        ({"cells": ("group_size=4",)}, "is not a cell"),
+        ({"cells": ("a | b | c | d",)}, "is not a cell"),
+        ({"cells": ("a | group_size",)}, "is not a setting"),
+        ({"cells": ("a | groupsize=4",)}, "group_size"),
+        ({"cells": ("a | group_size=x",)}, "group_size x"),
+        ({"cells": ("a | start=weak",)}, "start=weak"),
+        ({"cells": ("a | lr=1",), "starts": ("weak",)}, "is not a start"),
+        ({"scatter": ("kl",)}, "two columns"),
+        ({"init_from": "nowhere"}, "there is no checkpoint in nowhere"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(tmp_path, start, changes, words):  # noqa: F811
+    with pytest.raises(UserError, match=words):
+        ablate.run(tiny(tmp_path, start, **changes))
+    assert not (tmp_path / "study" / "runs").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ablate_*.py")), ids=lambda p: p.stem)
+def test_the_studies_of_the_book_have_cells_that_differ_in_one_thing(path):
+    config = parse(Config, [str(path)])
+    cells = read_cells(config)
+    assert config.name and len(cells) >= 2
+    page = ROOT / "docs" / "experiments" / f"{config.name}.md"
+    assert f"python ablate.py configs/{path.name}" in page.read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, start):  # noqa: F811
+    folder = tmp_path_factory.mktemp("ablation")
+    config = tiny(folder, start, starts=("weak | n_examples=8 epochs=1",))
+    config = replace(config, cells=(*config.cells, "start | weak | group_size=2 start=weak"))
+    return config, ablate.run(config)
+
+
+def test_a_study_runs_every_cell_with_every_seed_once(study):
+    config, rows = study
+    assert len(rows) == 6  # three different settings, two seeds
+    assert {(row["cell"], row["seed"]) for row in rows} == {(c.key, s) for c in read_cells(config) for s in (0, 1)}
+    stored = [json.loads(line) for line in Path(config.out, "results.jsonl").read_text().splitlines()]
+    assert stored == rows
+    for row in rows:
+        assert {
+            "accuracy",
+            "correct",
+            "formatted",
+            "short",
+            "length",
+            "kl",
+            "entropy",
+            "start",
+            "steps_90",
+        } <= row.keys()
+        assert row["curves"]["accuracy"][0] == [0, 1, 2] and row["kl"] >= 0 and row["answers"] in (16, 32)
+    assert (
+        not list(Path(config.out, "runs").rglob("*.pt")) and len(list(Path(config.out, "runs").rglob("log.txt"))) == 6
+    )
+    assert Path(config.out, "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_has_means_and_intervals_of_the_rows(study):
+    config, rows = study
+    text = Path(config.out, "table.md").read_text()
+    lines = text.splitlines()
+    assert len(lines) == 2 + 4 and lines[0].startswith("| part | setting | greedy accuracy |")
+    mine = [row["accuracy"] for row in rows if row["cell"] == read_cells(config)[0].key]
+    mean, half = interval(mine)
+    assert lines[2].startswith(f"| size | 2 | {mean:.3f} ± {half:.3f} |") and lines[2].endswith("| 2 |")
+    assert lines[3].split("|")[3:] == lines[4].split("|")[3:]  # the same runs in two parts
+
+
+def test_a_start_of_its_own_is_made_and_used(study):
+    config, _ = study
+    weak = Path(config.out) / "starts" / "weak"
+    assert torch.load(weak / "ckpt.pt", weights_only=True)["config"]["n_examples"] == 8
+    settings = [json.loads(p.read_text()) for p in Path(config.out, "runs").rglob("config.json")]
+    assert sorted({Path(s["init_from"]).name for s in settings}) == ["sft", "weak"]
+
+
+def test_a_second_call_runs_what_is_missing_and_nothing_else(study, tmp_path, monkeypatch, capsys):
+    config, rows = study
+    shutil.copytree(config.out, tmp_path / "study")
+    again = replace(config, out=str(tmp_path / "study"))
+    path = tmp_path / "study" / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]) + lines[4][:40])  # a crash: one row cut off, one not written
+    shutil.rmtree(tmp_path / "study" / "runs")
+    new = ablate.run(again)
+    assert "2 runs to do" in capsys.readouterr().out
+    assert len(list((tmp_path / "study" / "runs").rglob("log.txt"))) == 2
+    without_time = [sorted((k, str(v)) for k, v in row.items()) for row in new]
+    assert sorted(without_time) == sorted(
+        sorted((k, str(v)) for k, v in row.items()) for row in rows
+    )  # the same figures
+
+
+def test_results_of_another_start_are_not_mixed_in(study, tmp_path):
+    config, _ = study
+    shutil.copytree(config.out, tmp_path / "study")
+    with pytest.raises(UserError, match="questions"):
+        ablate.run(replace(config, out=str(tmp_path / "study"), questions=17))
+
+
+def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, start):  # noqa: F811
+    config = tiny(tmp_path, start, cells=("a | group_size=2", "a | group_size=2 max_new_tokens=4000"), seeds=1)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        ablate.run(config)
+    assert len((tmp_path / "study" / "results.jsonl").read_text().splitlines()) == 1
+    assert (tmp_path / "study" / "table.md").exists()
+
+
+def test_the_page_gets_the_table_and_keeps_its_words(study, tmp_path):
+    config, rows = study
+    page = tmp_path / "page.md"
+    page.write_text("# Question\n\n<!-- table -->\nold\n<!-- /table -->\n\nThe answer.\n")
+    for _ in range(2):
+        ablate.run(replace(config, page=str(page)))
+    text = page.read_text()
+    assert text.startswith("# Question\n\n<!-- table -->\n\n| part |") and text.endswith(
+        "<!-- /table -->\n\nThe answer.\n"
+    )
+    assert "old" not in text and text.count("| part |") == 1
+    assert page.with_suffix(".png").exists() and len(page.with_suffix(".jsonl").read_text().splitlines()) == len(rows)
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="no place for the table"):
+        ablate.run(replace(config, page=str(page)))
+    assert page.read_text() == "no marks"
+
+
+def test_a_scatter_plot_of_two_columns(study, tmp_path):
+    config, rows = study
+    cells = read_cells(config)
+    drawn = replace(config, scatter=("kl", "accuracy"), out=str(tmp_path))
+    ablate.report(drawn, cells, rows)
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_measure_counts_what_it_says(study, tmp_path, start):  # noqa: F811
+    """Of a run whose weights are still there: greedy accuracy is that of the examination on the same questions."""
+    config, _ = study
+    settings = grpo.Config(
+        out_dir=str(tmp_path), init_from=str(start), steps=1, prompts_per_step=2, eval_prompts=16, eval_every=1,
+        device="cpu", n_prompts=32,
+    )  # fmt: skip
+    figures = grpo.run(settings)
+    row = measure(str(tmp_path), str(start), replace(config, questions=16))
+    assert row["accuracy"] == pytest.approx(figures["accuracy"])
+    assert row["all"] <= min(row["correct"], row["short"]) and row["correct"] <= row["formatted"] <= row["finished"]
+    assert row["answers"] == 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_a_page_holds_the_table_of_its_results(page):
+    """Nobody has edited a figure by hand: the table is that of the rows beside it."""
+    preset = ROOT / "configs" / f"ablate_{page.stem}.py"
+    config = parse(Config, [str(preset)])
+    rows = [json.loads(line) for line in page.with_suffix(".jsonl").read_text().splitlines()]
+    inside = page.read_text().split("<!-- table -->")[1].split("<!-- /table -->")[0].strip()
+    assert inside == table(config, read_cells(config), rows)
+    assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and f"{page.stem}.png" in page.read_text()
+    counted = {cell.key: sum(row["cell"] == cell.key for row in rows) for cell in read_cells(config)}
+    assert min(counted.values()) >= 3, counted

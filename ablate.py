@@ -7,8 +7,8 @@ its n seeds the table gives the mean and the 95 % interval of the mean (Student 
 
     mean(x)  ±  t(n - 1) · std(x) / √n                                               std of the sample, t(2) = 4.3
 
-Two cells whose intervals overlap widely have not been told apart. Seeds decide the order of the questions and the
-sampling; all cells share one start (another one would be a cell of its own).
+Two cells whose intervals overlap widely have not been told apart. Seeds decide which questions are asked, in which
+order, and the sampling; all cells share one start (another one would be a cell of its own).
 
     python ablate.py configs/ablate_grpo.py                    # a study of the book; stops and continues anywhere
     python ablate.py --cells "a | lr=1e-4" "a | lr=3e-4"       # one of your own: part | settings
@@ -39,15 +39,19 @@ import grpo
 import sft
 from data import encode_prompts, load_prompts
 from rollout import Rollout, sample_answers, score
-from runtime.checkpoint import find_checkpoint, load_checkpoint, write_text
-from runtime.config import at_least, parse
+from runtime.checkpoint import load_checkpoint, write_text
+from runtime.config import as_dict, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
 from runtime.run import fingerprint, load_stage, need_checkpoint
 from transformer import Transformer
 
-STAGES = {"grpo": grpo, "gdpo": gdpo, "sft": sft}
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of 1 to 9 degrees of freedom
+STAGES = {"grpo": grpo, "gdpo": gdpo}
+T_95 = (  # of 1 to 29 degrees of freedom
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
+)  # fmt: skip
+OURS = ("init_from", "out_dir", "seed", "device", "fresh", "data", "data_dir")  # what the study itself decides
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Config:
     """Runs at a time, one thread each (0: one for each core)."""
     questions: int = 512
     """Held-out questions that each run is measured on at its end."""
-    length_limit: int = 22
+    length_limit: int = 26
     """Up to so many tokens an answer is short; counted for every run, whether it is rewarded or not."""
     columns: tuple[str, ...] = ("accuracy", "correct", "steps_90", "kl", "entropy", "length")
     """Of the table."""
@@ -129,6 +133,9 @@ def read_cells(config: Config) -> list[Cell]:
         if len(parts) not in (2, 3):
             raise UserError(f"{line!r} is not a cell: part | settings, or part | label | settings")
         settings = read_settings(config.base) | read_settings(parts[-1])
+        decided = [name for name in settings if name in OURS]
+        if decided:
+            raise UserError(f"{line!r}: {decided[0]} is the same for all cells (other starts: --starts, start=label)")
         cells.append(Cell(parts[0], parts[-2] if len(parts) == 3 else parts[-1], tuple(sorted(settings.items()))))
     for line in config.starts:
         if line.count("|") != 1:
@@ -180,9 +187,9 @@ def measure(folder: str, start: str, config: Config) -> dict:
     ``steps_90``, which come from its curve.
 
     accuracy: of greedy answers. Of one answer sampled at temperature 1 to each question: correct, formatted, short
-    and all three; length in tokens; finished; entropy: of the next token's distribution, in nats, mean over answer
-    tokens; kl: KL(π ‖ start) in nats, summed over an answer's tokens. Both use whole distributions, not only the
-    sampled tokens.
+    and all three; believed: right in the eyes of the verifier that the run was trained with; length in tokens;
+    finished; entropy: of the next token's distribution, in nats, mean over answer tokens; kl: KL(π ‖ start) in nats,
+    summed over an answer's tokens. Both use whole distributions, not only the sampled tokens.
     """
     model, tokenizer, state = load_stage(folder)
     reference = load_stage(start)[0]
@@ -190,7 +197,8 @@ def measure(folder: str, start: str, config: Config) -> dict:
     prompts = load_prompts("arith", "validation", n=config.questions)
     ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
     golds, greedy = [prompt.gold for prompt in prompts], 0.0
-    sums = dict.fromkeys(("correct", "formatted", "short", "all", "length", "finished", "entropy", "kl"), 0.0)
+    names = ("correct", "formatted", "short", "all", "believed", "length", "finished", "entropy", "kl")
+    sums = dict.fromkeys(names, 0.0)
     tokens = 0
     for first in range(0, len(ids), 128):
         some = slice(first, first + 128)
@@ -200,8 +208,9 @@ def measure(folder: str, start: str, config: Config) -> dict:
         correct, formatted = score(rollout.texts, golds[some], rollout.finished)
         lengths = rollout.mask.sum(dim=1)
         short = (lengths <= config.length_limit) * rollout.finished
+        believed, _ = score(rollout.texts, golds[some], rollout.finished, state["config"]["verifier"])
         entropy, kl = distributions(model, reference, rollout)
-        found = (correct, formatted, short, correct * short, lengths, rollout.finished, entropy, kl)
+        found = (correct, formatted, short, correct * short, believed, lengths, rollout.finished, entropy, kl)
         sums = {name: value + float(values.sum()) for (name, value), values in zip(sums.items(), found)}
         tokens += int(lengths.sum())
     row = {name: value / len(ids) for name, value in sums.items()}
@@ -245,7 +254,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return values[0], math.inf
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)  # beyond the table, to within 0.5 %
+    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)  # beyond the table, to within 0.1 %
     return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
@@ -254,24 +263,35 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def run_cell(config: Config, cell: Cell, seed: int) -> dict:
-    """Train and measure one run; its row. In a process of its own, with one thread; what it prints goes to log.txt."""
+    """Train and measure one run; its row, which is also left in its folder. In a process of its own, with one thread;
+    what it prints goes to log.txt."""
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
     settings, folder = stage_config(config, cell, seed), folder_of(config, cell, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            STAGES[config.stage].run(settings)
-            row = measure(str(folder), settings.init_from, config)
+    try:
+        if parent is not None and not parent.is_alive():
+            raise KeyboardInterrupt  # the study was killed: take nothing more from its queue
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                STAGES[config.stage].run(settings)
+                row = measure(str(folder), settings.init_from, config)
+    except KeyboardInterrupt:  # the run has saved itself
+        if parent is None:
+            raise
+        os._exit(130)
     curves = read_metrics(folder / "metrics.jsonl")
     rounded = lambda value: round(value, 5) if isinstance(value, float) else value  # noqa: E731
     kept = {name: [curves[name][0], [rounded(v) for v in curves[name][1]]] for name in config.curves if name in curves}
+    row = {"cell": cell.key, "seed": seed} | {name: rounded(value) for name, value in row.items()} | {"curves": kept}
+    write_text(folder / "row.json", json.dumps(row) + "\n")
     for weights in folder.glob("*.pt"):
-        weights.unlink()  # the row is what is left of a run; its command makes the weights again
-    return {"cell": cell.key, "seed": seed} | {name: rounded(value) for name, value in row.items()} | {"curves": kept}
+        weights.unlink()  # the row is what is left of a run; its settings make the weights again
+    return row
 
 
 def make_start(config: Config, line: str) -> None:
-    """One of the starts, if it is not there yet."""
+    """One of the starts; one that is finished returns at once, one that was interrupted goes on."""
     label, settings = (part.strip() for part in line.split("|"))
     folder = root_of(config) / "starts" / label
     fields = {"init_from": config.pretrained, "out_dir": str(folder), "device": "cpu"}
@@ -280,55 +300,77 @@ def make_start(config: Config, line: str) -> None:
 
 def run(config: Config) -> list[dict]:
     """Run what is missing, seed by seed, so that an unfinished study is a study with fewer seeds; return all rows."""
-    at_least(config, seeds=1, jobs=0, questions=1, length_limit=1)
-    cells = read_cells(config)
-    if config.scatter and len(config.scatter) != 2:
-        raise UserError("scatter takes two columns")
+    cells = check(config)
     root = root_of(config)
-    need_checkpoint(config.init_from, "python sft.py")
     check_same_study(config)
+    unique = list({cell.key: cell for cell in cells}.values())
     rows = read_rows(root / "results.jsonl")
     done = {(row["cell"], row["seed"]) for row in rows}
-    unique = list({cell.key: cell for cell in cells}.values())
     missing = [(cell, seed) for seed in range(config.seeds) for cell in unique if (cell.key, seed) not in done]
-    for line in config.starts:
-        if missing and not find_checkpoint(str(root / "starts" / line.split("|")[0].strip())).exists():
-            make_start(config, line)
+    for cell, seed in list(missing):  # measured, but the study was interrupted before it took note
+        left = folder_of(config, cell, seed) / "row.json"
+        if left.exists():
+            rows.append(add_row(root / "results.jsonl", json.loads(left.read_text())))
+            missing.remove((cell, seed))
+    for line in config.starts if missing else ():
+        make_start(config, line)
     jobs = config.jobs or os.cpu_count() or 1
     print(f"{config.name}: {len(unique)} cells, {config.seeds} seeds, {len(missing)} runs to do, {jobs} at a time")
     failed: list[str] = []
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit PyTorch's threads half dead
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, mp_context=spawn)
+    try:
         waiting = {pool.submit(run_cell, config, cell, seed): (cell, seed) for cell, seed in missing}
-        try:
-            finished = concurrent.futures.as_completed(waiting)
-            for future in tqdm(finished, total=len(waiting), desc=config.name, disable=not waiting):
-                cell, seed = waiting[future]
-                if future.exception() is not None:
-                    failed.append(f"{cell.key} (seed {seed}): {future.exception()}")
-                    continue
-                rows.append(future.result())
-                with open(root / "results.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finished = concurrent.futures.as_completed(waiting)
+        for future in tqdm(finished, total=len(waiting), desc=config.name, disable=not waiting):
+            cell, seed = waiting[future]
+            if isinstance(future.exception(), concurrent.futures.process.BrokenProcessPool):
+                raise KeyboardInterrupt
+            if future.exception() is not None:
+                failed.append(f"{cell.key} (seed {seed}): {future.exception()}")
+                continue
+            rows.append(add_row(root / "results.jsonl", future.result()))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     report(config, cells, rows)
     if failed:
         raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}; the others are in the table")
     return rows
 
 
+def check(config: Config) -> list[Cell]:
+    """Refuse what cannot work, before anything runs; the cells."""
+    at_least(config, seeds=1, jobs=0, questions=1, length_limit=1)
+    cells = read_cells(config)
+    need_checkpoint(config.init_from, "python sft.py")
+    if config.scatter and len(config.scatter) != 2:
+        raise UserError("scatter takes two columns")
+    for name in (*config.columns, *config.scatter):
+        if name not in COLUMNS:
+            raise UserError(f"there is no column {name}: {', '.join(COLUMNS)}")
+    for name in config.curves:
+        if name not in CURVES:
+            raise UserError(f"there is no curve {name}: {', '.join(CURVES)}")
+    if config.page:
+        split_page(Path(config.page))
+    return cells
+
+
+def add_row(path: Path, row: dict) -> dict:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return row
+
+
 def check_same_study(config: Config) -> None:
-    """Refuse to mix results of another start or of other questions into a study."""
+    """Refuse to mix results of another start, other questions or other defaults of the stage into a study."""
     path = root_of(config) / "study.json"
     weights = fingerprint(load_checkpoint(config.init_from)["model"])
-    facts = {
-        "stage": config.stage,
-        "start": weights,
-        "questions": config.questions,
-        "length_limit": config.length_limit,
-    }
+    defaults = {name: value for name, value in as_dict(STAGES[config.stage].Config()).items() if name not in OURS}
+    facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit", "curves", "starts")}
+    facts = json.loads(json.dumps(facts | {"start": weights} | defaults))
     if path.exists():
         stored = json.loads(path.read_text())
         changed = [
@@ -354,10 +396,17 @@ def read_rows(path: Path) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Table, plot and page
 
-NAMES = {
-    "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)",
-    "all": "right and short", "correct": "sampled, right", "formatted": "in form", "accuracy": "greedy accuracy",
-    "answers": "answers sampled",
+COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run
+    "start": "greedy accuracy before", "accuracy": "greedy accuracy", "correct": "sampled, right",
+    "believed": "right, says its verifier", "formatted": "in form", "short": "short", "all": "right and short",
+    "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "tokens",
+    "finished": "finished", "answers": "answers sampled",
+}  # fmt: skip
+CURVES = {  # what a run logs about itself: rewards are those that it was trained with
+    "accuracy": "greedy accuracy", "correct": "right, as rewarded", "formatted": "in form, as rewarded",
+    "short": "short, as rewarded", "reward": "reward", "length": "tokens", "entropy": "entropy", "finished": "finished",
+    "flat_groups": "flat groups", "kept_apart": "kept apart", "clip_fraction": "clipped", "kl_ref": "KL to the start",
+    "kl_old": "KL to the sampler", "grad_norm": "gradient norm", "answers": "answers sampled",
 }  # fmt: skip
 DIGITS = {"steps_90": 0, "length": 1, "kl": 2, "answers": 0}
 
@@ -366,7 +415,7 @@ def table(config: Config, cells: list[Cell], rows: list[dict]) -> str:
     """Markdown: a line for each cell, mean ± half width for each column; seeds that have no such figure are left out,
     and if some are, their number is said."""
     several = any(cell.part for cell in cells)
-    head = [*(["part"] if several else []), "setting", *(NAMES.get(name, name) for name in config.columns), "seeds"]
+    head = [*(["part"] if several else []), "setting", *(COLUMNS[name] for name in config.columns), "seeds"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for cell in cells:
         mine = [row for row in rows if row["cell"] == cell.key]
@@ -401,21 +450,27 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
     runs = {(cell.part, cell.label): [row for row in rows if row["cell"] == cell.key] for cell in cells}
     runs = {key: mine for key, mine in runs.items() if mine}
     if runs:
-        plot_study(runs, root / "plot.png", list(config.curves), list(config.scatter), NAMES)
+        plot_study(
+            runs, root / "plot.png", list(config.curves), list(config.scatter), COLUMNS if config.scatter else CURVES
+        )
     print(f"{text}\n\n{root / 'results.jsonl'}, {root / 'table.md'}, {root / 'plot.png'}")
     if config.page:
         page = Path(config.page)
-        if not page.exists():
-            raise UserError(f"there is no page {page}")
-        before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
-        _, end, after = rest.partition("<!-- /table -->")
-        if not mark or not end:
-            raise UserError(
-                f"{page} has no place for the table: <!-- table --> and <!-- /table --> on lines of their own"
-            )
-        write_text(page, f"{before}{mark}\n{text}\n\n{end}{after}")
+        before, after = split_page(page)
+        write_text(page, f"{before}\n{text}\n\n{after}")
         shutil.copyfile(root / "results.jsonl", page.with_suffix(".jsonl"))
         shutil.copyfile(root / "plot.png", page.with_suffix(".png"))
+
+
+def split_page(page: Path) -> tuple[str, str]:
+    """A page up to the mark before its table, and from the mark behind it."""
+    if not page.exists():
+        raise UserError(f"there is no page {page}")
+    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- /table -->")
+    if not mark or not end:
+        raise UserError(f"{page} has no place for a table: <!-- table --> and <!-- /table --> on lines of their own")
+    return before + mark, end + after
 
 
 if __name__ == "__main__":

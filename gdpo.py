@@ -25,11 +25,12 @@ verl's own verl over tokens, so that long answers count more, and the answers of
 not 0 (``batch_over = tokens``). NVlabs leaves out the last step for a single reward, TRL does not, and neither do we.
 A reward of NaN is unknown (TRL): it enters no statistic and adds nothing; NVlabs takes it for 0.
 
-    python gdpo.py                                            # the embedded task, after sft.py: right, in form, short
-    python gdpo.py --combine sum --out_dir out/arith/summed   # the same rewards, GRPO's order
-    python gdpo.py --conditioned --length_weight 0.5
+    python gdpo.py                                                      # the embedded task, after sft.py
+    python gdpo.py --combine sum --out_dir out/arith/summed             # the same rewards, GRPO's order
+    python gdpo.py --no-conditioned --out_dir out/arith/gdpo_short      # short counts for itself
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,13 +54,13 @@ class Config(grpo.Config):
     """Weight of the strict form, whatever the number."""
     length_weight: float = 1.0
     """Weight of an answer of at most length_limit tokens."""
-    length_limit: int = 22
-    """Tokens, the end-of-text among them. About half of the fine-tuned model's answers are longer."""
+    length_limit: int = 26
+    """Tokens, the end-of-text among them. Half of the fine-tuned model's answers are longer."""
     integer_weight: float = 0.0
     """Weight of an answer that is a whole number."""
-    conditioned: bool = False
-    """A short answer counts as short only if it is right (eq. 8): else answers are easiest to shorten by not
-    thinking.
+    conditioned: bool = True
+    """A short answer counts as short only if it is right (eq. 8). Otherwise answers are easiest to shorten by
+    thinking less, and the policy finds that out.
     """
     batch_over: Literal["sequences", "tokens"] = "sequences"
     """What the batch's mean and std are taken over."""
@@ -120,6 +121,27 @@ def condition(reward: Tensor, on: Tensor, threshold: float = 1.0) -> Tensor:
     return torch.where(on >= threshold, reward, torch.zeros_like(reward))
 
 
+def count_lessons(group_size: int, n_rewards: int) -> tuple[int, int, int]:
+    """How many different lessons (advantages of a group, order aside) all tables of 0/1 rewards give: when rewards are
+    added (GRPO), added without the division by the std, and by GDPO before its step over the batch.
+
+    >>> count_lessons(group_size=2, n_rewards=2)
+    (2, 3, 3)
+    """
+    rows = list(itertools.product((0.0, 1.0), repeat=n_rewards))
+    found: tuple[set, set, set] = (set(), set(), set())
+    for table in itertools.combinations_with_replacement(rows, group_size):
+        rewards = torch.tensor(table, dtype=torch.float64)
+        total = rewards.sum(dim=1)
+        advantages = (
+            group_advantages(total, group_size, eps=0.0), group_advantages(total, group_size, "none"),
+            group_sums(rewards, group_size, eps=0.0),
+        )  # fmt: skip
+        for lessons, values in zip(found, advantages):
+            lessons.add(tuple(sorted(round(value, 6) + 0.0 for value in values.tolist())))  # + 0.0: no -0.0
+    return tuple(map(len, found))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What replaces GRPO's three functions
 
@@ -162,7 +184,7 @@ def check(config: Config) -> None:
     grpo.check(config)
     at_least(config, length_limit=1)
     weights = (config.correct_weight, config.format_weight, config.length_weight, config.integer_weight)
-    n = sum(bool(weight) for weight in weights)
+    n = sum(bool(weight) for weight in weights) + bool(config.overlong_buffer)
     if n == 0:
         raise UserError("all weights are 0: there is nothing to learn")
     if config.combine == "gdpo" and config.scale != "group":

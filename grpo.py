@@ -18,9 +18,9 @@ What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
   nearly always or nearly never answered, and a sum over tokens divided by a constant (``loss_type = dr_grpo``), so that
   a long wrong answer is not excused for its length.
 * **DAPO** (Yu et al. 2025): mean over all tokens of the batch (``loss_type = dapo``; TRL's default, and ours; eq. 8 has
-  it in each group); ε_high 0.28, above ε_low 0.2, so that rare tokens can grow; groups that are all right or all wrong
-  are replaced by fresh ones (``draws``); answers that were cut off leave the loss (``mask_truncated``) and long ones
-  lose reward before they are (``overlong_buffer``). No KL.
+  it in each group); ε_high 0.28, above ε_low 0.2, so that rare tokens can grow; groups in which every answer earned the
+  same are replaced by fresh ones (``draws``; the paper looks at right and wrong alone); answers that were cut off leave
+  the loss (``mask_truncated``) and long ones lose reward before they are (``overlong_buffer``). No KL.
 * **GSPO** (Zheng et al. 2025): one ratio for the whole answer, the geometric mean of its tokens'
   (``ratio_level = sequence``), with ``loss_type = grpo``; it hardly moves, so ε is 3e-4 and 4e-4 there, for answers
   much longer than ours.
@@ -37,10 +37,11 @@ temperature: the policy that samples is the policy that trains. The first update
     python grpo.py                                           # the embedded task, after sft.py
     python grpo.py configs/grpo_dapo.py
     python grpo.py configs/grpo_gsm8k.py --data_dir DIR
-    python grpo.py --updates_per_rollout 2 --beta 0.02 --kl k2
+    python grpo.py --beta 0.02 --kl k2 --out_dir out/arith/grpo_kl
 """
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ from ppo import minibatch_rows
 from pretrain import learning_rate, make_optimizers, update
 from rollout import Rollout, examine, flat_groups, join, kept_apart, render, report_start, sample_answers, score, warn
 from runtime import processes
+from runtime.checkpoint import load_checkpoint
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, load_stage, need_checkpoint, start
@@ -101,7 +103,7 @@ class Config(RunConfig):
     filtering).
     """
     draws: int = 1
-    """Groups that are all right or all wrong are replaced by those of other prompts, drawn up to so many times
+    """Groups in which every answer earned the same are replaced by those of other prompts, drawn up to so many times
     (DAPO's dynamic sampling; then whatever there is fills the batch). 1: never.
     """
     scale: Literal["group", "batch", "none"] = "group"
@@ -123,7 +125,7 @@ class Config(RunConfig):
     kl_in: Literal["loss", "reward"] = "loss"
     """The KL as a term of the loss, or subtracted from each answer's reward."""
     kl_times_ratio: bool = False
-    """Weigh the KL in the loss by the ratio, which makes k3's gradient that of the KL (TRL's default since 1.16)."""
+    """Weigh k1 or k3 in the loss by the ratio, which makes its gradient that of the KL (TRL's default since 1.16)."""
     updates_per_rollout: int = 2
     """Passes over the same answers; from the second update on, ratios differ from 1 and clipping acts."""
     minibatches: int = 2
@@ -171,16 +173,14 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps
     groups = rewards.detach().view(-1, group_size)  # (P, G)
     centered = groups - groups.nanmean(dim=1, keepdim=True)
     low, high = groups.nan_to_num(float("inf")).amin(1, True), groups.nan_to_num(float("-inf")).amax(1, True)
-    centered = centered.masked_fill(
-        low >= high, 0.0
-    )  # a flat group teaches nothing: exactly 0, however the mean rounds
     if scale == "group":
         centered = centered / (_nanstd(groups) + eps)  # (P, 1)
     elif scale == "batch":
         centered = centered / (_nanstd(groups.reshape(1, -1)) + eps)
     elif scale != "none":
         raise ValueError(f"scale {scale!r}: group, batch or none")
-    return centered.nan_to_num(0.0).flatten()
+    nothing = (low >= high) | groups.isnan()  # a flat group teaches nothing: exactly 0, however its mean rounds
+    return centered.masked_fill(nothing, 0.0).flatten()
 
 
 def _nanstd(rows: Tensor) -> Tensor:
@@ -256,14 +256,16 @@ def grpo_loss(
             raise ValueError("dr_grpo divides by a constant: give max_length")
         per_token = per_token / max_length
     if normalizer is None:
-        normalizer = loss_normalizer(mask, loss_type)
+        normalizer = loss_normalizer(mask, loss_type).clamp(min=1)
     return per_token.sum() / normalizer
 
 
 def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
-    """What the sum over a whole batch is divided by: its tokens (dapo, cispo) or its answers (grpo, dr_grpo)."""
+    """What the sum over a whole batch is divided by: its tokens (dapo, cispo) or its answers (grpo, dr_grpo). Parts of
+    a batch add up, so take the sum over processes before you guard against 0.
+    """
     if loss_type in ("dapo", "cispo"):
-        return mask.sum().clamp(min=1)
+        return mask.sum()
     if loss_type in ("grpo", "dr_grpo"):
         return torch.tensor(float(len(mask)), device=mask.device)
     raise ValueError(f"loss_type {loss_type!r}: grpo, dapo, dr_grpo or cispo")
@@ -338,13 +340,13 @@ def accumulate_gradients(
     """
     in_loss = bool(config.beta) and config.kl_in == "loss"
     counts = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask  # (N, T-1)
-    normalizer = processes.sum_over_processes(loss_normalizer(counts, config.loss_type))
+    normalizer = processes.sum_over_processes(loss_normalizer(counts, config.loss_type)).clamp(min=1)
     first = old_logps is None
     old_logps = torch.zeros_like(rollout.sampled_logps) if first else old_logps
     # An answer without advantage has no gradient but that of the KL: without it we need not run the model on it. It
     # stays counted.
     useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
-    sums = dict.fromkeys(("loss", "tokens", "clipped", "moved", "kl", "gap"), 0.0)
+    sums = dict.fromkeys(("loss", "tokens", "pushed", "clipped", "moved", "kl", "gap"), 0.0)
     for rows in useful.nonzero().squeeze(1).split(config.micro_batch_size) if useful.any() else ():
         tokens, mask = rollout.tokens[rows], counts[rows]
         width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
@@ -366,10 +368,12 @@ def accumulate_gradients(
             if config.ratio_level == "sequence":
                 change = (change * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
             too_high, too_low = change.exp() > 1 + config.clip_high, change.exp() < 1 - config.clip_low
-            outside = torch.where(advantages[rows, None] > 0, too_high, too_low)
-            outside = too_high if config.loss_type == "cispo" else outside  # it has no lower bound
+            up, down = advantages[rows, None] > 0, advantages[rows, None] < 0
+            outside = (up & too_high) | (down & too_low)
+            outside = (up | down) & too_high if config.loss_type == "cispo" else outside  # it has no lower bound
             sums["loss"] += float(loss)
             sums["tokens"] += float(mask.sum())
+            sums["pushed"] += float(((up | down) & mask).sum())
             sums["clipped"] += float((outside & mask).sum())
             sums["moved"] += float((kl_estimate(old, logps, "k3") * mask).sum())
             sums["gap"] += float(((old - rollout.sampled_logps[rows, :width]).abs() * mask).sum())
@@ -378,7 +382,8 @@ def accumulate_gradients(
     total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     sums = dict(zip(sums, total))
     n = max(sums["tokens"], 1.0)
-    statistics = {"loss": sums["loss"], "clip_fraction": sums["clipped"] / n, "kl_old": sums["moved"] / n, "tokens": n}
+    statistics = {"loss": sums["loss"], "tokens": sums["tokens"], "kl_old": sums["moved"] / n}
+    statistics["clip_fraction"] = sums["clipped"] / max(sums["pushed"], 1.0)  # of the tokens with an advantage
     if in_loss:
         statistics["kl_ref"] = sums["kl"] / n
     statistics["sampler_gap"] = sums["gap"] / n
@@ -394,7 +399,11 @@ def check(config: Config) -> None:
     _, world, _ = processes.setup_processes(config.device)
     at_least(config, steps=1, prompts_per_step=1, max_new_tokens=1, updates_per_rollout=1, micro_batch_size=1, warmup=0)
     at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, clip=1e-9, draws=1)
-    at_least(config, arith_warmup=0, arith_fade=0, overlong_buffer=0, minibatches=1, beta=0.0)
+    at_least(config, arith_warmup=0, arith_fade=0, overlong_buffer=0, minibatches=1, beta=0.0, clip_low=0.0)
+    at_least(config, clip_high=0.0, lr=0.0, final_lr=0.0, weight_decay=0.0)
+    for name in ("temperature", "beta", "lr", "correct_weight", "format_weight"):
+        if not math.isfinite(getattr(config, name)):
+            raise UserError(f"{name} is {getattr(config, name)}: it must be a number")
     if config.group_size < 2:
         raise UserError("group_size starts at 2: an answer is compared with its siblings")
     if config.prompts_per_step % world:
@@ -404,6 +413,8 @@ def check(config: Config) -> None:
         raise UserError(f"{answers} answers do not make {config.minibatches} minibatches per process")
     if config.data == "arith" and (config.arith_warmup or config.arith_fade):
         raise UserError("arith_warmup and arith_fade lead from the embedded task to another one: choose --data")
+    if config.arith_warmup >= config.steps and config.data != "arith":
+        raise UserError(f"arith_warmup {config.arith_warmup} leaves no step of {config.steps} for {config.data}")
     if config.temperature <= 0:
         raise UserError(
             "temperature must be positive: greedy answers are all the same, and a group of equals teaches nothing"
@@ -412,6 +423,8 @@ def check(config: Config) -> None:
         raise UserError(f"overlong_buffer {config.overlong_buffer} is longer than max_new_tokens")
     if config.beta and config.kl == "k1" and config.kl_in == "loss" and not config.kl_times_ratio:
         raise UserError("k1 as a loss has an expected gradient of zero: use --kl k2 or k3, or --kl_in reward")
+    if config.kl_times_ratio and (not config.beta or config.kl_in == "reward" or config.kl == "k2"):
+        raise UserError("kl_times_ratio is for k1 or k3 in the loss, with a --beta")
     if config.loss_type == "dr_grpo" and config.scale == "group" and processes.rank() == 0:
         print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
 
@@ -419,6 +432,8 @@ def check(config: Config) -> None:
 def run(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
     check(config)
+    if not (config.correct_weight or config.format_weight or config.overlong_buffer or config.beta):
+        raise UserError("all weights are 0: there is nothing to learn")
     return train(config, "grpo", judge, weights_of, advantages_of)
 
 
@@ -426,14 +441,13 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
     """The loop: answers, rewards, advantages, updates. The three functions above are what ``gdpo.py`` replaces."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     need_checkpoint(config.init_from, "python sft.py")
+    context = load_checkpoint(config.init_from)["model_config"]["max_seq_len"]
+    longest = context - config.max_new_tokens
+    if longest < 1:
+        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
     run = start(config, stage)
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     run.descend(state, config.init_from)
-    longest = model.config.max_seq_len - config.max_new_tokens
-    if longest < 1:
-        raise UserError(
-            f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {model.config.max_seq_len}"
-        )
 
     # Data: prompts with gold answers; held-out ones for the examination.
     sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
@@ -453,39 +467,60 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
 
     def prompts_at(step: int, draw: int) -> list[tuple[list[int], Prompt]]:
         """This process's share of a draw of prompts; a function of its arguments alone."""
-        size, place = config.prompts_per_step, step * config.draws + draw
+        size, order = config.prompts_per_step, config.seed + 1_000_003 * draw
         fading = (step + 1 - config.arith_warmup) / (config.arith_fade + 1)  # 0 while only arith, 1 when only data
         from_data = round(size * min(1.0, max(0.0, fading))) if "arith" in encoded else size
         batch = []
         for name, n in {"arith": size - from_data, config.data: from_data}.items():
             ids, prompts = encoded.get(name, ((), ()))
-            batch += [(ids[i], prompts[i]) for i in epoch_batch(len(ids), size, place, config.seed)[:n]] if n else []
+            batch += [(ids[i], prompts[i]) for i in epoch_batch(len(ids), size, step, order)[:n]] if n else []
+        if 0 < from_data < size:  # mixed, so that no process and no refill gets only one kind
+            batch = [batch[i] for i in epoch_batch(size, size, step, order)]
         return processes.my_share(batch)
 
-    def collect(step: int) -> tuple[Rollout, dict[str, Tensor], list[Prompt], int]:
-        """This process's share of a step's answers, their rewards, their prompts, and how many answers it sampled."""
+    def collect(step: int) -> tuple[Rollout, dict[str, Tensor], list[Prompt], dict[str, float]]:
+        """This process's share of a step's answers, their rewards, their prompts; and figures of all that it
+        sampled, those that were replaced among them."""
         drawn: list[Rollout] = []
         asked: list[Prompt] = []
         alive = torch.zeros(0, dtype=torch.bool)
         for draw in range(config.draws):
             batch = prompts_at(step, draw)
-            batch = batch if draw == 0 else batch[: 2 * (share - int(alive.sum()))]  # half of them may be dead again
+            if draw > 0:  # for each group that is missing two, because half of them may be flat again
+                missing, known = share - int(alive.sum()), set(map(id, asked))
+                batch = [item for item in batch if id(item[1]) not in known][: 2 * missing]
+            if not batch:
+                break
+            ids = [ids for ids, _ in batch]
             seed = ((config.seed * 1_000_000 + step) * config.draws + draw) * 1_000 + processes.rank()
             with run.autocast(), run.eager():
-                ids = [ids for ids, _ in batch]
-                drawn.append(sample_answers(model, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed))
+                drawn.append(
+                    sample_answers(
+                        model, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed % 2**63
+                    )
+                )  # fmt: skip
             asked += [prompt for _, prompt in batch]
             rollout = join(drawn, tokenizer.pad_id)
             rewards = judge(rollout, [prompt.gold for prompt in asked for _ in range(G)], config)
-            right = rewards["correct"].view(-1, G)
-            alive = (right != right[:, :1]).any(dim=1).cpu()  # (P,): some answers right, some wrong
+            alive = torch.zeros(len(asked), dtype=torch.bool)
+            for name, values in rewards.items():
+                if weights_of(config)[name]:
+                    alive |= (values.view(-1, G) != values.view(-1, G)[:, :1]).any(dim=1).cpu()  # (P,)
             if int(alive.sum()) >= share:
                 break
-        groups = torch.argsort(~alive, stable=True)[:share]  # the live ones first ...
-        rows = (groups.sort().values[:, None] * G + torch.arange(G)).flatten()  # ... but in the order drawn
-        chosen = rollout.rows(rows.to(run.device))
+        figures = {name: float(values.mean()) for name, values in rewards.items()}
+        figures["reward"] = float(total_reward(rewards, weights_of(config)).mean())
+        figures |= {
+            "finished": float(rollout.finished.float().mean()),
+            "length": float(rollout.mask.sum()) / len(rollout),
+        }
+        figures["entropy"] = -float(rollout.sampled_logps.sum()) / len(rollout)  # of an answer
+        figures["answers"] = float(len(rollout))
+        groups = torch.argsort(~alive, stable=True)[:share].sort().values  # the live ones first; in the order drawn
+        groups = groups if config.draws > 1 else torch.arange(share)
+        rows = (groups[:, None] * G + torch.arange(G)).flatten()
         rewards = {name: values[rows] for name, values in rewards.items()}
-        return chosen, rewards, [asked[i] for i in groups.sort().values.tolist()], len(rollout)
+        return rollout.rows(rows.to(run.device)), rewards, [asked[i] for i in groups.tolist()], figures
 
     def compare(rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """The advantages of the answers of all processes, (N,), and whether they teach."""
@@ -505,16 +540,15 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
             starts=config.init_from,
         )  # fmt: skip
     if first == 0:
-        rollout, rewards, asked, _ = collect(0)
-        _, figures = compare(rollout, rewards)
-        report_start(run, rollout, rewards["correct"], rewards["formatted"], figures["flat_groups"], asked[0])
+        rollout, rewards, asked, figures = collect(0)
+        report_start(run, rollout, rewards["correct"], figures, compare(rollout, rewards)[1]["flat_groups"], asked[0])
         accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
     silent = 0  # steps in a row from which nothing could be learned
     for step in run.steps(first, config.steps):
         # 1. Answers, and how good each one is.
         started = time.perf_counter()
-        rollout, rewards, asked, n_drawn = collect(step)
+        rollout, rewards, asked, sampled = collect(step)
         ref_logps = logps_in_parts(run, reference, rollout, config) if reference is not None else None
         if config.beta and config.kl_in == "reward":
             current = logps_in_parts(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
@@ -540,21 +574,17 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
                 old_logps = old if config.minibatches == 1 else old_logps
                 if not updates:
                     assert_same_policy(run, statistics["sampler_gap"])
-                # Where no answer has an advantage, momentum alone must not move the weights.
-                teaches = in_loss or bool(processes.sum_over_processes(advantages[rows].abs().sum()))
-                norm = update(run, model, optimizers, lr, config.clip) if teaches else 0.0
+                # Where no answer teaches, in no process, momentum alone must not move the weights.
+                norm = update(run, model, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
                 updates.append(statistics | {"grad_norm": norm})
 
         # 3. What happened.
-        lengths = rollout.mask.sum(dim=1).float()
-        total = total_reward(rewards, weights_of(config))
-        means = {name: values.mean() for name, values in rewards.items() if name != "kl"}
-        means |= {"reward": total.mean(), "finished": rollout.finished.float().mean(), "length": lengths.mean()}
-        means |= {"entropy": -rollout.sampled_logps.sum() / len(rollout), "answers": torch.tensor(float(n_drawn))}
-        sums = processes.sum_over_processes(torch.stack([value.float().cpu() for value in means.values()])).tolist()
-        figures = {name: value / processes.world_size() for name, value in zip(means, sums)}
-        figures["entropy"] /= figures["length"]  # of an answer, until here; now of a token
-        figures["answers"] *= processes.world_size()  # sampled in this step, those that were replaced among them
+        if "kl" in rewards:
+            sampled["kl_ref"] = float(rewards["kl"].sum() / rollout.mask.sum())  # of a token, by the estimator chosen
+        sums = processes.sum_over_processes(torch.tensor(list(sampled.values()), dtype=torch.float64)).tolist()
+        figures = {name: value / processes.world_size() for name, value in zip(sampled, sums)}
+        figures["answers"] *= processes.world_size()
+        figures["entropy"] /= figures["length"]  # now of a token
         figures |= teaching
         tokens = sum(one.pop("tokens") for one in updates)
         figures |= {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}

@@ -453,7 +453,8 @@ def run(config: Config) -> dict:
     if first == 0:
         rollout, scores, correct, formed, asked = rollout_of(0)
         flat = float(flat_groups(processes.gather(scores), config.prompts_per_step))
-        report_start(run, rollout, correct, formed, flat, asked)
+        figures = {"correct": correct.mean(), "formatted": formed.mean(), "finished": rollout.finished.float().mean()}
+        report_start(run, rollout, correct, figures, flat, asked)
         run.evaluation(0, accuracy=examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens))
     silent = 0
     for step in run.steps(first, config.steps):

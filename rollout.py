@@ -162,10 +162,14 @@ def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str
     return "\n".join(lines)
 
 
-def report_start(run: Run, rollout: Rollout, correct: Tensor, formed: Tensor, flat: float, asked: Prompt) -> None:
-    """What the policy can do before the first step: if it never succeeds, it has nothing to learn from."""
-    everyone = torch.stack([correct, formed, rollout.finished.float()])  # of this process ...
-    solved, shaped, finished = (processes.gather(everyone.T).mean(dim=0)).tolist()  # ... and of all
+def report_start(run: Run, rollout: Rollout, correct: Tensor, figures: dict, flat: float, asked: Prompt) -> None:
+    """What the policy can do before the first step: if it never succeeds, it has nothing to learn from.
+
+    figures: the means of "correct", "formatted" and "finished" over this process's answers; correct: (N,), of the
+    answers that are shown; flat: the share of flat groups, of all processes.
+    """
+    mine = torch.tensor([figures[name] for name in ("correct", "formatted", "finished")], dtype=torch.float64)
+    solved, shaped, finished = (processes.sum_over_processes(mine) / processes.world_size()).tolist()
     run.print(
         f"  start      pass@1 {solved:.3f}, well-formed {shaped:.3f}, "
         f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
@@ -189,7 +193,7 @@ def warn(run: Run, silent: int, figures: dict, norm: float) -> None:
         )
     if figures["finished"] == 0:
         run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
-    if not math.isfinite(norm):
+    if not math.isfinite(norm) and not run.scaler.is_enabled():  # the scaler of fp16 looks for its factor like this
         run.print("WARNING: the gradient is not finite: lower --lr")
 
 

@@ -1,10 +1,12 @@
 """DAPO: clip-higher, means over all tokens, flat groups replaced, answers that grow too long or are cut off.
 
-DAPO has a buffer of 4,096 of 20,480 tokens: the share here is the same."""
+DAPO has a buffer of 4,096 of 20,480 tokens: the share here is the same. Its rewards are 1 and -1: twice ours, but for a
+shift that the group's mean takes away."""
 
 loss_type = "dapo"
 clip_high = 0.28
 draws = 4
 mask_truncated = True
 overlong_buffer = 10
+correct_weight = 2.0
 out_dir = "out/arith/dapo"

@@ -1,5 +1,8 @@
-"""GRPO as DeepSeekMath has it: means by answer, a KL to the start. (There 64 answers to a question, lr 1e-6.)"""
+"""GRPO as DeepSeekMath has it: means by answer, a KL to the start, one update of each rollout. (There 64 answers to a
+question, lr 1e-6.)"""
 
 loss_type = "grpo"
 beta = 0.04
+updates_per_rollout = 1
+minibatches = 1
 out_dir = "out/arith/grpo_deepseekmath"

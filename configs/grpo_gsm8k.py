@@ -1,9 +1,10 @@
-"""GRPO on GSM8K on one GPU: a hundred steps on the embedded task first, where a small model finds reward at all."""
+"""GRPO on GSM8K on one GPU: arithmetic first, where a small model finds reward at all, then less and less of it."""
 
 task = "gsm8k"
 data = "gsm8k"
 steps = 600
-arith_warmup = 100
+arith_warmup = 50
+arith_fade = 100
 prompts_per_step = 64
 group_size = 16
 max_new_tokens = 200

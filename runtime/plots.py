@@ -117,7 +117,7 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
             seeds = [row["curves"][curve] for row in rows if curve in row.get("curves", {})]
             if which != part or not seeds:
                 continue
-            steps = seeds[0][0]
+            steps = min((steps for steps, _ in seeds), key=len)  # a value that was no number is left out
             values = [[_smooth(v, len(v) // 12)[i] for _, v in seeds] for i in range(len(steps))]
             line = axis.plot(steps, [sum(v) / len(v) for v in values], label=label)[0]
             axis.fill_between(

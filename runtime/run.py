@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from runtime import processes
 from runtime.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, write_text
-from runtime.config import FREE_FIELDS, as_dict
+from runtime.config import FREE_FIELDS, as_dict, at_least
 from runtime.device import (
     autocast,
     can_compile,
@@ -69,6 +69,7 @@ class Run:
     # Before the loop
 
     def open(self) -> None:
+        at_least(self.config, seed=0)
         folder, config = self.folder, as_dict(self.config)
         if self.is_main and self.config.fresh and folder.exists():
             n = 1

@@ -1,8 +1,13 @@
 import json
 import math
+import os
 import shutil
+import signal
 import statistics
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -109,7 +114,14 @@ def test_cells_and_their_configurations():
         ({"cells": ("a | group_size=x",)}, "group_size x"),
         ({"cells": ("a | start=weak",)}, "start=weak"),
         ({"cells": ("a | lr=1",), "starts": ("weak",)}, "is not a start"),
+        ({"cells": ("a | seed=3",)}, "seed is the same for all cells"),
+        ({"cells": ("a | init_from=x",)}, "--starts"),
+        ({"base": "data=gsm8k"}, "data is the same for all cells"),
         ({"scatter": ("kl",)}, "two columns"),
+        ({"scatter": ("kl", "akkuracy")}, "no column akkuracy"),
+        ({"columns": ("speed",)}, "no column speed"),
+        ({"curves": ("correct", "speed")}, "no curve speed"),
+        ({"page": "nowhere.md"}, "no page nowhere.md"),
         ({"init_from": "nowhere"}, "there is no checkpoint in nowhere"),
         ({"seeds": 0}, "seeds"),
     ],
@@ -121,7 +133,7 @@ def test_what_cannot_work_is_said_before_anything_runs(tmp_path, start, changes,
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ablate_*.py")), ids=lambda p: p.stem)
-def test_the_studies_of_the_book_have_cells_that_differ_in_one_thing(path):
+def test_the_studies_of_the_book_can_run_and_have_a_page(path):
     config = parse(Config, [str(path)])
     cells = read_cells(config)
     assert config.name and len(cells) >= 2
@@ -192,7 +204,7 @@ def test_a_second_call_runs_what_is_missing_and_nothing_else(study, tmp_path, mo
     path = tmp_path / "study" / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:40])  # a crash: one row cut off, one not written
-    shutil.rmtree(tmp_path / "study" / "runs")
+    shutil.rmtree(tmp_path / "study" / "runs")  # nor is it found there
     new = ablate.run(again)
     assert "2 runs to do" in capsys.readouterr().out
     assert len(list((tmp_path / "study" / "runs").rglob("log.txt"))) == 2
@@ -202,11 +214,90 @@ def test_a_second_call_runs_what_is_missing_and_nothing_else(study, tmp_path, mo
     )  # the same figures
 
 
-def test_results_of_another_start_are_not_mixed_in(study, tmp_path):
+def test_results_of_other_questions_starts_or_defaults_are_not_mixed_in(study, tmp_path, start, monkeypatch):  # noqa: F811
     config, _ = study
     shutil.copytree(config.out, tmp_path / "study")
-    with pytest.raises(UserError, match="questions"):
-        ablate.run(replace(config, out=str(tmp_path / "study"), questions=17))
+    again = replace(config, out=str(tmp_path / "study"))
+    with pytest.raises(UserError, match="questions 16, now 17"):
+        ablate.run(replace(again, questions=17))
+    with pytest.raises(UserError, match="start "):
+        ablate.run(replace(again, init_from=str(start.parent / "pretrain")))
+    with pytest.raises(UserError, match="starts"):
+        ablate.run(replace(again, starts=("weak | n_examples=9 epochs=1",)))
+    monkeypatch.setattr(
+        grpo, "Config", make_dataclass("Config", [("lr", float, field(default=1.0))], bases=(grpo.Config,), frozen=True)
+    )
+    with pytest.raises(UserError, match="lr 0.0002, now 1.0"):
+        ablate.run(again)
+
+
+def test_a_row_that_the_study_did_not_note_is_found_in_its_folder(study, tmp_path, capsys):
+    config, rows = study
+    shutil.copytree(config.out, tmp_path / "study")
+    again = replace(config, out=str(tmp_path / "study"))
+    path = tmp_path / "study" / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
+    new = ablate.run(again)
+    assert "0 runs to do" in capsys.readouterr().out
+    assert sorted(map(str, new)) == sorted(map(str, rows))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="interrupts by signal")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+def test_an_interrupted_study_stops_and_goes_on(tmp_path, start, number):  # noqa: F811
+    """Ctrl-C reaches the parent and its workers; kill -9 the parent alone. Nothing more is begun, nothing is lost."""
+    config = tiny(tmp_path, start)
+    command = [
+        sys.executable,
+        "ablate.py",
+        "--init_from",
+        str(start),
+        "--out",
+        config.out,
+        "--seeds",
+        "6",
+        "--jobs",
+        "1",
+    ]
+    command += ["--base", BASE, "--questions", "16", "--cells", "size | group_size=2", "size | group_size=4"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    results, runs = tmp_path / "study" / "results.jsonl", tmp_path / "study" / "runs"
+    deadline = time.time() + 120
+    while not (results.exists() and results.read_text().count("\n") >= 2) and time.time() < deadline:
+        time.sleep(0.1)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    process.wait(timeout=60)
+    time.sleep(6 if number == signal.SIGKILL else 1)
+    noted = results.read_text().count("\n")
+    measured = len(list(runs.rglob("row.json")))
+    begun = len(list(runs.rglob("log.txt")))
+    assert 2 <= noted <= measured <= begun < 12 and begun <= noted + 3
+    rows = ablate.run(replace(config, cells=config.cells[:2], seeds=6))
+    assert len(rows) == 12 and len({(row["cell"], row["seed"]) for row in rows}) == 12
+
+
+def test_a_start_that_was_interrupted_goes_on(tmp_path, start, monkeypatch):  # noqa: F811
+    config = tiny(tmp_path, start, starts=("weak | n_examples=16 epochs=4 save_every=1 log_every=1",), seeds=1)
+    config = replace(config, cells=("start | weak | group_size=2 start=weak",))
+    original, saves = ablate.sft.Run.save, []
+
+    def save(self, *args, **more):
+        original(self, *args, **more)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablate.sft.Run, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            ablate.run(config)
+    weak = Path(config.out) / "starts" / "weak"
+    assert not torch.load(weak / "ckpt.pt", weights_only=True)["finished"]
+    ablate.run(config)
+    assert torch.load(weak / "ckpt.pt", weights_only=True)["finished"]
 
 
 def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, start):  # noqa: F811
@@ -230,7 +321,7 @@ def test_the_page_gets_the_table_and_keeps_its_words(study, tmp_path):
     assert "old" not in text and text.count("| part |") == 1
     assert page.with_suffix(".png").exists() and len(page.with_suffix(".jsonl").read_text().splitlines()) == len(rows)
     page.write_text("no marks")
-    with pytest.raises(UserError, match="no place for the table"):
+    with pytest.raises(UserError, match="no place for a table"):
         ablate.run(replace(config, page=str(page)))
     assert page.read_text() == "no marks"
 

@@ -196,6 +196,10 @@ def test_of_five_answers_grpo_tells_eleven_groups_apart():
     on the upper one, 4. All three levels, at least one answer each: 6. (The recorded 13 rounds an eps of 1e-4.)"""
     assert distinct(lambda r: group_advantages(r.sum(1), 5, eps=1e-9), 5, 2, 6) == 11
     assert distinct(lambda r: group_sums(r, 5, eps=1e-9), 5, 2, 6) == 26
+    assert gdpo.count_lessons(5, 2) == (11, 15, 26)
+    for row in load_json("gdpo_distinct_groups.json")["rows"]:
+        if row["G"] != 5:
+            assert gdpo.count_lessons(row["G"], row["K"]) == (row["grpo"], row["grpo_wo_std"], row["gdpo"])
 
 
 def test_kept_apart_counts_rewards_and_advantages():
@@ -231,13 +235,13 @@ def test_rewards_of_answers():
     rollout = grpo.Rollout(
         torch.zeros(4, 7), mask, torch.zeros(4, 6), [good, wrong, good, "7"], torch.tensor([1, 1, 0, 1]).bool()
     )
-    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=5, integer_weight=1.0))
+    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=5, integer_weight=1.0, conditioned=False))
     assert {name: values.tolist() for name, values in rewards.items()} == {
         "correct": [1, 0, 0, 0], "formatted": [1, 1, 0, 0], "short": [0, 1, 0, 0], "integer": [1, 0, 0, 0],
     }  # fmt: skip
-    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=5, conditioned=True))
+    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=5))
     assert rewards["short"].tolist() == [0, 0, 0, 0] and "integer" not in rewards
-    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=6, conditioned=True))
+    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=6))
     assert rewards["short"].tolist() == [1, 0, 0, 0]
 
 
@@ -271,7 +275,7 @@ def tiny_gdpo(folder, start, **changes) -> Config:  # noqa: F811
     [
         {},
         {"combine": "sum"},
-        {"conditioned": True, "integer_weight": 0.5, "batch_over": "tokens"},
+        {"conditioned": False, "integer_weight": 0.5, "batch_over": "tokens"},
         {"beta": 0.05, "draws": 2, "overlong_buffer": 10},
         {"format_weight": 0.0, "length_weight": 0.0},
     ],

@@ -69,26 +69,28 @@ def test_the_cases_cover_every_loss_type_and_level():
     }
 
 
-@pytest.mark.parametrize("loss_type", OURS)
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_gradient_by_finite_differences(loss_type, level):
-    logps = NUMBERS["logps"].clone().requires_grad_()
-    # Away from the corners of min and clip, and CISPO's weight held fixed: a detached ratio has no finite difference.
-    if loss_type == "cispo":
-        weight = (logps.detach() - NUMBERS["old_logps"]).exp()
-        expected = -weight * NUMBERS["advantages"][:, None] * NUMBERS["mask"] / NUMBERS["mask"].sum()
-        if level == "token":
-            loss = grpo_loss(
-                logps, NUMBERS["old_logps"], NUMBERS["advantages"], NUMBERS["mask"], loss_type="cispo", clip_high=9
-            )
-            loss.backward()
-            torch.testing.assert_close(logps.grad, expected)
-        return
     f = lambda x: grpo_loss(  # noqa: E731
         x, NUMBERS["old_logps"], NUMBERS["advantages"], NUMBERS["mask"], NUMBERS["ref_logps"], 0.1,
         loss_type=loss_type, ratio_level=level, max_length=16,
     )  # fmt: skip
-    assert torch.autograd.gradcheck(f, (logps,), eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(f, (NUMBERS["logps"].clone().requires_grad_(),), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("high", [9.0, 0.05])
+def test_gradient_of_cispo_is_that_of_log_pi_times_a_fixed_weight(level, high):
+    """A detached ratio has no finite difference; with the weight held fixed, the loss is linear."""
+    logps, old, mask = NUMBERS["logps"].clone().requires_grad_(), NUMBERS["old_logps"], NUMBERS["mask"]
+    grpo_loss(logps, old, NUMBERS["advantages"], mask, loss_type="cispo", ratio_level=level, clip_high=high).backward()
+    change = (logps.detach() - old) * mask
+    if level == "sequence":
+        change = change.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    weight = change.exp().clamp(max=1 + high)
+    assert bool((change.exp() > 1.05).any()) and bool((change.exp() < 0.8).any() or level == "sequence")
+    torch.testing.assert_close(logps.grad, -weight * NUMBERS["advantages"][:, None] * mask / mask.sum())
 
 
 def test_loss_by_hand():
@@ -402,7 +404,7 @@ def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):
     steps = [row for row in rows if "reward" in row]
     named = {"correct", "formatted", "flat_groups", "truncated", "finished", "entropy", "grad_norm", "clip_fraction"}
     assert [row["step"] for row in steps] == [1, 2, 3] and named <= steps[0].keys()
-    assert ("kl_ref" in steps[0]) == (changes.get("beta", 0) > 0 and changes.get("kl_in") != "reward")
+    assert ("kl_ref" in steps[0]) == (changes.get("beta", 0) > 0)
     assert "pass@1" in capsys.readouterr().out and "question:" in (tmp_path / "samples.txt").read_text()
 
 
@@ -466,7 +468,10 @@ def test_dynamic_sampling_replaces_groups_that_are_all_right_or_all_wrong(tmp_pa
     seen = spied(monkeypatch, lambda draw, i, g: flat.get((draw, i), float(g == i)))
     grpo.run(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1))
     first = seen["prompts"][: len(seen["prompts"]) // 2]  # of the report on the start; the step draws the same
-    assert [n for n, _, _ in first] == [4, 4] and first[0][1] != first[1][1]  # two are missing: twice as many drawn
+    assert (
+        first[0][0] == 4 and 3 <= first[1][0] <= 4 and len(first) == 2
+    )  # two are missing: twice as many drawn, if new
+    assert first[0][1] != first[1][1]  # other random numbers
     assert not set(first[0][2]) & set(first[1][2])  # other questions
     (rollout, advantages), *others = seen["updates"]
     assert others == [] and len(rollout) == 16
@@ -476,7 +481,10 @@ def test_dynamic_sampling_replaces_groups_that_are_all_right_or_all_wrong(tmp_pa
     best = advantages.view(4, 4).argmax(dim=1).tolist()
     assert best == [0, 2, 1, 2]
     row = steps_of(tmp_path)[0]
-    assert row["answers"] == 32 and row["flat_groups"] == 0 and row["correct"] == 0.25
+    n = first[1][0]
+    assert row["answers"] == 16 + 4 * n and row["flat_groups"] == 0
+    # the figures are those of all answers: 1, 4, 1, 0 right ones, then none and one for each of the others
+    assert row["correct"] == pytest.approx((6 + n - 1) / (16 + 4 * n))
 
 
 def test_when_the_draws_run_out_flat_groups_fill_the_batch(tmp_path, start, monkeypatch):
@@ -485,7 +493,7 @@ def test_when_the_draws_run_out_flat_groups_fill_the_batch(tmp_path, start, monk
     _, advantages = seen["updates"][0]
     assert (advantages.view(4, 4) != 0).any(dim=1).tolist() == [False, False, False, True]
     row = steps_of(tmp_path)[0]
-    assert row["answers"] == 32 and row["flat_groups"] == 0.75
+    assert 24 <= row["answers"] <= 32 and row["flat_groups"] == 0.75
 
 
 def test_one_draw_is_one_rollout(tmp_path, start, monkeypatch):
@@ -568,6 +576,32 @@ def test_ratios_differ_from_one_only_behind_the_first_update(tmp_path, start, mo
     assert len(seen) == 4 and seen[0] < 1e-4 and min(seen[1:]) > 1e-3
 
 
+def test_the_clip_fraction_is_of_tokens_that_are_pushed(policy):
+    """Answers without an advantage are not clipped, and beside a KL they do not dilute those that are."""
+    rollout = rollout_of(policy)
+    old = rollout.sampled_logps + rollout.mask * math.log(2)  # all ratios are 0.5
+    ref = rollout.sampled_logps
+    for beta in (0.0, 0.1):
+        config = Config(temperature=0.7, beta=beta)
+        advantages = torch.tensor([-1.0] + [0.0] * 10 + [1.0])
+        _, _, statistics = gradients(policy, rollout, advantages, config, old_logps=old, ref_logps=ref)
+        down, up = float(rollout.mask[0].sum()), float(rollout.mask[11].sum())
+        assert statistics["clip_fraction"] == pytest.approx(down / (down + up))
+    _, statistics = accumulate_gradients(
+        StubRun(), policy, rollout, torch.zeros(12), Config(temperature=0.7, beta=0.1), old, ref
+    )
+    assert statistics["clip_fraction"] == 0
+
+
+def test_an_update_in_which_no_token_counts_moves_nothing(tmp_path, start, monkeypatch):
+    """All answers cut off and left out: not even the KL or momentum may act."""
+    seen = []
+    monkeypatch.setattr(grpo, "update", lambda *args: seen.append(args) or 1.0)
+    settings = {"mask_truncated": True, "beta": 0.1, "max_new_tokens": 2, "minibatches": 2}
+    grpo.run(tiny_grpo(tmp_path, start, **settings))
+    assert seen == [] and all(row["grad_norm"] == 0 for row in steps_of(tmp_path))
+
+
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_another_temperature_in_training_is_noticed(tmp_path, start, monkeypatch, minibatches):
     sample = grpo.sample_answers
@@ -621,10 +655,17 @@ def test_presets_of_the_family_are_what_the_papers_say():
     dr, dapo, gspo, cispo = (preset[f"grpo_{name}"] for name in ("dr", "dapo", "gspo", "cispo"))
     assert (dr.loss_type, dr.scale) == ("dr_grpo", "none")
     assert (dapo.loss_type, dapo.clip_low, dapo.clip_high, dapo.beta) == ("dapo", 0.2, 0.28, 0.0)
+    assert dapo.correct_weight == 2  # 1 and -1, but for a shift
     assert dapo.draws > 1 and dapo.mask_truncated and dapo.overlong_buffer
     assert (gspo.ratio_level, gspo.loss_type) == ("sequence", "grpo")
     assert (cispo.loss_type, cispo.clip_high) == ("cispo", 4.0)
-    assert (preset["grpo_deepseekmath"].loss_type, preset["grpo_deepseekmath"].beta) == ("grpo", 0.04)
+    deepseek = preset["grpo_deepseekmath"]
+    assert (deepseek.loss_type, deepseek.beta, deepseek.minibatches, deepseek.updates_per_rollout) == (
+        "grpo",
+        0.04,
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -638,8 +679,17 @@ def test_presets_of_the_family_are_what_the_papers_say():
         ({"arith_fade": 2}, "arith_fade"),
         ({"minibatches": 17}, "16 answers do not make 17 minibatches"),
         ({"draws": 0}, "draws"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"clip_low": -0.1}, "clip_low"),
+        ({"correct_weight": float("inf")}, "correct_weight"),
+        ({"correct_weight": 0.0, "format_weight": 0.0}, "all weights are 0"),
+        ({"kl_times_ratio": True}, "kl_times_ratio"),
+        ({"beta": 0.1, "kl": "k2", "kl_times_ratio": True}, "kl_times_ratio"),
+        ({"data": "gsm8k", "arith_warmup": 3}, "leaves no step"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path, start, changes, word):
     with pytest.raises(UserError, match=word):
         grpo.run(tiny_grpo(tmp_path / "run", start, **changes))
+    assert not (tmp_path / "run").exists()

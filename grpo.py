@@ -301,6 +301,17 @@ def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -
     return group_advantages(total_reward(rewards, weights_of(config)), config.group_size, config.scale)
 
 
+def describe(rollout: Rollout, rewards: dict[str, Tensor], weights: dict[str, float]) -> dict[str, float]:
+    """Means over answers: each reward, their weighted sum, the share that ended by themselves, tokens, the sampled
+    estimate of the entropy (of a whole answer); and how many answers there are."""
+    means = {name: float(values.mean()) for name, values in rewards.items()}
+    means["reward"] = float(total_reward(rewards, weights).mean())
+    means["finished"] = float(rollout.finished.float().mean())
+    means["length"] = float(rollout.mask.sum()) / len(rollout)
+    means["entropy"] = -float(rollout.sampled_logps.sum()) / len(rollout)
+    return means | {"answers": float(len(rollout))}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The update
 
@@ -494,11 +505,8 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
             ids = [ids for ids, _ in batch]
             seed = ((config.seed * 1_000_000 + step) * config.draws + draw) * 1_000 + processes.rank()
             with run.autocast(), run.eager():
-                drawn.append(
-                    sample_answers(
-                        model, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed % 2**63
-                    )
-                )  # fmt: skip
+                more = sample_answers(model, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed % 2**63)
+            drawn.append(more)
             asked += [prompt for _, prompt in batch]
             rollout = join(drawn, tokenizer.pad_id)
             rewards = judge(rollout, [prompt.gold for prompt in asked for _ in range(G)], config)
@@ -508,14 +516,7 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
                     alive |= (values.view(-1, G) != values.view(-1, G)[:, :1]).any(dim=1).cpu()  # (P,)
             if int(alive.sum()) >= share:
                 break
-        figures = {name: float(values.mean()) for name, values in rewards.items()}
-        figures["reward"] = float(total_reward(rewards, weights_of(config)).mean())
-        figures |= {
-            "finished": float(rollout.finished.float().mean()),
-            "length": float(rollout.mask.sum()) / len(rollout),
-        }
-        figures["entropy"] = -float(rollout.sampled_logps.sum()) / len(rollout)  # of an answer
-        figures["answers"] = float(len(rollout))
+        figures = describe(rollout, rewards, weights_of(config))
         groups = torch.argsort(~alive, stable=True)[:share].sort().values  # the live ones first; in the order drawn
         groups = groups if config.draws > 1 else torch.arange(share)
         rows = (groups[:, None] * G + torch.arange(G)).flatten()

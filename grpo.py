@@ -130,8 +130,8 @@ class Config(RunConfig):
     """Passes over the same answers; from the second update on, ratios differ from 1 and clipping acts."""
     minibatches: int = 2
     """Updates in each pass, on so many disjoint parts of the answers. DAPO: 16."""
-    micro_batch_size: int = 64
-    """Answers at a time in each process; gradients accumulate."""
+    micro_batch_size: int = 32
+    """Answers at a time in each process, those of similar length together; gradients accumulate."""
     lr: float = 2e-4
     """Peak learning rate."""
     final_lr: float = 0.1
@@ -316,11 +316,29 @@ def describe(rollout: Rollout, rewards: dict[str, Tensor], weights: dict[str, fl
 # The update
 
 
-def logps_in_parts(run: Run, model: Transformer, rollout: Rollout, config: Config) -> Tensor:
-    """(N, T-1) log-probabilities of the answers' tokens at the sampling temperature, without gradient."""
-    with torch.no_grad(), run.autocast():
-        parts = zip(rollout.tokens.split(config.micro_batch_size), rollout.mask.split(config.micro_batch_size))
-        return torch.cat([token_logps(model, tokens, config.temperature, where=mask) for tokens, mask in parts])
+def in_parts(rollout: Rollout, wanted: Tensor, size: int) -> list[tuple[Tensor, int]]:
+    """The wanted rows in micro-batches of ``size``, those of similar length together, and each one's width: the columns
+    after its longest answer are padding, and left out. wanted: (N,) boolean, of rows with an answer. In the
+    embedded task this saves a fifth of the work."""
+    columns = torch.arange(1, rollout.mask.shape[1] + 1, device=rollout.mask.device)
+    ends = (rollout.mask * columns).amax(dim=1)  # (N,): one past the last token that counts
+    rows = wanted.nonzero().squeeze(1)
+    rows = rows[ends[rows].argsort(stable=True)]
+    return [(part, int(ends[part].max())) for part in rows.split(size) if len(part)]
+
+
+def logps_in_parts(
+    run: Run, model: Transformer, rollout: Rollout, config: Config, wanted: Tensor | None = None
+) -> Tensor:
+    """(N, T-1) log-probabilities of the answers' tokens at the sampling temperature, without gradient; 0 in rows that
+    are not wanted."""
+    wanted = torch.ones_like(rollout.finished) if wanted is None else wanted
+    logps = torch.zeros_like(rollout.sampled_logps)
+    for rows, width in in_parts(rollout, wanted, config.micro_batch_size):
+        tokens, mask = rollout.tokens[rows, : width + 1], rollout.mask[rows, :width]
+        with torch.no_grad(), run.autocast():
+            logps[rows, :width] = token_logps(model, tokens, config.temperature, where=mask)
+    return logps
 
 
 def assert_same_policy(run: Run, gap: float) -> None:
@@ -358,12 +376,10 @@ def accumulate_gradients(
     # stays counted.
     useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
     sums = dict.fromkeys(("loss", "tokens", "pushed", "clipped", "moved", "kl", "gap"), 0.0)
-    for rows in useful.nonzero().squeeze(1).split(config.micro_batch_size) if useful.any() else ():
-        tokens, mask = rollout.tokens[rows], counts[rows]
-        width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
-        mask = mask[:, :width]
+    for rows, width in in_parts(rollout, useful, config.micro_batch_size):
+        tokens, mask = rollout.tokens[rows, : width + 1], counts[rows, :width]
         with run.autocast():
-            logps = token_logps(model, tokens[:, : width + 1], config.temperature, where=mask)  # (b, width)
+            logps = token_logps(model, tokens, config.temperature, where=mask)  # (b, width)
         if first:
             old_logps[rows, :width] = logps.detach()
         old = old_logps[rows, :width]
@@ -562,7 +578,8 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
 
         # 2. One or several updates on them.
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        old_logps = logps_in_parts(run, model, rollout, config) if config.minibatches > 1 else None
+        useful = None if in_loss else advantages != 0
+        old_logps = logps_in_parts(run, model, rollout, config, useful) if config.minibatches > 1 else None
         updates = []
         for epoch in range(config.updates_per_rollout):
             for rows in minibatch_rows(len(rollout), config.minibatches, step, epoch, config.seed):

@@ -323,6 +323,24 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy, loss_type, beta):
     torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-7)
 
 
+def test_parts_hold_every_wanted_row_once_and_no_needless_column(policy):
+    with torch.no_grad():
+        policy.head.weight[TOKENIZER.eot_id] = policy.head.weight.mean(0) + 0.5
+    rollout = rollout_of(policy)
+    wanted = torch.arange(12) % 3 != 1
+    parts = grpo.in_parts(rollout, wanted, 3)
+    rows = torch.cat([rows for rows, _ in parts])
+    assert sorted(rows.tolist()) == wanted.nonzero().squeeze(1).tolist() and rows.tolist() != sorted(rows.tolist())
+    widths = [width for _, width in parts]
+    assert widths == sorted(widths) and widths[0] < widths[-1]
+    for some, width in parts:
+        assert rollout.mask[some, width - 1].any() and not rollout.mask[some, width:].any()
+    assert grpo.in_parts(rollout, torch.zeros(12, dtype=torch.bool), 3) == []
+    logps = grpo.logps_in_parts(StubRun(), policy, rollout, Config(temperature=0.7, micro_batch_size=5), wanted)
+    torch.testing.assert_close(logps[wanted], rollout.sampled_logps[wanted], rtol=0, atol=1e-5)
+    assert not logps[~wanted].any()
+
+
 def test_the_first_update_has_ratio_one_and_the_second_has_not(policy):
     rollout, config = rollout_of(policy), Config(temperature=0.7)
     advantages = group_advantages(torch.arange(12.0), 4)

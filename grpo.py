@@ -54,7 +54,19 @@ from torch import Tensor
 from data import Prompt, encode_prompts, epoch_batch, load_prompts
 from ppo import minibatch_rows
 from pretrain import learning_rate, make_optimizers, update
-from rollout import Rollout, examine, flat_groups, join, kept_apart, render, report_start, sample_answers, score, warn
+from rollout import (
+    Rollout,
+    examine,
+    flat_groups,
+    in_parts,
+    join,
+    kept_apart,
+    render,
+    report_start,
+    sample_answers,
+    score,
+    warn,
+)
 from runtime import processes
 from runtime.checkpoint import load_checkpoint
 from runtime.config import RunConfig, at_least, parse
@@ -316,28 +328,17 @@ def describe(rollout: Rollout, rewards: dict[str, Tensor], weights: dict[str, fl
 # The update
 
 
-def in_parts(rollout: Rollout, wanted: Tensor, size: int) -> list[tuple[Tensor, int]]:
-    """The wanted rows in micro-batches of ``size``, those of similar length together, and each one's width: the columns
-    after its longest answer are padding, and left out. wanted: (N,) boolean, of rows with an answer. In the
-    embedded task this saves a fifth of the work."""
-    columns = torch.arange(1, rollout.mask.shape[1] + 1, device=rollout.mask.device)
-    ends = (rollout.mask * columns).amax(dim=1)  # (N,): one past the last token that counts
-    rows = wanted.nonzero().squeeze(1)
-    rows = rows[ends[rows].argsort(stable=True)]
-    return [(part, int(ends[part].max())) for part in rows.split(size) if len(part)]
-
-
 def logps_in_parts(
     run: Run, model: Transformer, rollout: Rollout, config: Config, wanted: Tensor | None = None
 ) -> Tensor:
     """(N, T-1) log-probabilities of the answers' tokens at the sampling temperature, without gradient; 0 in rows that
     are not wanted."""
-    wanted = torch.ones_like(rollout.finished) if wanted is None else wanted
+    rows = torch.arange(len(rollout), device=run.device) if wanted is None else wanted.nonzero().squeeze(1)
     logps = torch.zeros_like(rollout.sampled_logps)
-    for rows, width in in_parts(rollout, wanted, config.micro_batch_size):
-        tokens, mask = rollout.tokens[rows, : width + 1], rollout.mask[rows, :width]
+    for part, width in in_parts(rollout.mask, rows, config.micro_batch_size):
+        tokens, mask = rollout.tokens[part, : width + 1], rollout.mask[part, :width]
         with torch.no_grad(), run.autocast():
-            logps[rows, :width] = token_logps(model, tokens, config.temperature, where=mask)
+            logps[part, :width] = token_logps(model, tokens, config.temperature, where=mask)
     return logps
 
 
@@ -376,7 +377,7 @@ def accumulate_gradients(
     # stays counted.
     useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
     sums = dict.fromkeys(("loss", "tokens", "pushed", "clipped", "moved", "kl", "gap"), 0.0)
-    for rows, width in in_parts(rollout, useful, config.micro_batch_size):
+    for rows, width in in_parts(rollout.mask, useful.nonzero().squeeze(1), config.micro_batch_size):
         tokens, mask = rollout.tokens[rows, : width + 1], counts[rows, :width]
         with run.autocast():
             logps = token_logps(model, tokens, config.temperature, where=mask)  # (b, width)

@@ -55,7 +55,7 @@ from attention import at_least_float32
 from data import encode_prompts, epoch_batch, load_prompts
 from pretrain import learning_rate, make_optimizers, update
 from reward import load_reward_model, real_tokens
-from rollout import Rollout, examine, flat_groups, render, report_start, sample_answers, score, warn
+from rollout import Rollout, examine, flat_groups, in_parts, render, report_start, sample_answers, score, warn
 from runtime import processes
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
@@ -91,8 +91,8 @@ class Config(RunConfig):
     """Passes over each rollout."""
     minibatches: int = 2
     """Updates in one pass."""
-    micro_batch_size: int = 64
-    """Answers at a time in each process; gradients accumulate."""
+    micro_batch_size: int = 32
+    """Answers at a time in each process, those of similar length together; gradients accumulate."""
     gamma: float = 1.0
     """Discount of what comes later."""
     lam: float = 1.0
@@ -308,10 +308,11 @@ def prepare(
     tokens, mask = rollout.tokens, rollout.mask
     logps, values, ref_logps = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     with torch.no_grad(), run.autocast():
-        for part in torch.arange(len(tokens), device=mask.device).split(config.micro_batch_size):
-            logps[part], values[part] = model(tokens[part], mask[part], config.temperature)
+        for part, width in in_parts(mask, torch.arange(len(tokens), device=mask.device), config.micro_batch_size):
+            some, counts = tokens[part, : width + 1], mask[part, :width]
+            logps[part, :width], values[part, :width] = model(some, counts, config.temperature)
             if reference is not None:
-                ref_logps[part] = token_logps(reference, tokens[part], config.temperature, where=mask[part])
+                ref_logps[part, :width] = token_logps(reference, some, config.temperature, where=counts)
     rewards = token_rewards(scores, logps, ref_logps if reference is not None else None, mask, beta)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -336,10 +337,8 @@ def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Conf
     1."""
     n_tokens = processes.sum_over_processes(batch.mask[rows].sum()).clamp(min=1)
     sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "value_clipped", "moved", "strayed"), 0.0)
-    for some in rows.split(config.micro_batch_size):
-        mask = batch.mask[some]
-        width = int(mask.any(dim=0).nonzero().max()) + 1  # columns after the longest answer are padding
-        mask, tokens = mask[:, :width], batch.tokens[some, : width + 1]
+    for some, width in in_parts(batch.mask, rows.to(batch.mask.device), config.micro_batch_size):
+        mask, tokens = batch.mask[some, :width], batch.tokens[some, : width + 1]
         old, old_values, advantages, returns = (
             x[some, :width] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
         )

@@ -97,6 +97,17 @@ def sample_answers(
     return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
 
 
+def in_parts(mask: Tensor, rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
+    """Micro-batches of ``size`` of the given rows, those of similar length together, each with its width: the columns
+    after its longest answer are padding and need not be computed. In the embedded task this saves a fifth of the work.
+
+    mask: (N, T-1), with at least one token in each row; rows: (n,), indices.
+    """
+    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)  # (N,): one past the last token
+    rows = rows[ends[rows].argsort(stable=True)]
+    return [(part, int(ends[part].max())) for part in rows.split(size) if len(part)]
+
+
 def score(texts: Sequence[str], golds: Sequence, finished: Tensor, verifier: str = "strict") -> tuple[Tensor, Tensor]:
     """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither.
 

@@ -22,6 +22,7 @@ from grpo import (
     loss_normalizer,
     sample_answers,
 )
+from rollout import in_parts
 from runtime.config import read_preset
 from runtime.errors import UserError
 from tokenizer import ByteTokenizer
@@ -328,14 +329,14 @@ def test_parts_hold_every_wanted_row_once_and_no_needless_column(policy):
         policy.head.weight[TOKENIZER.eot_id] = policy.head.weight.mean(0) + 0.5
     rollout = rollout_of(policy)
     wanted = torch.arange(12) % 3 != 1
-    parts = grpo.in_parts(rollout, wanted, 3)
+    parts = in_parts(rollout.mask, wanted.nonzero().squeeze(1), 3)
     rows = torch.cat([rows for rows, _ in parts])
     assert sorted(rows.tolist()) == wanted.nonzero().squeeze(1).tolist() and rows.tolist() != sorted(rows.tolist())
     widths = [width for _, width in parts]
     assert widths == sorted(widths) and widths[0] < widths[-1]
     for some, width in parts:
         assert rollout.mask[some, width - 1].any() and not rollout.mask[some, width:].any()
-    assert grpo.in_parts(rollout, torch.zeros(12, dtype=torch.bool), 3) == []
+    assert in_parts(rollout.mask, torch.zeros(0, dtype=torch.long), 3) == []
     logps = grpo.logps_in_parts(StubRun(), policy, rollout, Config(temperature=0.7, micro_batch_size=5), wanted)
     torch.testing.assert_close(logps[wanted], rollout.sampled_logps[wanted], rtol=0, atol=1e-5)
     assert not logps[~wanted].any()

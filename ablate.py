@@ -44,6 +44,7 @@ from runtime.config import as_dict, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
 from runtime.run import fingerprint, load_stage, need_checkpoint
+from tokenizer import Tokenizer
 from transformer import Transformer
 
 STAGES = {"grpo": grpo, "gdpo": gdpo}
@@ -183,27 +184,24 @@ def folder_of(config: Config, cell: Cell, seed: int) -> Path:
 
 @torch.no_grad()
 def measure(folder: str, start: str, config: Config) -> dict:
-    """The figures of a finished run, all on held-out questions and by the strict verifier, except ``start`` and
-    ``steps_90``, which come from its curve.
+    """The figures of a finished run, all on held-out questions and by the strict verifier; only ``steps_90`` and
+    ``answers`` come from its curves.
 
-    accuracy: of greedy answers. Of one answer sampled at temperature 1 to each question: correct, formatted, short
-    and all three; believed: right in the eyes of the verifier that the run was trained with; length in tokens;
-    finished; entropy: of the next token's distribution, in nats, mean over answer tokens; kl: KL(π ‖ start) in nats,
-    summed over an answer's tokens. Both use whole distributions, not only the sampled tokens.
+    accuracy: of greedy answers, and start: of those before. Of one answer sampled at temperature 1 to each question:
+    correct, formatted, short, all three; believed: right in the eyes of the verifier that the run was trained with;
+    length in tokens; finished; entropy: of the next token's distribution, in nats, mean over answer tokens; kl: KL(π ‖
+    start) in nats, summed over an answer's tokens. Both use whole distributions, not only the sampled tokens.
     """
     model, tokenizer, state = load_stage(folder)
     reference = load_stage(start)[0]
     max_new = state["config"]["max_new_tokens"]
     prompts = load_prompts("arith", "validation", n=config.questions)
     ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
-    golds, greedy = [prompt.gold for prompt in prompts], 0.0
+    golds = [prompt.gold for prompt in prompts]
     names = ("correct", "formatted", "short", "all", "believed", "length", "finished", "entropy", "kl")
-    sums = dict.fromkeys(names, 0.0)
-    tokens = 0
+    sums, tokens = dict.fromkeys(names, 0.0), 0
     for first in range(0, len(ids), 128):
         some = slice(first, first + 128)
-        best = sample_answers(model, tokenizer, ids[some], 1, max_new, 0.0, seed=0)
-        greedy += float(score(best.texts, golds[some], best.finished)[0].sum())
         rollout = sample_answers(model, tokenizer, ids[some], 1, max_new, 1.0, seed=first)
         correct, formatted = score(rollout.texts, golds[some], rollout.finished)
         lengths = rollout.mask.sum(dim=1)
@@ -213,12 +211,20 @@ def measure(folder: str, start: str, config: Config) -> dict:
         found = (correct, formatted, short, correct * short, believed, lengths, rollout.finished, entropy, kl)
         sums = {name: value + float(values.sum()) for (name, value), values in zip(sums.items(), found)}
         tokens += int(lengths.sum())
-    row = {name: value / len(ids) for name, value in sums.items()}
+    row = {name: value / len(ids) for name, value in sums.items()} | {"entropy": sums["entropy"] / tokens}
+    for name, which in {"accuracy": model, "start": reference}.items():
+        row[name] = greedy_accuracy(which, tokenizer, ids, golds, max_new)
     curves = read_metrics(Path(folder) / "metrics.jsonl")
-    row |= {"accuracy": greedy / len(ids), "entropy": sums["entropy"] / tokens}
-    row |= {"start": curves["accuracy"][1][0], "steps_90": steps_to(*curves["accuracy"])}
-    row["answers"] = sum(curves["answers"][1])
-    return row
+    return row | {"steps_90": steps_to(*curves["accuracy"]), "answers": sum(curves["answers"][1])}
+
+
+def greedy_accuracy(model: Transformer, tokenizer: Tokenizer, ids: list, golds: list, max_new: int) -> float:
+    right = 0.0
+    for first in range(0, len(ids), 128):
+        some = slice(first, first + 128)
+        rollout = sample_answers(model, tokenizer, ids[some], 1, max_new, 0.0, seed=0)
+        right += float(score(rollout.texts, golds[some], rollout.finished)[0].sum())
+    return right / len(ids)
 
 
 def distributions(model: Transformer, reference: Transformer, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -439,7 +445,7 @@ def describe(values: list[float], n: int, digits: int) -> str:
     if not values:
         return "-"
     mean, half = interval(values)
-    text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+    text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if 0 < half < math.inf else "")
     return text + (f" ({len(values)} of {n})" if len(values) < n else "")
 
 

@@ -17,7 +17,8 @@ from test_grpo import start  # noqa: F401  (a fixture)
 import ablate
 import grpo
 from ablate import Config, distributions, interval, measure, read_cells, steps_to, table
-from rollout import sample_answers
+from data import encode_prompts, load_prompts
+from rollout import sample_answers, score
 from runtime.config import parse
 from runtime.errors import UserError
 from runtime.run import load_stage
@@ -185,7 +186,8 @@ def test_the_table_has_means_and_intervals_of_the_rows(study):
     assert len(lines) == 2 + 4 and lines[0].startswith("| part | setting | greedy accuracy |")
     mine = [row["accuracy"] for row in rows if row["cell"] == read_cells(config)[0].key]
     mean, half = interval(mine)
-    assert lines[2].startswith(f"| size | 2 | {mean:.3f} ± {half:.3f} |") and lines[2].endswith("| 2 |")
+    shown = f"{mean:.3f} ± {half:.3f}" if half else f"{mean:.3f}"
+    assert lines[2].startswith(f"| size | 2 | {shown} |") and lines[2].endswith("| 2 |")
     assert lines[3].split("|")[3:] == lines[4].split("|")[3:]  # the same runs in two parts
 
 
@@ -346,6 +348,11 @@ def test_measure_counts_what_it_says(study, tmp_path, start):  # noqa: F811
     assert row["accuracy"] == pytest.approx(figures["accuracy"])
     assert row["all"] <= min(row["correct"], row["short"]) and row["correct"] <= row["formatted"] <= row["finished"]
     assert row["answers"] == 8
+    model, tokenizer, _ = load_stage(str(start))
+    held = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 80)
+    before = sample_answers(model, tokenizer, held[0], 1, 48, 0.0, seed=0)
+    right = score(before.texts, [prompt.gold for prompt in held[1]], before.finished)[0]
+    assert row["start"] == pytest.approx(float(right.mean()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -375,15 +375,16 @@ def check_same_study(config: Config) -> None:
     path = root_of(config) / "study.json"
     weights = fingerprint(load_checkpoint(config.init_from)["model"])
     defaults = {name: value for name, value in as_dict(STAGES[config.stage].Config()).items() if name not in OURS}
-    facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit", "curves", "starts")}
+    facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit", "curves")}
+    facts |= {f"start {line.split('|')[0].strip()}": line.split("|")[1].strip() for line in config.starts}
     facts = json.loads(json.dumps(facts | {"start": weights} | defaults))
-    if path.exists():
-        stored = json.loads(path.read_text())
-        changed = [
-            f"{name} {stored.get(name)}, now {value}" for name, value in facts.items() if stored.get(name) != value
-        ]
-        if changed:
-            raise UserError(f"{path.parent} holds results with {', '.join(changed)}: choose another --name or --out")
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    changed = [
+        f"{name} {stored[name]}, now {value}" for name, value in facts.items() if stored.get(name, value) != value
+    ]
+    if changed:
+        raise UserError(f"{path.parent} holds results with {', '.join(changed)}: choose another --name or --out")
+    facts = stored | facts  # a study may get more starts
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(facts, indent=2) + "\n")
 

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -224,7 +225,7 @@ def test_results_of_other_questions_starts_or_defaults_are_not_mixed_in(study, t
         ablate.run(replace(again, questions=17))
     with pytest.raises(UserError, match="start "):
         ablate.run(replace(again, init_from=str(start.parent / "pretrain")))
-    with pytest.raises(UserError, match="starts"):
+    with pytest.raises(UserError, match="start weak n_examples=8 epochs=1, now n_examples=9 epochs=1"):
         ablate.run(replace(again, starts=("weak | n_examples=9 epochs=1",)))
     monkeypatch.setattr(
         grpo, "Config", make_dataclass("Config", [("lr", float, field(default=1.0))], bases=(grpo.Config,), frozen=True)
@@ -370,3 +371,13 @@ def test_a_page_holds_the_table_of_its_results(page):
     assert page.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and f"{page.stem}.png" in page.read_text()
     counted = {cell.key: sum(row["cell"] == cell.key for row in rows) for cell in read_cells(config)}
     assert min(counted.values()) >= 3, counted
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_exact_figure_of_a_page_stands_in_its_table(page):
+    """No sentence without its number, and no number that the table does not have."""
+    text = page.read_text()
+    before, rest = text.split("<!-- table -->")
+    inside, after = rest.split("<!-- /table -->")
+    figures = re.findall(r"(?<![\d.])\d\.\d{3}(?!\d)", before + after)
+    assert len(figures) >= 5 and not [figure for figure in figures if figure not in inside]

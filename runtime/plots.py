@@ -126,7 +126,7 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
         axis.set_title(f"{part}: {names.get(curve, curve)}" if part else names.get(curve, curve), fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, framealpha=0.5)
     _save(figure, path)
 
 

@@ -306,7 +306,7 @@ def make_start(config: Config, line: str) -> None:
 
 def run(config: Config) -> list[dict]:
     """Run what is missing, seed by seed, so that an unfinished study is a study with fewer seeds; return all rows."""
-    cells = check(config)
+    cells = checked_cells(config)
     root = root_of(config)
     check_same_study(config)
     unique = list({cell.key: cell for cell in cells}.values())
@@ -344,7 +344,7 @@ def run(config: Config) -> list[dict]:
     return rows
 
 
-def check(config: Config) -> list[Cell]:
+def checked_cells(config: Config) -> list[Cell]:
     """Refuse what cannot work, before anything runs; the cells."""
     at_least(config, seeds=1, jobs=0, questions=1, length_limit=1)
     cells = read_cells(config)

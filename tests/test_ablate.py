@@ -266,6 +266,7 @@ def test_an_interrupted_study_stops_and_goes_on(tmp_path, start, number):  # noq
     process = subprocess.Popen(
         command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     )  # fmt: skip
     results, runs = tmp_path / "study" / "results.jsonl", tmp_path / "study" / "runs"
     deadline = time.time() + 120

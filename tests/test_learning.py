@@ -120,15 +120,15 @@ def curves(folder) -> tuple[list, list]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_gdpo_on_the_embedded_task_moves_all_rewards(tmp_path, tuned, sign):
-    """Right, in form and short together; with all weights negated, none of them."""
+    """Right, in form and short together; with all weights negated, none of them. Hot, so that the form can rise too."""
     weights = {"correct_weight": sign, "format_weight": sign, "length_weight": sign}
-    more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "length_limit": 26}
-    gdpo.run(gdpo.Config(**weights | more | {"steps": 15, "eval_every": 15}))
+    more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "length_limit": 26, "temperature": 1.3}
+    gdpo.run(gdpo.Config(**weights | more | {"steps": 20, "eval_every": 20}))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "correct" in row]
     for name in ("correct", "formatted", "short"):
-        first, last = (sum(row[name] for row in part) / 3 for part in (rows[:3], rows[-3:]))
-        assert last > first + 0.01 if sign > 0 else last < first - 0.2, (name, first, last)
+        first, last = (sum(row[name] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+        assert last > first + 0.02 if sign > 0 else last < 0.6 * first, (name, first, last)
 
 
 def test_sft_teaches_the_form(tmp_path):

@@ -27,6 +27,7 @@ import sft
 from data import epoch_batch, load_chats, pack
 from grpo import Rollout, accumulate_gradients, group_advantages, sample_answers
 from preferences import Judged, encode_judged
+from rollout import join
 from runtime import processes
 from runtime.errors import UserError
 from runtime.run import load_stage
@@ -453,6 +454,63 @@ def test_flat_groups_that_differ_from_each_other_move_nothing(tmp_path, base):
     )
     assert not torch.equal(start["head.weight"], one["head.weight"])
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def grpo_by_question(config) -> list:
+    """A whole run in which a question's answers depend on nothing but the question and the step, whoever asks it.
+    Returns the gradients of all updates."""
+    real = grpo.sample_answers
+
+    def sample(model, tokenizer, prompts, group_size, max_new_tokens, temperature, seed):
+        step = seed // 1_000 // config.draws
+        seeds = [sum(i * token for i, token in enumerate(ids, start=1)) + step for ids in prompts]
+        each = [
+            real(model, tokenizer, [ids], group_size, max_new_tokens, temperature, seed)
+            for ids, seed in zip(prompts, seeds)
+        ]
+        return join(each, tokenizer.pad_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "sample_answers", sample)
+        return watched_run("grpo", config)["gradients"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 0.5, "kl": "k2"},
+        {"loss_type": "grpo", "scale": "batch", "micro_batch_size": 3},
+        {"loss_type": "dr_grpo", "scale": "none", "ratio_level": "sequence"},
+        {"loss_type": "cispo", "beta": 0.5, "kl_in": "reward", "micro_batch_size": 1},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_two_updates_on_two_processes_are_those_of_one(tmp_path, base, changes):
+    changes = changes | {"steps": 2, "updates_per_rollout": 2, "eval_every": 100, "lr": 1e-3}
+    one = grpo_by_question(tiny("grpo", tmp_path / "one", base, **changes))
+    config = tiny("grpo", tmp_path / "two", base, **changes)
+    zero, other = results(on_two_processes(tmp_path, grpo_by_question, config))
+    assert len(one) == len(zero) == 4 and all(gradient.norm() > 1e-4 for gradient in one)
+    for ours, theirs, both in zip(zero, other, one):
+        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, both, rtol=2e-3, atol=2e-3 * float(both.abs().max()))
+
+
+@pytest.mark.parametrize("flat_from", [1000, 2])
+def test_minibatches_and_replaced_groups_on_two_processes(tmp_path, base, flat_from):
+    """Each process refills its share in as many draws as it needs, and both take the same updates, flat ones too."""
+    fields = {"steps": 2, "draws": 3, "minibatches": 2, "updates_per_rollout": 2, "eval_every": 100, "save_every": 1}
+    config = tiny("grpo", tmp_path / "run", base, **fields)
+    zero, one = results(on_two_processes(tmp_path, watched_run, "grpo", config, flat_from))
+    assert len(zero["advantages"]) == len(one["advantages"]) == 2 * 2 * 2
+    assert torch.equal(zero["weights"], one["weights"])
+    assert all(map(torch.equal, zero["gradients"], one["gradients"]))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "grad_norm" in row]
+    assert [row["step"] for row in trained] == [1, 2]
+    if flat_from == 2:  # the report on the start, and step 1, have rewards
+        assert trained[-1]["flat_groups"] == 1 and trained[-1]["answers"] > 16
+        assert trained[-1]["grad_norm"] == 0
 
 
 def test_what_strays_from_the_reference_earns_less(tmp_path, base, monkeypatch):

@@ -37,9 +37,10 @@ class RunConfig:
     precision: typing.Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of matrix products. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     compile: typing.Literal["auto", "on", "off"] = "auto"
-    """torch.compile for the blocks of the model. auto: where the run is long enough to pay for the warm-up."""
+    """torch.compile for the blocks of the model, in pretraining and SFT (the shapes of the other stages change from
+    step to step, so they stay eager). auto: where the run is long enough to pay for the warm-up."""
     log_every: int = 10
-    """Steps between two rows of metrics.jsonl."""
+    """Steps between two rows of metrics.jsonl; PPO, GRPO and GDPO write one for every step."""
     save_every: int = 200
     """Steps between two checkpoints; the last step is always saved."""
     keep_last: int = 1

@@ -573,8 +573,6 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
             rewards["kl"] = (kl_estimate(current, ref_logps, config.kl) * rollout.mask).sum(dim=1)
         everyone, teaching = compare(rollout, rewards)
         advantages = processes.my_share(everyone)
-        if config.mask_truncated:
-            advantages = advantages * rollout.finished
         rollout_seconds = time.perf_counter() - started
 
         # 2. One or several updates on them.

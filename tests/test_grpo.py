@@ -12,6 +12,7 @@ from tiny import llama_tiny, tiny_pretrain, tiny_sft
 import grpo
 import pretrain
 import sft
+from data import encode_prompts, load_prompts
 from grpo import (
     Config,
     accumulate_gradients,
@@ -25,6 +26,7 @@ from grpo import (
 from rollout import in_parts
 from runtime.config import read_preset
 from runtime.errors import UserError
+from runtime.run import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, token_logps
 
@@ -501,6 +503,27 @@ def test_dynamic_sampling_replaces_groups_that_are_all_right_or_all_wrong(tmp_pa
     assert row["answers"] == 16 + 4 * n and row["flat_groups"] == 0
     # the figures are those of all answers: 1, 4, 1, 0 right ones, then none and one for each of the others
     assert row["correct"] == pytest.approx((6 + n - 1) / (16 + 4 * n))
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_an_answer_is_judged_by_the_gold_of_its_own_question(tmp_path, start, monkeypatch, draws):
+    known = load_prompts("arith", "train", n=64)
+    _, tokenizer, _ = load_stage(str(start))
+    ids, known = encode_prompts(known, tokenizer, 400)
+    gold_of = {tuple(tokens): prompt.gold for tokens, prompt in zip(ids, known)}
+    assert len(set(gold_of.values())) > 10
+    real, judged = grpo.judge, []
+
+    def judge(rollout, golds, config):
+        judged.append(
+            [tuple(row[: mask.int().argmax() + 1].tolist()) for row, mask in zip(rollout.tokens, rollout.mask)]
+        )
+        assert golds == [gold_of[question] for question in judged[-1]]
+        return real(rollout, golds, config)
+
+    monkeypatch.setattr(grpo, "judge", judge)
+    grpo.run(tiny_grpo(tmp_path, start, steps=2, draws=draws))
+    assert len(judged) >= 3 and all(len(set(questions)) >= 4 for questions in judged)
 
 
 @pytest.mark.parametrize(("format_weight", "draws"), [(0.0, 3), (0.1, 1)])

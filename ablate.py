@@ -354,6 +354,8 @@ def checked_cells(config: Config) -> list[Cell]:
     for name in (*config.columns, *config.scatter):
         if name not in COLUMNS:
             raise UserError(f"there is no column {name}: {', '.join(COLUMNS)}")
+    if "kept_apart" in config.scatter or "kept_apart" in set(config.columns) - set(config.curves):
+        raise UserError("kept_apart is the mean of a curve: name it in curves and columns")
     for name in config.curves:
         if name not in CURVES:
             raise UserError(f"there is no curve {name}: {', '.join(CURVES)}")
@@ -403,11 +405,11 @@ def read_rows(path: Path) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Table, plot and page
 
-COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run
+COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run, and one mean over the run
     "start": "greedy accuracy before", "accuracy": "greedy accuracy", "correct": "sampled, right",
     "believed": "right, says its verifier", "formatted": "in form", "short": "short", "all": "right and short",
     "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "tokens",
-    "finished": "finished", "answers": "answers sampled",
+    "finished": "finished", "answers": "answers sampled", "kept_apart": "kept apart, over the run",
 }  # fmt: skip
 CURVES = {  # what a run logs about itself: rewards are those that it was trained with
     "accuracy": "greedy accuracy", "correct": "right, as rewarded", "formatted": "in form, as rewarded",
@@ -430,12 +432,18 @@ def table(config: Config, cells: list[Cell], rows: list[dict]) -> str:
             continue
         entries = []
         for name in config.columns:
-            values = [row[name] for row in mine if row.get(name) is not None]
+            values = [value for row in mine if (value := figure(row, name)) is not None]
             entries.append(describe(values, len(mine), DIGITS.get(name, 3)))
         lines.append(
             "| " + " | ".join([*([cell.part] if several else []), cell.label, *entries, str(len(mine))]) + " |"
         )
     return "\n".join(lines)
+
+
+def figure(row: dict, name: str) -> float | None:
+    """A figure of the end of a run, or the mean of a curve over the run."""
+    _, values = row.get("curves", {}).get(name, ((), ()))
+    return row.get(name, statistics.mean(values) if values else None)
 
 
 def describe(values: list[float], n: int, digits: int) -> str:

@@ -122,6 +122,7 @@ def test_cells_and_their_configurations():
         ({"scatter": ("kl",)}, "two columns"),
         ({"scatter": ("kl", "akkuracy")}, "no column akkuracy"),
         ({"columns": ("speed",)}, "no column speed"),
+        ({"columns": ("kept_apart",)}, "name it in curves"),
         ({"curves": ("correct", "speed")}, "no curve speed"),
         ({"page": "nowhere.md"}, "no page nowhere.md"),
         ({"init_from": "nowhere"}, "there is no checkpoint in nowhere"),
@@ -190,6 +191,14 @@ def test_the_table_has_means_and_intervals_of_the_rows(study):
     shown = f"{mean:.3f} ± {half:.3f}" if half else f"{mean:.3f}"
     assert lines[2].startswith(f"| size | 2 | {shown} |") and lines[2].endswith("| 2 |")
     assert lines[3].split("|")[3:] == lines[4].split("|")[3:]  # the same runs in two parts
+
+
+def test_a_column_can_be_the_mean_of_a_curve(study):
+    config, rows = study
+    config = replace(config, columns=("kept_apart",), curves=("accuracy", "kept_apart"))
+    cells = read_cells(config)[:1]
+    rows = [{"cell": cells[0].key, "curves": {"kept_apart": [[1, 2, 3], [1.0, 0.5, x]]}} for x in (0.75, 0.0)]
+    assert ablate.table(config, cells, rows).splitlines()[-1].endswith("| 0.625 ± 1.588 | 2 |")  # 12.706 · 0.125
 
 
 def test_a_start_of_its_own_is_made_and_used(study):

@@ -534,6 +534,32 @@ def test_a_reward_without_weight_keeps_no_group(tmp_path, start, monkeypatch, fo
     assert len(seen["prompts"]) == 2 * draws  # of the report on the start, and of the step
 
 
+def test_what_belongs_to_an_answer_goes_with_it_into_its_minibatch(tmp_path, start, monkeypatch):
+    """Advantages, and the log-probabilities of the sampler and of the reference, both of the start here."""
+    whole, parts = [], []
+    sample, accumulate = grpo.sample_answers, grpo.accumulate_gradients
+    monkeypatch.setattr(grpo, "sample_answers", lambda *args: whole.append(sample(*args)) or whole[-1])
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0).square(), torch.zeros(16)))
+    monkeypatch.setattr(grpo, "examine", lambda *args: 0.0)
+
+    def accumulated(run, model, rollout, advantages, config, old_logps, ref_logps):
+        parts.append((rollout, advantages, old_logps, ref_logps))
+        return accumulate(run, model, rollout, advantages, config, old_logps, ref_logps)
+
+    monkeypatch.setattr(grpo, "accumulate_gradients", accumulated)
+    grpo.run(tiny_grpo(tmp_path, start, steps=1, minibatches=2, updates_per_rollout=2, beta=0.1, scale="none"))
+    expected = group_advantages(torch.arange(16.0).square(), 4, "none")  # 16 different ones
+    assert len(expected.unique()) == 16 and len(parts) == 4
+    for rollout, advantages, old_logps, ref_logps in parts:
+        for tokens, logps, advantage in zip(rollout.tokens, rollout.sampled_logps, advantages):
+            twins = (whole[-1].tokens == tokens).all(dim=1) & (whole[-1].sampled_logps == logps).all(dim=1)
+            assert advantage in expected[twins]
+        torch.testing.assert_close(old_logps, rollout.sampled_logps, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ref_logps, rollout.sampled_logps, rtol=0, atol=1e-4)
+    for first, second in (parts[:2], parts[2:]):
+        assert sorted(torch.cat([first[1], second[1]]).tolist()) == sorted(expected.tolist())  # disjoint, all of them
+
+
 def test_when_the_draws_run_out_flat_groups_fill_the_batch(tmp_path, start, monkeypatch):
     seen = spied(monkeypatch, lambda draw, i, g: float(g == 0) if (draw, i) == (1, 2) else 1.0)
     grpo.run(tiny_grpo(tmp_path, start, draws=2, steps=1, eval_every=1))

@@ -3,9 +3,10 @@
 16 prompts of 32 tokens, 8 answers of 128 tokens to each, a reward (the share of even token ids), the log-probabilities
 of a frozen reference (β = 0.04, k3), one update of AdamW; the same 5 million parameters on both sides, a vocabulary of
 4,096, float32, no activation checkpointing. No answer can end early: the end-of-text is a token that the models do not
-have. Both sides sample from the full distribution at temperature 1. The two take turns inside one process, ours between
-two steps of theirs; a figure is the median over the steps, the ratio the median of the ratios of neighbours, above 1
-means that ours is faster. The first steps of each are left out.
+have. Both sides accumulate the gradient over micro-batches of the same size (``--micro_batch``) and sample from the
+full distribution at temperature 1. The two take turns inside one process, ours between two steps of theirs; a
+figure is the median over the steps, the ratio the median of the ratios of neighbours, above 1 means that ours is
+faster. The first steps of each are left out.
 
     pip install -e ".[bench]"
     python bench/grpo_step.py
@@ -72,12 +73,12 @@ def words() -> transformers.PreTrainedTokenizerFast:
 
 
 class Ours:
-    def __init__(self, config: ModelConfig, new: int, folder: str):
+    def __init__(self, config: ModelConfig, new: int, micro_batch: int, folder: str):
         torch.manual_seed(0)
         self.model, self.reference = Transformer(config), Transformer(config).requires_grad_(False)
         self.config = grpo.Config(
             out_dir=folder, device="cpu", prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=new, beta=0.04,
-            lr=1e-6, minibatches=1, micro_batch_size=PROMPTS * GROUP,
+            lr=1e-6, minibatches=1, micro_batch_size=micro_batch,
         )  # fmt: skip
         self.run = start(self.config, "grpo")
         self.optimizers = make_optimizers(self.model, self.config.lr, 0.0, self.config.beta2)
@@ -115,14 +116,14 @@ def even(text: str) -> float:
     return sum(i % 2 == 0 for i in ids) / len(ids)
 
 
-def run(new: int, repeats: int, warm_up: int) -> tuple[list[dict], list[dict]]:
+def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[dict], list[dict]]:
     """Seconds by part of each step, of ours and of theirs."""
     config = ModelConfig(VOCABULARY, d_model=256, n_layers=4, n_heads=8, max_seq_len=256)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(VOCABULARY, (PROMPTS, LENGTH), generator=generator).tolist()
     rows = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(config, new, folder + "/ours")
+        ours = Ours(config, new, micro_batch, folder + "/ours")
         path = folder + "/llama"
         theirs = llama(config)
         assert count_parameters(ours.model) == count_parameters(theirs)
@@ -135,7 +136,8 @@ def run(new: int, repeats: int, warm_up: int) -> tuple[list[dict], list[dict]]:
 
         settings = trl.GRPOConfig(
             output_dir=folder + "/theirs", use_cpu=True, bf16=False, gradient_checkpointing=False,
-            per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, steps_per_generation=1,
+            per_device_train_batch_size=micro_batch, num_generations=GROUP,
+            gradient_accumulation_steps=PROMPTS * GROUP // micro_batch,
             max_completion_length=new, beta=0.04, learning_rate=1e-6, max_steps=warm_up + repeats, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False,
         )  # fmt: skip
@@ -194,12 +196,14 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--repeats", type=int, default=None, help="steps (default 10; quick: 3)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro_batch", type=int, default=32, help="answers at a time in the update, on both sides")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     new, repeats = (32, options.repeats or 3) if options.quick else (128, options.repeats or 10)
-    ours, theirs = run(new, repeats, warm_up=1 if options.quick else 2)
+    ours, theirs = run(new, repeats, warm_up=1 if options.quick else 2, micro_batch=options.micro_batch)
     print(
-        f"{PROMPTS} × {GROUP} answers of {new} tokens, {repeats} steps, {options.threads} threads, "
+        f"{PROMPTS} × {GROUP} answers of {new} tokens, {options.micro_batch} at a time, {repeats} steps, "
+        f"{options.threads} threads, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}\n"
     )
     print("| | seconds a step | " + " | ".join(PARTS) + " |\n" + "| --- " * (len(PARTS) + 2) + "|")

@@ -1,8 +1,10 @@
 """Where the numbers live: the device, its precision, its threads, and whether compiling pays."""
 
 import contextlib
+import ctypes
 import os
 import shutil
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -81,6 +83,20 @@ def compile_blocks(model) -> None:
     """
     for block in model.blocks:
         block.compile()
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep large blocks of memory that were freed, rather than return them to the kernel.
+
+    A step frees its activations, and the next one asks for the same sizes again; to be given pages anew, each of them
+    zeroed, can cost as much as the arithmetic on them. Only glibc is like that, so only there something is done; and
+    nothing if the environment sets up malloc already. Returns whether it was done.
+    """
+    if not sys.platform.startswith("linux") or any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
+    return mallopt is not None and mallopt(mmap_threshold, 2**30) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
 
 
 def seed_everything(seed: int) -> None:

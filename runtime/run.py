@@ -30,6 +30,7 @@ from runtime.device import (
     autocast,
     can_compile,
     compile_blocks,
+    keep_freed_memory,
     peak_flops,
     pick_device,
     pick_precision,
@@ -51,6 +52,8 @@ class Run:
         self.rank, self.world, local = processes.setup_processes(config.device)
         self.is_main = self.rank == 0
         self.device = pick_device(config.device, local)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.precision = pick_precision(config.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.state: dict | None = None  # the checkpoint that this run continues

@@ -1,0 +1,41 @@
+"""Devices: what does not need one. The rest is tested where it is used."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = """
+import resource, sys, torch
+from runtime.device import keep_freed_memory
+done = keep_freed_memory()
+for i in range(12):
+    if i == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = torch.ones(2**24)  # 64 MiB
+    y = x + x
+    del x, y
+print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(**environment) -> tuple[bool, int]:
+    """Whether freed memory is kept, and the pages that eight rounds of two tensors asked the kernel for."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done, faults = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=Path(__file__).parent.parent, env=clean | environment, check=True,
+        capture_output=True, text=True,
+    ).stdout.split()  # fmt: skip
+    return done == "True", int(faults)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about the C library of Linux")
+def test_freed_memory_is_used_again_without_asking_the_kernel():
+    done, faults = page_faults()
+    if not done:
+        pytest.skip("another C library than glibc")
+    assert faults < 16  # 262,144 small pages, or 512 huge ones, if all of it came anew
+    done, anew = page_faults(MALLOC_ARENA_MAX="4")  # a user's own settings are left alone
+    assert not done and anew > 256

@@ -4,9 +4,9 @@
 of a frozen reference (β = 0.04, k3), one update of AdamW; the same 5 million parameters on both sides, a vocabulary of
 4,096, float32, no activation checkpointing. No answer can end early: the end-of-text is a token that the models do not
 have. Both sides accumulate the gradient over micro-batches of the same size (``--micro_batch``) and sample from the
-full distribution at temperature 1. The two take turns inside one process, ours between two steps of theirs; a
-figure is the median over the steps, the ratio the median of the ratios of neighbours, above 1 means that ours is
-faster. The first steps of each are left out.
+full distribution at temperature 1. Each has a process of its own, so that neither runs with the other's settings, and
+they take turns, ours between two steps of theirs; a figure is the median over the steps, the ratio the median of the
+ratios of neighbours, above 1 means that ours is faster. The first steps of each are left out.
 
     pip install -e ".[bench]"
     python bench/grpo_step.py
@@ -14,11 +14,13 @@ faster. The first steps of each are left out.
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -116,6 +118,15 @@ def even(text: str) -> float:
     return sum(i % 2 == 0 for i in ids) / len(ids)
 
 
+def serve(pipe, threads: int, *setting) -> None:
+    """Our process: a step for each list of prompts that comes, until None does."""
+    torch.set_num_threads(threads)
+    ours = Ours(*setting)
+    pipe.send(count_parameters(ours.model))
+    while (prompts := pipe.recv()) is not None:
+        pipe.send(ours.step(prompts))
+
+
 def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[dict], list[dict]]:
     """Seconds by part of each step, of ours and of theirs."""
     config = ModelConfig(VOCABULARY, d_model=256, n_layers=4, n_heads=8, max_seq_len=256)
@@ -123,10 +134,16 @@ def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[di
     prompts = torch.randint(VOCABULARY, (PROMPTS, LENGTH), generator=generator).tolist()
     rows = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(config, new, micro_batch, folder + "/ours")
+        ours, other_end = multiprocessing.get_context("spawn").Pipe()
+        setting = (config, new, micro_batch, folder + "/ours")
+        process = multiprocessing.get_context("spawn").Process(
+            target=serve, args=(other_end, torch.get_num_threads(), *setting), daemon=True
+        )
+        process.start()
         path = folder + "/llama"
         theirs = llama(config)
-        assert count_parameters(ours.model) == count_parameters(theirs)
+        parameters = ours.recv()
+        assert parameters == count_parameters(theirs)
         theirs.config.eos_token_id = theirs.generation_config.eos_token_id = None
         theirs.save_pretrained(path)
         theirs_clock = Clock()
@@ -161,7 +178,7 @@ def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[di
 
         trainer._compute_loss = compute_loss
         loaded = [trainer.model.config.vocab_size, count_parameters(trainer.model)]
-        assert loaded == [VOCABULARY, count_parameters(ours.model)]
+        assert loaded == [VOCABULARY, parameters]
         lengths = []
         trainer.add_callback(Turns(ours, prompts, theirs_clock, rows))
         score = trainer._calculate_rewards
@@ -172,13 +189,15 @@ def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[di
 
         trainer._calculate_rewards = lengths_seen
         trainer.train()
+        ours.send(None)
+        process.join()
         assert set(lengths) == {new}, f"answers of TRL ended early: {sorted(set(lengths))}"
         assert len(lengths) == PROMPTS * GROUP * (warm_up + repeats)
     return rows["ours"][warm_up:], rows["theirs"][warm_up:]
 
 
 class Turns(transformers.TrainerCallback):
-    def __init__(self, ours: Ours, prompts: list, clock: Clock, rows: dict):
+    def __init__(self, ours: Connection, prompts: list, clock: Clock, rows: dict):
         self.ours, self.prompts, self.clock, self.rows = ours, prompts, clock, rows
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -188,7 +207,8 @@ class Turns(transformers.TrainerCallback):
         total, seconds = time.perf_counter() - self.begun, self.clock.seconds
         seconds["update"] = total - sum(seconds.values())  # forward, loss, backward, optimizer, and all the rest
         self.rows["theirs"].append(seconds | {"all": total})
-        self.rows["ours"].append(self.ours.step(self.prompts))
+        self.ours.send(self.prompts)
+        self.rows["ours"].append(self.ours.recv())
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def stages(config: Config) -> list[Stage]:
         Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**settings("ppo", "sft")), policy),
         Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), (*policy, "flat_groups")),
         relative("dr_grpo", "Dr. GRPO", "grpo_dr.py"),
-        # Replacing flat groups, a step takes about 830 answers instead of 256: so few steps are the others' budget.
-        relative("dapo", "DAPO", "grpo_dapo.py", steps=14, eval_every=7),
+        # Replacing flat groups, a step takes 500 to 800 answers instead of 256: so few steps are the others' budget.
+        relative("dapo", "DAPO", "grpo_dapo.py", steps=18, eval_every=9),
         relative("gspo", "GSPO", "grpo_gspo.py"),
         relative("cispo", "CISPO", "grpo_cispo.py"),
         Stage(

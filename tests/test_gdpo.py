@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,15 @@ def test_of_five_answers_grpo_tells_eleven_groups_apart():
     for row in load_json("gdpo_distinct_groups.json")["rows"]:
         if row["G"] != 5:
             assert gdpo.count_lessons(row["G"], row["K"]) == (row["grpo"], row["grpo_wo_std"], row["gdpo"])
+
+
+def test_the_page_counts_the_lessons_as_the_code_does():
+    page = (Path(gdpo.__file__).parent / "docs" / "experiments" / "gdpo.md").read_text(encoding="utf-8")
+    lines = page.split("<!-- lessons -->")[1].split("<!-- /lessons -->")[0].strip().splitlines()
+    assert len(lines) == 7
+    for line in lines:
+        G, K, *counts = map(int, line.strip("| ").split("|"))
+        assert gdpo.count_lessons(G, K) == tuple(counts)
 
 
 def test_kept_apart_counts_rewards_and_advantages():

@@ -20,6 +20,7 @@ order, and the sampling; all cells share one start (another one would be a cell 
 
 import concurrent.futures
 import contextlib
+import io
 import json
 import math
 import multiprocessing
@@ -141,12 +142,18 @@ def read_cells(config: Config) -> list[Cell]:
     for line in config.starts:
         if line.count("|") != 1:
             raise UserError(f"{line!r} is not a start: label | settings of sft.py")
+        start_config(config, line)
     known = {line.split("|")[0].strip() for line in config.starts}
     for cell in cells:
         start = dict(cell.settings).get("start")
         if start is not None and start not in known:
             raise UserError(f"start={start}: --starts has {', '.join(sorted(known)) or 'none'}")
-        stage_config(config, cell, 0)
+        made = stage_config(config, cell, 0)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it also gives advice
+                STAGES[config.stage].check(made)
+        except UserError as error:
+            raise UserError(f"{cell.key}: {error}") from None
     return cells
 
 
@@ -298,10 +305,14 @@ def run_cell(config: Config, cell: Cell, seed: int) -> dict:
 
 def make_start(config: Config, line: str) -> None:
     """One of the starts; one that is finished returns at once, one that was interrupted goes on."""
+    sft.run(start_config(config, line))
+
+
+def start_config(config: Config, line: str) -> sft.Config:
     label, settings = (part.strip() for part in line.split("|"))
     folder = root_of(config) / "starts" / label
     fields = {"init_from": config.pretrained, "out_dir": str(folder), "device": "cpu"}
-    sft.run(parse(sft.Config, to_arguments(read_settings(settings) | fields)))
+    return parse(sft.Config, to_arguments(read_settings(settings) | fields))
 
 
 def run(config: Config) -> list[dict]:
@@ -379,7 +390,8 @@ def check_same_study(config: Config) -> None:
     defaults = {name: value for name, value in as_dict(STAGES[config.stage].Config()).items() if name not in OURS}
     facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit", "curves")}
     facts |= {f"start {line.split('|')[0].strip()}": line.split("|")[1].strip() for line in config.starts}
-    facts = json.loads(json.dumps(facts | {"start": weights} | defaults))
+    facts |= {f"default {name}": value for name, value in defaults.items()}  # some have the name of a fact
+    facts = json.loads(json.dumps(facts | {"start": weights}))
     stored = json.loads(path.read_text()) if path.exists() else {}
     changed = [
         f"{name} {stored[name]}, now {value}" for name, value in facts.items() if stored.get(name, value) != value
@@ -469,7 +481,7 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
             runs, root / "plot.png", list(config.curves), list(config.scatter), COLUMNS if config.scatter else CURVES
         )
     print(f"{text}\n\n{root / 'results.jsonl'}, {root / 'table.md'}, {root / 'plot.png'}")
-    if config.page:
+    if config.page and runs:
         page = Path(config.page)
         before, after = split_page(page)
         write_text(page, f"{before}\n{text}\n\n{after}")

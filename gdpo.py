@@ -12,11 +12,12 @@ turns the order around; for answer i and reward k, with weights w::
 and the rest is ``grpo.py``. What to know about it:
 
 * A weight on a raw reward would cancel in eq. 4; on the normalised advantage it counts.
-* A rarer success counts more: one right answer among four gets 1.5 from its reward, one of two 0.87.
+* A rarer success counts more: one right answer among four gets 1.5 from its reward, two of four 0.87 each.
 * Equal weights on two opposed rewards still cancel: r1 = (1, 1, 0), r2 = (0, 0, 1) gives A_1 = -A_2 and no lesson,
   although the paper shows this case as one that GDPO saves. Other weights do save it.
 * The last step makes an advantage depend on the rest of the batch: beside dead groups, whose rewards are all equal, a
-  live one is scaled up (its largest advantage grows from 1.33 alone to 8.66 beside 31 dead ones). ``draws`` replaces
+  live one is scaled up (of four answers with the rewards 00, 00, 01 and 11, the largest grows from 1.33 alone to 8.66
+  beside 31 dead groups). ``draws`` replaces
   them; the paper's runs do so too.
 * With one reward this is GRPO, except for the last step.
 
@@ -82,7 +83,7 @@ def gdpo_advantages(
     rewards: (N, K), the answers of one prompt side by side, NaN where a reward is unknown; weights: (K,), by default
     all 1. lengths: (N,), tokens of each answer: if given, the batch's mean and variance are over tokens (verl), else
     over answers (TRL). Returns (N,), no gradient; 0 for an answer without any known reward, and, over answers, exactly
-    0 in a group in which every reward is flat.
+    0 in a group in which every reward is flat or the rewards cancel.
 
     >>> rewards = torch.tensor([[0., 0.], [0., 1.], [0., 0.], [1., 1.], [0., 1.], [1., 1.]])     # 3 prompts, 2 answers
     >>> gdpo_advantages(rewards, group_size=2)
@@ -90,13 +91,14 @@ def gdpo_advantages(
     """
     summed = group_sums(rewards, group_size, weights, eps)  # (N,)
     known = ~rewards.isnan().all(dim=1)
+    least = 1e-5 * (1.0 if weights is None else float(weights.abs().sum()))  # opposed rewards cancel, up to rounding
+    teaches = summed.view(-1, group_size).abs().amax(dim=1) > least
+    summed = summed.masked_fill(~teaches.repeat_interleave(group_size), 0.0)
     values = summed[known]
     if lengths is None:
         std = values.std() if len(values) > 1 else torch.zeros(())
         advantages = (summed - values.mean()) / (std + eps)
-        groups = rewards.view(-1, group_size, rewards.shape[1])
-        low, high = groups.nan_to_num(float("inf")).amin(1), groups.nan_to_num(float("-inf")).amax(1)  # (P, K)
-        known = known & (low < high).any(dim=1).repeat_interleave(group_size)  # the rest is 0, not rounding
+        known = known & teaches.repeat_interleave(group_size)  # the rest is 0, not rounding
     else:
         counts = lengths[known].to(values.dtype)
         mean = (values * counts).sum() / counts.sum()
@@ -182,6 +184,7 @@ def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     grpo.check(config)
+    grpo.refuse_infinite(config, "length_weight", "integer_weight")
     at_least(config, length_limit=1)
     weights = (config.correct_weight, config.format_weight, config.length_weight, config.integer_weight)
     n = sum(bool(weight) for weight in weights) + bool(config.overlong_buffer)

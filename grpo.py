@@ -14,13 +14,13 @@ What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
 
 * **GRPO** as DeepSeekMath has it: ``loss_type = grpo``, mean over each answer's tokens, then over answers, so a token
   of a short answer weighs more; β 0.04, 64 answers to a question, one update.
-* **Dr. GRPO** (Liu et al. 2025): no division by the group's std (``scale = none``), which favours questions that are
-  nearly always or nearly never answered, and a sum over tokens divided by a constant (``loss_type = dr_grpo``), so that
-  a long wrong answer is not excused for its length.
+* **Dr. GRPO** (Liu et al. 2025): no division by the group's std (``scale = none``), because dividing favours questions
+  that are nearly always or nearly never answered, and a sum over tokens divided by a constant (``loss_type =
+  dr_grpo``), so that a long wrong answer is not excused for its length.
 * **DAPO** (Yu et al. 2025): mean over all tokens of the batch (``loss_type = dapo``; TRL's default, and ours; eq. 8 has
-  it in each group); ε_high 0.28, above ε_low 0.2, so that rare tokens can grow; groups in which every answer earned the
-  same are replaced by fresh ones (``draws``; the paper looks at right and wrong alone); answers that were cut off leave
-  the loss (``mask_truncated``) and long ones lose reward before they are (``overlong_buffer``). No KL.
+  it in each group); ε_high 0.28, above ε_low 0.2, so that rare tokens can grow; groups in which no reward
+  differs are replaced by fresh ones (``draws``; the paper looks at right and wrong alone); answers that were cut
+  off leave the loss (``mask_truncated``) and long ones lose reward before they are (``overlong_buffer``). No KL.
 * **GSPO** (Zheng et al. 2025): one ratio for the whole answer, the geometric mean of its tokens'
   (``ratio_level = sequence``), with ``loss_type = grpo``; it hardly moves, so ε is 3e-4 and 4e-4 there, for answers
   much longer than ours.
@@ -115,8 +115,8 @@ class Config(RunConfig):
     filtering).
     """
     draws: int = 1
-    """Groups in which every answer earned the same are replaced by those of other prompts, drawn up to so many times
-    (DAPO's dynamic sampling; then whatever there is fills the batch). 1: never.
+    """Groups in which no reward differs between the answers are replaced by those of other prompts, drawn up to so many
+    times (DAPO's dynamic sampling; then whatever there is fills the batch). 1: never.
     """
     scale: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the std of the group, of the whole batch, or not at all."""
@@ -135,7 +135,9 @@ class Config(RunConfig):
     kl: Literal["k1", "k2", "k3"] = "k3"
     """The estimator of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """The KL as a term of the loss, or subtracted from each answer's reward."""
+    """The KL as a term of the loss, or subtracted from each answer's reward. There, scale = group makes a full-size
+    advantage of it wherever the other rewards are equal, whatever beta is.
+    """
     kl_times_ratio: bool = False
     """Weigh k1 or k3 in the loss by the ratio, which makes its gradient that of the KL (TRL's default since 1.16)."""
     updates_per_rollout: int = 2
@@ -153,7 +155,8 @@ class Config(RunConfig):
     weight_decay: float = 0.0
     """Of matrices."""
     beta2: float = 0.99
-    """AdamW's memory of squared gradients: long, because the gradients of few answers are noisy."""
+    """AdamW's memory of squared gradients: longer than pretraining's 0.95, because gradients of few answers are
+    noisy."""
     clip: float = 1.0
     """Longest gradient."""
     activation_checkpointing: bool = False
@@ -324,6 +327,15 @@ def describe(rollout: Rollout, rewards: dict[str, Tensor], weights: dict[str, fl
     return means | {"answers": float(len(rollout))}
 
 
+def mean_over_answers(figures: dict[str, float]) -> dict[str, float]:
+    """The figures of ``describe`` over the answers of all processes, which may have sampled differently many."""
+    n = figures["answers"]
+    sums = torch.tensor([n * value for name, value in figures.items() if name != "answers"] + [n], dtype=torch.float64)
+    *sums, n = processes.sum_over_processes(sums).tolist()
+    names = [name for name in figures if name != "answers"]
+    return {name: value / n for name, value in zip(names, sums)} | {"answers": n}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The update
 
@@ -422,6 +434,12 @@ def accumulate_gradients(
 # The stage
 
 
+def refuse_infinite(config, *names: str) -> None:
+    for name in names:
+        if not math.isfinite(getattr(config, name)):
+            raise UserError(f"{name} is {getattr(config, name)}: it must be a number")
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     _, world, _ = processes.setup_processes(config.device)
@@ -429,9 +447,9 @@ def check(config: Config) -> None:
     at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, clip=1e-9, draws=1)
     at_least(config, arith_warmup=0, arith_fade=0, overlong_buffer=0, minibatches=1, beta=0.0, clip_low=0.0)
     at_least(config, clip_high=0.0, lr=0.0, final_lr=0.0, weight_decay=0.0)
-    for name in ("temperature", "beta", "lr", "correct_weight", "format_weight"):
-        if not math.isfinite(getattr(config, name)):
-            raise UserError(f"{name} is {getattr(config, name)}: it must be a number")
+    refuse_infinite(config, "temperature", "beta", "lr", "final_lr", "weight_decay", "correct_weight", "format_weight")
+    if not 0 <= config.beta2 < 1:
+        raise UserError(f"beta2 is {config.beta2}: a memory lies between 0 and 1")
     if config.group_size < 2:
         raise UserError("group_size starts at 2: an answer is compared with its siblings")
     if config.prompts_per_step % world:
@@ -453,6 +471,15 @@ def check(config: Config) -> None:
         raise UserError("k1 as a loss has an expected gradient of zero: use --kl k2 or k3, or --kl_in reward")
     if config.kl_times_ratio and (not config.beta or config.kl_in == "reward" or config.kl == "k2"):
         raise UserError("kl_times_ratio is for k1 or k3 in the loss, with a --beta")
+    if config.kl_times_ratio and config.ratio_level == "sequence":
+        raise UserError(
+            "kl_times_ratio weighs the KL of a token by the ratio of that token: it wants --ratio_level token"
+        )
+    if config.beta and config.kl_in == "reward" and config.scale == "group" and processes.rank() == 0:
+        print(
+            "note: in a group whose answers earned the same, the std is that of the KL alone, so the KL pushes in full "
+            "however small --beta is; --scale none keeps it small"
+        )
     if config.loss_type == "dr_grpo" and config.scale == "group" and processes.rank() == 0:
         print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
 
@@ -567,6 +594,8 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         # 1. Answers, and how good each one is.
         started = time.perf_counter()
         rollout, rewards, asked, sampled = collect(step)
+        if not rollout.sampled_logps.isfinite().all():  # all answers are then the same, and no gradient would show it
+            raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
         ref_logps = logps_in_parts(run, reference, rollout, config) if reference is not None else None
         if config.beta and config.kl_in == "reward":
             current = logps_in_parts(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
@@ -596,11 +625,10 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
                 updates.append(statistics | {"grad_norm": norm})
 
         # 3. What happened.
-        if "kl" in rewards:
-            sampled["kl_ref"] = float(rewards["kl"].sum() / rollout.mask.sum())  # of a token, by the estimator chosen
-        sums = processes.sum_over_processes(torch.tensor(list(sampled.values()), dtype=torch.float64)).tolist()
-        figures = {name: value / processes.world_size() for name, value in zip(sampled, sums)}
-        figures["answers"] *= processes.world_size()
+        figures = mean_over_answers(sampled)
+        if "kl" in rewards:  # of a token, by the estimator chosen
+            kl = torch.stack([rewards["kl"].sum(), rollout.mask.sum().to(rewards["kl"])])
+            figures["kl_ref"] = float(torch.div(*processes.sum_over_processes(kl)))
         figures["entropy"] /= figures["length"]  # now of a token
         figures |= teaching
         tokens = sum(one.pop("tokens") for one in updates)

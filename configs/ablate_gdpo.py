@@ -16,6 +16,7 @@ cells = [
     f"short if right, weak start | right alone | start=sft_96 {_alone}",
     "short if right, weak start | added | start=sft_96 combine=sum",
     "short if right, weak start | added, no std | start=sft_96 combine=sum scale=none",
+    "short if right, weak start | added, std of the batch | start=sft_96 combine=sum scale=batch",
     "short if right, weak start | GDPO | start=sft_96",
     f"short for itself, groups of 16 | added | conditioned=False combine=sum {_sixteen}",
     f"short for itself, groups of 16 | GDPO | conditioned=False {_sixteen}",

@@ -6,7 +6,7 @@ base = "steps=45 eval_every=15 eval_prompts=256"
 cells = [
     f"{method} | {weight} | conditioned=False length_weight={weight} combine={combine}"
     for method, combine in (("added", "sum"), ("GDPO", "gdpo"))
-    for weight in (0.1, 0.25, 0.5, 1, 2)
+    for weight in (0.1, 0.25, 0.5, 0.7, 1, 2)
 ]
 columns = ["accuracy", "correct", "formatted", "short", "all", "length"]
 scatter = ["short", "correct"]

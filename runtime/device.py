@@ -96,7 +96,9 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    return mallopt is not None and mallopt(mmap_threshold, 2**30) == 1 and mallopt(trim_threshold, 2**31 - 1) == 1
+    if mallopt is None or mallopt(trim_threshold, 2**31 - 1) != 1:
+        return False
+    return mallopt(mmap_threshold, 2**30) == 1 or mallopt(mmap_threshold, 2**25) == 1  # older ones allow no more
 
 
 def seed_everything(seed: int) -> None:

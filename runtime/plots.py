@@ -97,7 +97,10 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
             points = []
             for (which, label), rows in runs.items():
                 if which == part:
-                    xs, ys = ([row[name] for row in rows] for name in scatter)
+                    known = [row for row in rows if all(row.get(name) is not None for name in scatter)]
+                    if not known:
+                        continue
+                    xs, ys = ([row[name] for row in known] for name in scatter)
                     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
                     spread = [[x - min(xs)], [max(xs) - x]], [[y - min(ys)], [max(ys) - y]]
                     points.append((x, y, spread, label))

@@ -53,6 +53,18 @@ def test_the_interval_is_students():
     assert interval([float(i) for i in range(20)])[1] == pytest.approx(2.093 * math.sqrt(35) / math.sqrt(20), rel=0.006)
 
 
+@pytest.mark.parametrize("n", [*range(2, 31), 31, 61])
+def test_the_quantiles_are_those_of_students_density(n):
+    """The mean of n values (1, 0, 0, ...) has a known spread; between -t and t lies 95 % of the density."""
+    values = [1.0] + [0.0] * (n - 1)
+    t = interval(values)[1] / (statistics.stdev(values) / math.sqrt(n))
+    df = n - 1
+    top = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    xs = [t * (i + 0.5) / 20000 for i in range(20000)]
+    inside = 2 * sum(top * (1 + x * x / df) ** (-(df + 1) / 2) for x in xs) * t / 20000
+    assert inside == pytest.approx(0.95, abs=3e-4)
+
+
 def test_the_interval_holds_the_truth_19_times_out_of_20():
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(4000, 3, generator=generator, dtype=torch.float64)
@@ -116,6 +128,8 @@ def test_cells_and_their_configurations():
         ({"cells": ("a | group_size=x",)}, "group_size x"),
         ({"cells": ("a | start=weak",)}, "start=weak"),
         ({"cells": ("a | lr=1",), "starts": ("weak",)}, "is not a start"),
+        ({"cells": ("a | lr=1",), "starts": ("weak | n_exmples=8",)}, "n_exmples"),
+        ({"cells": ("a | group_size=1",)}, "group_size=1.*starts at 2"),
         ({"cells": ("a | seed=3",)}, "seed is the same for all cells"),
         ({"cells": ("a | init_from=x",)}, "--starts"),
         ({"base": "data=gsm8k"}, "data is the same for all cells"),
@@ -199,6 +213,17 @@ def test_a_column_can_be_the_mean_of_a_curve(study):
     cells = read_cells(config)[:1]
     rows = [{"cell": cells[0].key, "curves": {"kept_apart": [[1, 2, 3], [1.0, 0.5, x]]}} for x in (0.75, 0.0)]
     assert ablate.table(config, cells, rows).splitlines()[-1].endswith("| 0.625 ± 1.588 | 2 |")  # 12.706 · 0.125
+
+
+def test_a_gdpo_study_keeps_its_own_length_limit(study, tmp_path, start):  # noqa: F811
+    """The stage has a field of that name too, for the reward."""
+    config, _ = study
+    config = replace(config, stage="gdpo", out=str(tmp_path), length_limit=20, starts=())
+    ablate.check_same_study(config)
+    ablate.check_same_study(config)
+    for changes in ({"length_limit": 21}, {"stage": "grpo"}, {"curves": ("correct",)}):
+        with pytest.raises(UserError, match=f"{next(iter(changes))} .*, now"):
+            ablate.check_same_study(replace(config, **changes))
 
 
 def test_a_start_of_its_own_is_made_and_used(study):
@@ -343,7 +368,7 @@ def test_a_scatter_plot_of_two_columns(study, tmp_path):
     config, rows = study
     cells = read_cells(config)
     drawn = replace(config, scatter=("kl", "accuracy"), out=str(tmp_path))
-    ablate.report(drawn, cells, rows)
+    ablate.report(drawn, cells, [rows[0] | {"kl": None}, *rows[1:]])
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -359,11 +384,37 @@ def test_measure_counts_what_it_says(study, tmp_path, start):  # noqa: F811
     assert row["accuracy"] == pytest.approx(figures["accuracy"])
     assert row["all"] <= min(row["correct"], row["short"]) and row["correct"] <= row["formatted"] <= row["finished"]
     assert row["answers"] == 8
+    by_hand(tmp_path, start, replace(config, questions=16))
     model, tokenizer, _ = load_stage(str(start))
     held = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 80)
     before = sample_answers(model, tokenizer, held[0], 1, 48, 0.0, seed=0)
     right = score(before.texts, [prompt.gold for prompt in held[1]], before.finished)[0]
     assert row["start"] == pytest.approx(float(right.mean()))
+
+
+def by_hand(folder, origin, config) -> None:
+    """What is sampled, row by row, of a policy far from its start and believed by a lax verifier."""
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    state["model"]["head.weight"] *= 1.5
+    state["config"]["verifier"] = "any"
+    torch.save(state, folder / "ckpt.pt")
+    (policy, tokenizer, _), (reference, *_) = load_stage(str(folder)), load_stage(str(origin))
+    ids, prompts = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 80)
+    rollout = sample_answers(policy, tokenizer, ids, 1, 48, 1.0, seed=0)
+    lengths = rollout.mask.sum(dim=1)
+    limit = int(lengths[rollout.finished].median())  # one of them has it exactly
+    row = measure(str(folder), str(origin), replace(config, length_limit=limit))
+    golds = [prompt.gold for prompt in prompts]
+    believed = score(rollout.texts, golds, rollout.finished, "any")[0]
+    assert row["believed"] == pytest.approx(float(believed.mean()))
+    assert row["short"] == pytest.approx(float(((lengths <= limit) & rollout.finished).float().mean()))
+    assert row["length"] == pytest.approx(float(lengths.float().mean()))
+    with torch.no_grad():
+        ours, theirs = (model(rollout.tokens)[:, :-1].double().log_softmax(-1) for model in (policy, reference))
+    kl = ((ours.exp() * (ours - theirs)).sum(-1) * rollout.mask).sum() / 16
+    entropy = -((ours.exp() * ours).sum(-1) * rollout.mask).sum() / rollout.mask.sum()
+    assert row["kl"] == pytest.approx(float(kl), rel=1e-3) and kl > 0.5
+    assert row["entropy"] == pytest.approx(float(entropy), rel=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

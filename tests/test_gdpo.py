@@ -204,6 +204,17 @@ def test_of_five_answers_grpo_tells_eleven_groups_apart():
             assert gdpo.count_lessons(row["G"], row["K"]) == (row["grpo"], row["grpo_wo_std"], row["gdpo"])
 
 
+def test_rewards_that_cancel_teach_exactly_nothing():
+    """Also beside a group that teaches, and in float32, where 1/3 is rounded."""
+    opposed = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    assert not gdpo_advantages(opposed, 3).any()
+    assert (
+        gdpo_advantages(torch.tensor([[1.0], [0]]), 2, torch.tensor([1e-7])).abs().min() > 1e-4
+    )  # a small weight alone
+    both = gdpo_advantages(torch.cat([opposed, torch.tensor([[1.0, 1], [0, 0], [0, 0]])]), 3)
+    assert not both[:3].any() and (both[3:] != 0).all()
+
+
 def test_the_page_counts_the_lessons_as_the_code_does():
     page = (Path(gdpo.__file__).parent / "docs" / "experiments" / "gdpo.md").read_text(encoding="utf-8")
     lines = page.split("<!-- lessons -->")[1].split("<!-- /lessons -->")[0].strip().splitlines()

@@ -23,6 +23,7 @@ from grpo import (
     loss_normalizer,
     sample_answers,
 )
+from pretrain import learning_rate
 from rollout import in_parts
 from runtime.config import read_preset
 from runtime.errors import UserError
@@ -326,6 +327,52 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy, loss_type, beta):
     torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "grpo", "clip_low": 0.1, "clip_high": 0.35},
+        {"loss_type": "dapo", "clip_low": 0.35, "clip_high": 0.1},
+        {"loss_type": "cispo", "clip_high": 0.1},
+        {"loss_type": "grpo", "ratio_level": "sequence", "clip_low": 0.02, "clip_high": 0.05},
+        {"loss_type": "dapo", "beta": 0.5, "kl": "k2"},
+        {"loss_type": "dapo", "beta": 0.5, "kl": "k3"},
+        {"loss_type": "dr_grpo", "beta": 0.5, "kl": "k3", "kl_times_ratio": True},
+        {"loss_type": "dapo", "beta": 0.5, "kl": "k1", "kl_times_ratio": True},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_setting_of_the_loss_reaches_it(policy, settings):
+    """The gradient of one update away from the sampler, against ``grpo_loss`` on the whole batch."""
+    rollout = rollout_of(policy)
+    advantages = group_advantages(torch.arange(12.0).square(), 4)
+    generator = torch.Generator().manual_seed(5)
+    noise = [(torch.rand(rollout.mask.shape, generator=generator) - 0.5) * rollout.mask for _ in range(2)]
+    old, ref = rollout.sampled_logps + 1.6 * noise[0], rollout.sampled_logps + 1.6 * noise[1]
+    config = Config(temperature=0.7, max_new_tokens=12, micro_batch_size=5, **settings)
+    found = gradients(policy, rollout, advantages, config, old_logps=old, ref_logps=ref)[0]
+    logps = token_logps(policy, rollout.tokens, 0.7, where=rollout.mask)
+    names = ("beta", "clip_low", "clip_high", "loss_type", "ratio_level", "kl", "kl_times_ratio")
+    loss = grpo_loss(
+        logps, old, advantages, rollout.mask, ref, max_length=12, **{name: getattr(config, name) for name in names}
+    )
+    policy.zero_grad()
+    loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    for name in ("clip_low", "clip_high", "ratio_level", "kl", "kl_times_ratio"):  # and each of them matters here
+        if name in settings:
+            other = {
+                "ratio_level": "token",
+                "kl": "k2" if settings.get("kl") == "k3" else "k3",
+                "kl_times_ratio": False,
+            }
+            if (settings["loss_type"], name) == ("cispo", "clip_low") or settings.get("kl") == "k1":
+                continue
+            changed = config.__class__(**{**vars(config), name: other.get(name, 5.0)})
+            different = gradients(policy, rollout, advantages, changed, old_logps=old, ref_logps=ref)[0]
+            assert (different - expected).norm() > 1e-3 * expected.norm()
+
+
 def test_parts_hold_every_wanted_row_once_and_no_needless_column(policy):
     with torch.no_grad():
         policy.head.weight[TOKENIZER.eot_id] = policy.head.weight.mean(0) + 0.5
@@ -532,6 +579,41 @@ def test_a_reward_without_weight_keeps_no_group(tmp_path, start, monkeypatch, fo
     seen = spied(monkeypatch, lambda draw, i, g: 1.0, lambda draw, i, g: g % 2)
     grpo.run(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1, format_weight=format_weight))
     assert len(seen["prompts"]) == 2 * draws  # of the report on the start, and of the step
+
+
+def test_rates_seeds_figures_and_the_best_checkpoint(tmp_path, start, monkeypatch):
+    rates, drawn, accuracies = [], [], iter([0.2, 0.9, 0.4, 0.4])
+    update, sample = grpo.update, grpo.sample_answers
+    monkeypatch.setattr(grpo, "update", lambda *args: rates.append(args[3]) or update(*args))
+    monkeypatch.setattr(grpo, "sample_answers", lambda *args: drawn.append((args[-1], sample(*args))) or drawn[-1][1])
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
+    monkeypatch.setattr(grpo, "examine", lambda *args: next(accuracies))
+    grpo.run(tiny_grpo(tmp_path / "0", start, eval_every=1, warmup=2, lr=1e-3, final_lr=0.5, steps=2))
+    assert rates == [pytest.approx(learning_rate(step, 2, 1e-3, 2, 0.5)) for step in range(2)] and rates[0] < rates[1]
+    for row, (_, rollout) in zip(steps_of(tmp_path / "0"), drawn[1:]):
+        entropy = -float(rollout.sampled_logps.sum() / rollout.mask.sum())
+        assert row["entropy"] == pytest.approx(entropy, rel=1e-4) and entropy > 0
+    best = torch.load(tmp_path / "0" / "best.pt", weights_only=True)
+    assert best["step"] == 1  # 0.9, not 0.4
+    monkeypatch.setattr(grpo, "examine", lambda *args: 0.0)
+    grpo.run(tiny_grpo(tmp_path / "1", start, eval_every=1, steps=2, seed=1))
+    seeds = [seed for seed, _ in drawn]  # the report on the start has the seed of the first step
+    assert seeds[0] == seeds[1] and len(set(seeds[1:3] + seeds[4:])) == 4
+
+
+def test_weights_that_are_no_numbers_stop_the_run(tmp_path, start, monkeypatch):
+    """All answers of such a policy are the same, so no group teaches and no gradient shows it."""
+    real = grpo.load_stage
+
+    def broken(*args, **kwargs):
+        model, *rest = real(*args, **kwargs)
+        with torch.no_grad():
+            model.final_norm.weight.fill_(float("nan"))
+        return model, *rest
+
+    monkeypatch.setattr(grpo, "load_stage", broken)
+    with pytest.raises(UserError, match="not numbers any more"):
+        grpo.run(tiny_grpo(tmp_path, start))
 
 
 def test_what_belongs_to_an_answer_goes_with_it_into_its_minibatch(tmp_path, start, monkeypatch):

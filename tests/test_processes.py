@@ -31,7 +31,7 @@ from rollout import join
 from runtime import processes
 from runtime.errors import UserError
 from runtime.run import load_stage
-from transformer import ModelConfig, Transformer
+from transformer import ModelConfig, Transformer, token_logps
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
@@ -232,6 +232,17 @@ def test_gdpo_advantages_are_those_of_the_batch_of_all_processes(tmp_path, base,
         expected = gdpo.gdpo_advantages(table, 4, lengths=lengths)
         assert expected.abs().max() > 0.5
         torch.testing.assert_close(torch.cat([a0, a1]), expected)
+
+
+def unequal_figures() -> dict:
+    mine = [{"correct": 0.5, "length": 10.0, "answers": 8.0}, {"correct": 0.125, "length": 20.0, "answers": 24.0}]
+    return grpo.mean_over_answers(mine[processes.rank()])
+
+
+def test_logged_figures_are_means_over_all_answers(tmp_path):
+    """4 right ones of 8 and 3 of 24 are 7 of 32, not the mean of a half and an eighth."""
+    for found in results(on_two_processes(tmp_path, unequal_figures)):
+        assert found == pytest.approx({"correct": 7 / 32, "length": 17.5, "answers": 32})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,6 +522,37 @@ def test_minibatches_and_replaced_groups_on_two_processes(tmp_path, base, flat_f
     if flat_from == 2:  # the report on the start, and step 1, have rewards
         assert trained[-1]["flat_groups"] == 1 and trained[-1]["answers"] > 16
         assert trained[-1]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_the_kl_in_the_reward_is_that_of_the_whole_answer(tmp_path, base, monkeypatch, kl):
+    """Of the policy as it is now, at the sampling temperature, summed over the answer's tokens."""
+    seen, judged, started = [], [], {}
+    judge, sample = grpo.judge, grpo.sample_answers
+    reference = load_stage(str(base))[0]
+
+    def sampled(model, *args):
+        rollout = sample(model, *args)
+        started["logps"] = token_logps(model, rollout.tokens, 0.7, where=rollout.mask).detach()
+        return rollout
+
+    def judged_by(rollout, golds, config):
+        ref = token_logps(reference, rollout.tokens, 0.7, where=rollout.mask).detach()
+        judged.append((grpo.kl_estimate(started["logps"], ref, kl) * rollout.mask).sum(dim=1))
+        return judge(rollout, golds, config)
+
+    monkeypatch.setattr(grpo, "sample_answers", sampled)
+    monkeypatch.setattr(grpo, "judge", judged_by)
+    length = lambda texts, *_: (torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts]), torch.zeros(len(texts)))  # noqa: E731
+    monkeypatch.setattr(grpo, "score", length)  # of an untrained policy, something that differs between answers
+    real = grpo.advantages_of
+    monkeypatch.setattr(grpo, "advantages_of", lambda r, *args: seen.append(r.get("kl")) or real(r, *args))
+    config = tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, beta=0.5, kl=kl, kl_in="reward")
+    grpo.run(replace(config, temperature=0.7, scale="none"))
+    assert len(seen) == len(judged) == 4 and seen[0] is None  # the report on the start
+    for found, expected in zip(seen[1:], judged[1:]):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert seen[-1].abs().max() > 0.05
 
 
 def test_what_strays_from_the_reference_earns_less(tmp_path, base, monkeypatch):

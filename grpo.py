@@ -210,7 +210,7 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
 
     k1 = d                      right on average, often negative; as a loss useless: its expected gradient is 0
     k2 = d² / 2                 biased, but its gradient is on average that of the KL
-    k3 = exp(-d) - 1 + d        right on average, never negative; its gradient is that of the reverse direction
+    k3 = exp(-d) - 1 + d        right on average, never negative; its gradient is that of KL(π_ref ‖ π)
     """
     d = logps - ref_logps
     if kind == "k1":

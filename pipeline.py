@@ -85,8 +85,8 @@ def stages(config: Config) -> list[Stage]:
         chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
         return Stage(method, label, dpo.run, chosen, ("val_accuracy", "val_questions"))
 
-    def relative(name: str, label: str, preset: str, **more) -> Stage:
-        fields = read_preset(grpo.Config, str(Path(__file__).parent / "configs" / preset)) | more
+    def relative(name: str, label: str, preset: str) -> Stage:
+        fields = read_preset(grpo.Config, str(Path(__file__).parent / "configs" / preset))
         chosen = grpo.Config(**fields | settings(name, "sft", "grpo"))
         return Stage(name, label, grpo.run, chosen, (*policy, "flat_groups"))
 
@@ -110,8 +110,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**settings("ppo", "sft")), policy),
         Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), (*policy, "flat_groups")),
         relative("dr_grpo", "Dr. GRPO", "grpo_dr.py"),
-        # Replacing flat groups, a step takes 500 to 800 answers instead of 256: so few steps are the others' budget.
-        relative("dapo", "DAPO", "grpo_dapo.py", steps=18, eval_every=9),
+        relative("dapo", "DAPO", "grpo_dapo.py"),
         relative("gspo", "GSPO", "grpo_gspo.py"),
         relative("cispo", "CISPO", "grpo_cispo.py"),
         Stage(

@@ -114,6 +114,7 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
         axes[0].legend(fontsize=8)
         return _save(figure, path)
     panels = [(part, curve) for part in parts for curve in curves]
+    labels = list(dict.fromkeys(label for _, label in runs))  # a label has the same colour in all panels
     figure, axes = _axes(len(panels), columns=min(3, len(panels)) if len(curves) == 1 else len(curves))
     for axis, (part, curve) in zip(axes, panels):
         for (which, label), rows in runs.items():
@@ -122,7 +123,8 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
                 continue
             steps = min((steps for steps, _ in seeds), key=len)  # a value that was no number is left out
             values = [[_smooth(v, len(v) // 12)[i] for _, v in seeds] for i in range(len(steps))]
-            line = axis.plot(steps, [sum(v) / len(v) for v in values], label=label)[0]
+            colour = f"C{labels.index(label) % 10}"
+            line = axis.plot(steps, [sum(v) / len(v) for v in values], label=label, color=colour)[0]
             axis.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, color=line.get_color()
             )

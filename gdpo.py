@@ -171,10 +171,9 @@ def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -
     weights = weights_of(config)
     if config.combine == "sum":
         return group_advantages(total_reward(rewards, weights), config.group_size, config.scale)
-    used = [name for name in rewards if weights[name]]  # a reward without weight has no part in anything
-    table = torch.stack([rewards[name] for name in used], dim=1)  # (N, K)
+    table = torch.stack(list(rewards.values()), dim=1)  # (N, K)
     counts = lengths if config.batch_over == "tokens" else None
-    return gdpo_advantages(table, config.group_size, torch.tensor([weights[name] for name in used]), lengths=counts)
+    return gdpo_advantages(table, config.group_size, torch.tensor([weights[name] for name in rewards]), lengths=counts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

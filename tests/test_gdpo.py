@@ -204,6 +204,19 @@ def test_of_five_answers_grpo_tells_eleven_groups_apart():
             assert gdpo.count_lessons(row["G"], row["K"]) == (row["grpo"], row["grpo_wo_std"], row["gdpo"])
 
 
+def test_an_answer_that_was_cut_off_is_neither_short_nor_whole():
+    text = "<think>1+2=3</think><answer>3</answer>"
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    rollout = grpo.Rollout(
+        torch.zeros(2, 6, dtype=torch.long), mask, mask.float(), [text] * 2, torch.tensor([True, False])
+    )
+    config = Config(conditioned=False, length_limit=5, integer_weight=1.0)
+    rewards = gdpo.judge(rollout, [3, 3], config)
+    assert {name: values.tolist() for name, values in rewards.items()} == dict.fromkeys(
+        ("correct", "formatted", "short", "integer"), [1.0, 0.0]
+    )
+
+
 def test_rewards_that_cancel_teach_exactly_nothing():
     """Also beside a group that teaches, and in float32, where 1/3 is rounded."""
     opposed = torch.tensor([[1.0, 0], [1, 0], [0, 1]])

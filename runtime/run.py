@@ -64,7 +64,8 @@ class Run:
         self._tokens = self._seconds = 0.0
         self._mark = time.perf_counter()
         self._started = time.perf_counter()
-        self._interrupted = False
+        self._interrupted = False  # Ctrl-C has been pressed ...
+        self._saved_for_stop = False  # ... and what was done until then is saved
         self._bar = None
         self._tracker = None
 
@@ -231,7 +232,7 @@ class Run:
                 self._bar.update()
                 if profiler is not None:
                     profiler.step()
-                if self._interrupted:
+                if self._saved_for_stop:  # pressed too late for this step's save: the next step saves
                     raise KeyboardInterrupt
                 self._mark = time.perf_counter()
         finally:
@@ -314,6 +315,7 @@ class Run:
         """Write the checkpoint after ``step`` (counted from 0); ``metric`` decides whether it is also ``best.pt``.
         ``extra``: what else a stage needs to go on.
         """
+        stop = self._interrupted
         better = metric is not None and (
             self.best is None or (metric < self.best if lower_is_better else metric > self.best)
         )
@@ -337,6 +339,7 @@ class Run:
             }
             save_checkpoint(self.folder, state, self.config.keep_last, better)
         processes.barrier()
+        self._saved_for_stop = stop
         self._mark = time.perf_counter()
 
     # ------------------------------------------------------------------------------------------------------------------

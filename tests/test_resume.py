@@ -9,6 +9,8 @@ import random
 import signal
 import sys
 import time
+import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,8 @@ import runtime.run
 import sft
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError, run_main
-from runtime.run import Run
+from runtime.run import Run, start
+from transformer import ModelConfig
 
 STAGES = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
 STEPS, SAVE, EVAL = 9, 3, 5  # saves and examinations at different steps: every mixture of them is resumed from
@@ -305,7 +308,7 @@ def test_a_folder_of_another_stage_is_not_continued(starts, never_stopped):
         sft.run(config)
 
 
-def test_ctrl_c_in_the_middle_of_a_print_is_no_error(monkeypatch):
+def test_ctrl_c_in_the_middle_of_a_print_is_no_error(tmp_path, monkeypatch):
     """A stream that is being written cannot be entered again: the handler must not print."""
 
     class Signals(io.RawIOBase):
@@ -320,8 +323,7 @@ def test_ctrl_c_in_the_middle_of_a_print_is_no_error(monkeypatch):
                 os.kill(os.getpid(), signal.SIGINT)
             return len(data)
 
-    run = Run.__new__(Run)
-    run.world, run.is_main, run.config, run.stage, run._interrupted = 1, True, pretrain.Config(), "test", False
+    run, save = run_that_saves(tmp_path)
     done = []
     with pytest.raises(KeyboardInterrupt):
         for step in run.steps(0, 5):
@@ -329,4 +331,27 @@ def test_ctrl_c_in_the_middle_of_a_print_is_no_error(monkeypatch):
             run.print("a line of the run")
             monkeypatch.undo()
             done.append(step)
+            if run.should_save(step, 5):
+                save(step)
     assert done == [0]  # the step was finished
+
+
+def run_that_saves(folder) -> tuple[Run, Callable]:
+    """A run, and its save after a step, of a model without weights."""
+    run = start(pretrain.Config(out_dir=str(folder), device="cpu"), "pretrain")
+    model = types.SimpleNamespace(state_dict=dict, config=ModelConfig())
+    return run, lambda step: run.save(step, 5, model, [], types.SimpleNamespace(state=dict))
+
+
+def test_a_signal_behind_the_save_of_its_step_is_obeyed_after_the_next(tmp_path):
+    """Nothing is lost: the run stops only when what it has done is on the disk."""
+    run, save = run_that_saves(tmp_path)
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.steps(0, 5):
+            done.append(step)
+            if run.should_save(step, 5):
+                save(step)
+            if step == 1:  # the question whether to save has just been answered
+                os.kill(os.getpid(), signal.SIGINT)
+    assert done == [0, 1, 2] and load_checkpoint(tmp_path)["step"] == 3

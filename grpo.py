@@ -586,7 +586,8 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         )  # fmt: skip
     if first == 0:
         rollout, rewards, asked, figures = collect(0)
-        report_start(run, rollout, rewards["correct"], figures, compare(rollout, rewards)[1]["flat_groups"], asked[0])
+        flat = compare(rollout, rewards)[1]["flat_groups"]
+        report_start(run, rollout, rewards["correct"], mean_over_answers(figures), flat, asked[0])
         accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
     silent = 0  # steps in a row from which nothing could be learned

@@ -8,6 +8,9 @@ full distribution at temperature 1. Each has a process of its own, so that neith
 they take turns, ours between two steps of theirs; a figure is the median over the steps, the ratio the median of the
 ratios of neighbours, above 1 means that ours is faster. The first steps of each are left out.
 
+Ours runs as its stages do, with freed memory kept (runtime/device.py; set MALLOC_ARENA_MAX to switch that off); TRL
+as it comes, where the KL is also multiplied by the ratio, which is 1 here.
+
     pip install -e ".[bench]"
     python bench/grpo_step.py
     python bench/grpo_step.py --quick     # 32 new tokens, few repeats

@@ -161,6 +161,22 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def look_at_sinks(q: Tensor, q_far: Tensor, k: Tensor, is_sink: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of twice the width, whose products are ``q_far·k`` where the key is a sink, else ``q·k``.
+
+    A model that is trained on short texts has never met a distance of 50,000, and sinks move that far away. So
+    StreamingLLM counts distances inside the cache (Xiao et al. 2023, section 3.2): between the window and the sinks
+    there is no gap, and a query is never further from them than ``window + sinks - 1``. Tokens in the window keep their
+    distances; only for the sinks the query is rotated as if it stood at that position.
+
+    q, q_far (B, H, T, d), k (B, Hkv, Tk, d), is_sink (Tk,) or (B, Tk). The factor √2 undoes that attention divides by
+    the root of the width.
+    """
+    is_sink = is_sink.unsqueeze(-2).unsqueeze(-1) if is_sink.dim() == 2 else is_sink[:, None]  # (B, 1, Tk, 1), (Tk, 1)
+    k = torch.cat([k.masked_fill(is_sink, 0.0), k.masked_fill(~is_sink, 0.0)], dim=-1)
+    return torch.cat([q, q_far], dim=-1) * math.sqrt(2), k
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The memory of generation
 
@@ -209,11 +225,112 @@ class KVCache:
         self.v[layer][:, :, self.start : self.length] = v
         return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this pass: where its queries (B, T) and its keys (B, Tk) stand, and which keys are real (B, Tk)."""
+        seen = slice(0, self.length)
+        return self.positions[:, self.start : self.length], self.positions[:, seen], self.real[:, seen]
+
+    def counts(self) -> Tensor:
+        """(B, 1): how many real tokens each row has had."""
+        return self.real[:, : self.length].sum(dim=1, keepdim=True)
+
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        """All that is stored, (B, Hkv, R, d) each, and how many of the R columns hold something."""
+        return self.k[layer], self.v[layer], self.length
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows in this order; a row may be named several times (samples of one prompt share its prefill)."""
         self.k = [k if k is None else k.index_select(0, rows) for k in self.k]
         self.v = [v if v is None else v.index_select(0, rows) for v in self.v]
         self.real, self.positions = self.real[rows], self.positions[rows]
+
+
+class RollingCache(KVCache):
+    """The same for a model with a window, in a fixed number of slots however long the text becomes (Mistral 7B, Jiang
+    et al. 2023, section 2; with sinks, StreamingLLM, Xiao et al. 2023).
+
+    The first ``sinks`` tokens of a text have a slot each, for ever; the token at position p after them goes into slot
+    ``sinks + p mod window``, over the token that stood ``window`` before it and that nobody may see any
+    more. Slots are out of order as soon as they wrap around, which does not matter: who may see whom is decided by
+    positions. A row's slots follow its own positions, so rows with prompts of unequal length wrap at different
+    times, and padding is stored nowhere.
+
+    A chunk of several tokens sees the slots as they were and the chunk itself, and is stored after that: its last
+    tokens may overwrite what its first ones still had to see.
+    """
+
+    def __init__(self, n_layers: int, batch: int, window: int, sinks: int = 0, device=None):
+        self.window, self.sinks, self.n_slots = window, sinks, window + sinks
+        super().__init__(n_layers, batch, self.n_slots + 1, device)  # the last slot takes what is thrown away
+        self.n_seen = torch.zeros(batch, 1, dtype=torch.long, device=device)
+
+    def begin(self, real: Tensor | None, positions: Tensor) -> None:
+        B, T = len(self.real), positions.shape[-1]
+        self.start, self.length = self.length, self.length + T
+        self.padded = self.padded or (real is not None and not bool(real.all()))
+        positions = positions.expand(B, T)
+        real = torch.ones(B, T, dtype=torch.bool, device=positions.device) if real is None else real
+        last = positions[:, -1:]  # padding stands on the left, so this is the largest
+        kept = real & ((positions < self.sinks) | (positions > last - self.window))
+        slots = torch.where(positions < self.sinks, positions, self.sinks + positions % self.window)
+        self.slots = torch.where(kept, slots, self.n_slots)  # (B, T)
+        before = self.positions[:, : self.n_slots], self.real[:, : self.n_slots]
+        self.positions = self.positions.scatter(1, self.slots, positions)
+        self.real = self.real.scatter(1, self.slots, real)
+        self.real[:, self.n_slots] = False
+        self.n_seen = self.n_seen + real.sum(dim=1, keepdim=True)
+        if T == 1:  # nothing that it may see is overwritten: it looks at the slots, itself among them
+            seen = self.positions[:, : self.n_slots], self.real[:, : self.n_slots]
+        elif self.start == 0:
+            seen = positions, real
+        else:
+            seen = torch.cat([before[0], positions], dim=1), torch.cat([before[1], real], dim=1)
+        self.pass_columns = positions, *seen
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.pass_columns
+
+    def counts(self) -> Tensor:
+        return self.n_seen
+
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        return self.k[layer], self.v[layer], self.n_slots
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (B, Hkv, T, d) of a layer; return all that this pass may look at (B, Hkv, Tk,
+        d).
+        """
+        B, H, T, d = k.shape
+        if self.k[layer] is None:
+            self.k[layer], self.v[layer] = (
+                k.new_zeros(B, H, self.n_slots + 1, d),
+                v.new_zeros(B, H, self.n_slots + 1, d),
+            )
+        if T == 1:
+            seen = self.k[layer][:, :, : self.n_slots], self.v[layer][:, :, : self.n_slots]  # views: written below
+        elif self.start == 0:
+            seen = k, v
+        else:
+            seen = tuple(
+                torch.cat([old[layer][:, :, : self.n_slots], new], dim=2) for old, new in ((self.k, k), (self.v, v))
+            )
+        index = self.slots[:, None, :, None].expand(B, H, T, d)
+        self.k[layer].scatter_(2, index, k)
+        self.v[layer].scatter_(2, index, v)
+        return seen
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.n_seen = self.n_seen[rows]
+
+
+def make_cache(
+    n_layers: int, batch: int, max_len: int, window: int | None = None, sinks: int = 0, device=None
+) -> KVCache:
+    """A cache for texts of up to ``max_len`` tokens: one that rolls if the text outgrows the model's window."""
+    if window is None or window + sinks >= max_len:
+        return KVCache(n_layers, batch, max_len, device)
+    return RollingCache(n_layers, batch, window, sinks, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,9 +365,11 @@ class SelfAttention(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        far: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D). ``mask`` (B, 1, T, Tk) boolean; None = causal among the T tokens, or, for a
-        single new token with a cache, everything before it.
+        single new token with a cache, everything before it. ``far``: once sinks have left the window, the rotation
+        with which queries look at them, and which keys they are (Tk,) or (B, Tk).
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
@@ -258,12 +377,16 @@ class SelfAttention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q_far = apply_rope(q, *far[:2]) if far is not None else None
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, Hkv, Tk, d)
-        if T == 1 and cache is not None and x.device.type == "cpu":
-            out = one_query_attention(q, cache.k[layer], cache.v[layer], cache.length, mask)  # (B, H, 1, d)
+        if far is not None:
+            q, k = look_at_sinks(q, q_far, k, far[2])  # (..., 2d) each
+            out = fused_attention(q, k, v, mask)
+        elif T == 1 and cache is not None and x.device.type == "cpu":
+            out = one_query_attention(q, *cache.buffers(layer), mask)  # (B, H, 1, d)
         else:
             out = fused_attention(q, k, v, mask, causal=mask is None and T > 1)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))

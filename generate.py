@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from attention import KVCache
+from attention import KVCache, make_cache
 from transformer import Transformer
 
 
@@ -88,6 +88,23 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tupl
     return tokens, None if bool(real.all()) else real
 
 
+def cache_for(model: Transformer, batch: int, max_len: int) -> KVCache:
+    """Of fixed size if the model's window is shorter than the text."""
+    shape = model.config
+    return make_cache(shape.n_layers, batch, max_len, shape.window, shape.sinks, model.head.weight.device)
+
+
+@torch.no_grad()
+def prefill(model: Transformer, tokens: Tensor, real: Tensor | None, cache: KVCache, chunk: int = 1024) -> Tensor:
+    """Read prompts (P, T) into a cache, ``chunk`` columns at a time, so that the scores of a long prompt need no (T, T)
+    memory. real: (P, T), or None if nothing is padded. Returns the stream at the last token, (P, D).
+    """
+    for first in range(0, tokens.shape[1], chunk):
+        some = slice(first, first + chunk)
+        hidden = model.forward_hidden(tokens[:, some], mask=None if real is None else real[:, some], cache=cache)
+    return hidden[:, -1]
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -125,8 +142,8 @@ def generate(
     pad_id = eot_id if pad_id is None else pad_id
 
     prompt, real = left_pad(prompts, pad_id, device)
-    cache = KVCache(model.config.n_layers, len(prompts), prompt.shape[1] + max_new_tokens, device)
-    hidden = model.forward_hidden(prompt, mask=real, cache=cache)[:, -1]  # (P, D): prefill
+    cache = cache_for(model, len(prompts), prompt.shape[1] + max_new_tokens)
+    hidden = prefill(model, prompt, real, cache)  # (P, D)
     if n_samples > 1:
         cache.select(torch.arange(len(prompts), device=device).repeat_interleave(n_samples))
     logits = model.head(hidden).repeat_interleave(n_samples, dim=0)  # (N, V)
@@ -161,14 +178,15 @@ def stream(
     """The ids of one continuation, one by one as they are drawn; ends after ``eot_id``, which is not given out."""
     device = model.head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config.n_layers, 1, len(prompt) + max_new_tokens, device)
-    tokens = torch.tensor([list(prompt)], device=device)
-    for _ in range(max_new_tokens):
-        token, _ = sample(model.head(model.forward_hidden(tokens, cache=cache)[:, -1]), generator, **knobs)
+    cache = cache_for(model, 1, len(prompt) + max_new_tokens)
+    hidden = prefill(model, torch.tensor([list(prompt)], device=device), None, cache)
+    for n in range(1, max_new_tokens + 1):
+        token, _ = sample(model.head(hidden), generator, **knobs)
         if int(token) == eot_id:
             return
         yield int(token)
-        tokens = token[:, None]
+        if n < max_new_tokens:
+            hidden = model.forward_hidden(token[:, None], cache=cache)[:, -1]
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config) if config.mlp == "swiglu" else FeedForward(config)
 
-    def forward(self, x, rope=None, mask=None, cache=None, layer=0) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache, layer)
+    def forward(self, x, rope=None, mask=None, cache=None, layer=0, far=None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache, layer, far)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -245,21 +245,31 @@ class Transformer(nn.Module):
         allowed = self._attention_mask(T, positions, real, segments, cache)  # (B, 1, T, Tk), or None: plain causal
 
         x = self.embed(tokens)  # (B, T, D)
-        rope = None
+        rope = far = None
         if self.config.positions == "rope":
             rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+            far = self._far_from_sinks(positions, cache)
         elif self.config.positions == "learned":
             x = x + self.position_embed(positions)
         else:
             x = x + self.position_table[positions]
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(block, x, rope, allowed, use_reentrant=False)
+                x = checkpoint(block, x, rope, allowed, None, layer, far, use_reentrant=False)
             elif cache is None:
-                x = block(x, rope, allowed)
+                x = block(x, rope, allowed, far=far)
             else:  # past torch.compile, which would compile again for the growing lengths of generation
-                x = block.forward(x, rope, allowed, cache, layer)
+                x = block.forward(x, rope, allowed, cache, layer, far)
         return self.final_norm(x)
+
+    def _far_from_sinks(self, positions: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """How queries look at sinks that have left the window (``look_at_sinks``); None as long as none has."""
+        sinks, longest = self.config.sinks, positions.shape[-1] if cache is None else cache.length
+        if not sinks or longest <= sinks + self.config.window:
+            return None
+        nearest = positions.clamp(max=sinks + self.config.window - 1)
+        k_positions = positions if cache is None else cache.columns()[1]
+        return *rope_cos_sin(nearest, self.config.head_dim, self.config.rope_theta), k_positions < sinks
 
     def _positions(self, tokens, real, segments, cache) -> Tensor:
         T = tokens.shape[1]
@@ -270,7 +280,7 @@ class Transformer(nn.Module):
             return column - (column * new).cummax(dim=1).values  # (B, T)
         if cache is not None and cache.padded:
             real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real
-            before = cache.real[:, : cache.length].sum(dim=1, keepdim=True)
+            before = cache.counts()
             return (before + real.cumsum(dim=1) - 1).clamp(min=0)
         if real is not None:
             before = 0 if cache is None else cache.length
@@ -283,10 +293,8 @@ class Transformer(nn.Module):
         if cache is not None:
             if not cache.padded and window is None and (T == 1 or cache.start == 0):
                 return None  # one new token sees everything; a first chunk is plain causal
-            k_positions, k_real = cache.positions[:, : cache.length], cache.real[:, : cache.length]
-            q_positions = cache.positions[:, cache.start : cache.length]
+            q_positions, k_positions, k_real = cache.columns()
             allowed = may_attend(q_positions, k_positions, window, sinks) & k_real[:, None, :]
-            start = cache.start
         else:
             if real is None and segments is None and window is None:
                 return None
@@ -295,10 +303,9 @@ class Transformer(nn.Module):
                 allowed = allowed & (segments[:, :, None] == segments[:, None, :])
             if real is not None:
                 allowed = allowed & real[:, None, :]
-            start = 0
-        # Padding may look at itself: no row is empty, so no kernel can make it NaN and pass that on to the next
-        # layer's values.
-        allowed = allowed | torch.eye(T, allowed.shape[-1], dtype=torch.bool, device=allowed.device).roll(start, dims=1)
+        # Padding that sees nothing may look at everything: no row is empty, so no kernel can make it NaN and pass that
+        # on to the next layer's values.
+        allowed = allowed | ~allowed.any(dim=-1, keepdim=True)
         return allowed.unsqueeze(-3)  # the same for every head
 
 

@@ -24,10 +24,10 @@ NAMES = {  # Hugging Face's name -> ours
 SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "seq_len": 64, "batch_size": 4}
 
 
-def llama_tiny(fixture: dict, prefix: str = "w::") -> Transformer:
-    """The model of llama_tiny.npz (or the policy of another fixture, by prefix) in our names."""
-    config = ModelConfig(61, 32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=44, max_seq_len=64, norm_eps=1e-5)
-    model = Transformer(config)
+def llama_tiny(fixture: dict, prefix: str = "w::", config: ModelConfig | None = None) -> Transformer:
+    """The model of llama_tiny.npz (or of another fixture of that family, by prefix and shape) in our names."""
+    shape = ModelConfig(61, 32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=44, max_seq_len=64, norm_eps=1e-5)
+    model = Transformer(config or shape)
     weights = {}
     for key, value in fixture.items():
         if key.startswith(prefix):

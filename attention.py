@@ -347,9 +347,17 @@ class SelfAttention(nn.Module):
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, n_kv_heads: int, bias: bool = False, qk_norm: bool = False, eps: float = 1e-5
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        bias: bool = False,
+        qk_norm: bool = False,
+        eps: float = 1e-5,
+        causal: bool = True,
     ):
         super().__init__()
+        self.causal = causal
         self.head_dim = d_model // n_heads
         self.q_proj = Linear(d_model, n_heads * self.head_dim, bias=bias)
         self.k_proj = Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
@@ -367,9 +375,10 @@ class SelfAttention(nn.Module):
         layer: int = 0,
         far: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """x (B, T, D) -> (B, T, D). ``mask`` (B, 1, T, Tk) boolean; None = causal among the T tokens, or, for a
-        single new token with a cache, everything before it. ``far``: once sinks have left the window, the rotation
-        with which queries look at them, and which keys they are (Tk,) or (B, Tk).
+        """x (B, T, D) -> (B, T, D). ``mask`` (B, 1, T, Tk) boolean; None = causal among the T tokens (all of
+        them, if the layer is not causal), or, for a single new token with a cache, everything before it. ``far``:
+        once sinks have left the window, the rotation with which queries look at them, and which keys they are (Tk,)
+        or (B, Tk).
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
@@ -388,7 +397,7 @@ class SelfAttention(nn.Module):
         elif T == 1 and cache is not None and x.device.type == "cpu":
             out = one_query_attention(q, *cache.buffers(layer), mask)  # (B, H, 1, d)
         else:
-            out = fused_attention(q, k, v, mask, causal=mask is None and T > 1)
+            out = fused_attention(q, k, v, mask, causal=mask is None and T > 1 and self.causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 

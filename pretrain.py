@@ -19,10 +19,18 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import TokenFile, bits_per_byte, prepare_tokens, train_tokenizer
 from generate import generate
+from moe import (
+    expert_loads,
+    load_balancing_loss,
+    move_balance_bias,
+    router_statistics,
+    router_z_loss,
+    watch_routers,
+)
 from runtime import processes
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
@@ -70,6 +78,26 @@ class Config(RunConfig):
     """Sliding-window attention (None: full)."""
     sinks: int = 0
     """With a window: the first tokens that stay visible."""
+    n_experts: int = 0
+    """More than 0: the feed-forward layers are mixtures of so many experts (moe.py)."""
+    n_experts_per_token: int = 2
+    """Experts that each token goes to."""
+    n_shared_experts: int = 0
+    """Experts that every token goes to, besides."""
+    d_expert: int | None = None
+    """Width of an expert (None: a token's experts together are as wide as d_ff)."""
+    expert_layers: tuple[int, ...] | None = None
+    """Blocks with experts, counted from 0 (None: all); the others stay dense."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How a router's scores are made."""
+    balance: Literal["loss", "bias", "none"] = "loss"
+    """What keeps all experts at work."""
+    balance_weight: float = 0.01
+    """Of the balancing loss."""
+    balance_rate: float = 1e-3
+    """With --balance bias: what a step adds to the bias of an expert with too little to do."""
+    z_weight: float = 1e-3
+    """Of the router z-loss."""
 
     seq_len: int = 128
     """Tokens of a training window."""
@@ -177,6 +205,17 @@ def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
 # The stage
 
 
+def balancing(seen: dict[int, list[Tensor]], config: Config) -> Tensor:
+    """What is added to the loss of a part of the batch so that its routers stay balanced and calm."""
+    logits = [one for parts in seen.values() for one in parts]
+    extra = config.z_weight * router_z_loss(logits)
+    if config.balance == "loss":
+        extra = extra + config.balance_weight * load_balancing_loss(
+            logits, config.n_experts_per_token, score=config.router
+        )
+    return extra
+
+
 @torch.no_grad()
 def validation_loss(run: Run, model: Transformer, file: TokenFile, windows: int, seq_len: int, batch: int) -> float:
     """Mean loss, in nats per token, over windows spread evenly over the validation split."""
@@ -204,6 +243,7 @@ def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     at_least(config, steps=1, seq_len=1, n_heads=1, n_kv_heads=1, n_layers=1, d_model=1, warmup=0, clip=1e-9)
     at_least(config, max_documents=1, eval_every=1, eval_windows=1, save_every=1, log_every=1, final_lr=0.0)
+    at_least(config, n_experts=0, n_shared_experts=0, balance_weight=0.0, balance_rate=0.0, z_weight=0.0)
     if config.seq_len > config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than max_seq_len {config.max_seq_len}")
     if config.tokenizer == "r50k" and config.vocab_size not in (512, 50304):
@@ -273,17 +313,26 @@ def run(config: Config) -> dict:
         # Each step's windows depend on the seed and the step alone: a resumed run sees what it would have seen.
         windows = file.random_windows("train", config.batch_size, config.seq_len + 1, (config.seed, step))
         windows = processes.my_share(windows).to(run.device)  # (B, T+1)
-        loss = torch.zeros((), device=run.device)
+        loss, loads, routing = torch.zeros((), device=run.device), 0, {}
         for tokens in windows.split(config.micro_batch_size or len(windows)):
-            with run.autocast():
+            with run.autocast(), watch_routers(model) as seen:
                 logps = token_logps(model, tokens)  # (b, T)
             part = -logps.sum() / tokens_per_step  # over the whole batch, so that parts add up to its mean
-            run.scaler.scale(part).backward()
             loss += part.detach()
+            if config.n_experts:
+                part = part + balancing(seen, config) * len(tokens) / config.batch_size
+                loads = loads + expert_loads(model, seen)
+            run.scaler.scale(part).backward()
+        if config.n_experts:
+            loads = processes.sum_over_processes(loads)
+            if config.balance == "bias":
+                move_balance_bias(model, loads, config.balance_rate)
+            if run.logs(step):
+                routing = router_statistics(loads, seen)
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
         norm = update(run, model, optimizers, lr, config.clip)
         loss = processes.sum_over_processes(loss)
-        run.log(step, tokens=tokens_per_step, show=("loss",), loss=loss, grad_norm=norm, lr=lr)
+        run.log(step, tokens=tokens_per_step, show=("loss",), loss=loss, grad_norm=norm, lr=lr, **routing)
 
         figures = {}
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:

@@ -57,6 +57,14 @@ class ModelConfig:
     tie_embeddings: bool = False  # one matrix reads tokens in and scores them on the way out
     window: int | None = None  # each token sees the last `window` tokens, itself included; None: all
     sinks: int = 0  # with a window: the first tokens that stay visible
+    n_experts: int = 0  # more than 0: feed-forward layers are mixtures of experts (moe.py)
+    n_experts_per_token: int = 2
+    n_shared_experts: int = 0  # experts that see every token, besides
+    d_expert: int | None = None  # width of one; None: so that a token's experts together are as wide as d_ff
+    expert_layers: tuple[int, ...] | None = None  # which blocks have experts; None: all
+    router: str = "softmax"  # softmax | sigmoid
+    causal: bool = True  # False: an encoder, whose tokens see the whole text
+    post_norm: bool = False  # normalise the sum after each half (BERT) instead of what the half reads
 
     def __post_init__(self):
         if self.n_kv_heads is None:
@@ -64,6 +72,11 @@ class ModelConfig:
         if self.d_ff is None:
             wide = 4 * self.d_model if self.mlp != "swiglu" else -(-int(2 * 4 * self.d_model / 3) // 32) * 32
             object.__setattr__(self, "d_ff", wide)
+        if self.n_experts and self.d_expert is None:
+            active = self.n_experts_per_token + self.n_shared_experts
+            object.__setattr__(self, "d_expert", -(-self.d_ff // max(1, active)))
+        if self.expert_layers is not None:  # a checkpoint gives a list
+            object.__setattr__(self, "expert_layers", tuple(self.expert_layers))
         problems = [
             (self.d_model % self.n_heads, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}"),
             (
@@ -80,8 +93,24 @@ class ModelConfig:
                 self.positions == "rope" and self.head_dim % 2,
                 f"rope turns pairs: the head width {self.head_dim} must be even",
             ),
+            (
+                self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts,
+                f"{self.n_experts_per_token} of {self.n_experts} experts cannot be chosen for a token",
+            ),
+            (self.n_experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
+            (self.n_experts and self.d_expert < 1, "an expert is at least 1 wide"),
+            (
+                not self.n_experts and (self.n_shared_experts or self.d_expert or self.expert_layers is not None),
+                "n_shared_experts, d_expert and expert_layers want n_experts",
+            ),
+            (
+                any(not 0 <= layer < self.n_layers for layer in self.expert_layers or ()),
+                f"expert_layers {self.expert_layers}: the blocks are 0 to {self.n_layers - 1}",
+            ),
+            (self.router not in ("softmax", "sigmoid"), f"router {self.router!r}: softmax or sigmoid"),
             (self.window is not None and self.window < 1, "a window holds at least the token itself"),
             (self.sinks and self.window is None, "sinks need a window"),
+            (self.window is not None and not self.causal, "a window looks back: it needs causal attention"),
         ]
         for wrong, why in problems:
             if wrong:
@@ -140,6 +169,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def make_feed_forward(config: ModelConfig) -> nn.Module:
+    return SwiGLU(config) if config.mlp == "swiglu" else FeedForward(config)
+
+
+def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
+    if config.n_experts and (config.expert_layers is None or layer in config.expert_layers):
+        from moe import MoE  # the next chapter
+
+        return MoE(config)
+    return make_feed_forward(config)
+
+
 def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(config.d_model, config.norm_eps)
@@ -148,19 +189,30 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 class Block(nn.Module):
     """Pre-norm: each half reads a normalised copy of the stream and adds to the stream itself, which stays an open
-    path for gradients.
+    path for gradients. With ``post_norm``, as in the first transformers and in BERT, the stream itself is normalised
+    after each half, and so is the sum of embeddings that enters the first block.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         self.attn_norm = make_norm(config)
         self.attn = SelfAttention(
-            config.d_model, config.n_heads, config.n_kv_heads, config.bias, config.qk_norm, config.norm_eps
+            config.d_model,
+            config.n_heads,
+            config.n_kv_heads,
+            config.bias,
+            config.qk_norm,
+            config.norm_eps,
+            config.causal,
         )
         self.mlp_norm = make_norm(config)
-        self.mlp = SwiGLU(config) if config.mlp == "swiglu" else FeedForward(config)
+        self.mlp = make_mlp(config, layer)
+        self.post_norm = config.post_norm
 
     def forward(self, x, rope=None, mask=None, cache=None, layer=0, far=None) -> Tensor:
+        if self.post_norm:
+            x = self.attn_norm(x + self.attn(x, rope, mask, cache, layer, far))
+            return self.mlp_norm(x + self.mlp(x))
         x = x + self.attn(self.attn_norm(x), rope, mask, cache, layer, far)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -183,8 +235,11 @@ class Transformer(nn.Module):
             self.register_buffer(
                 "position_table", sinusoidal_positions(config.max_seq_len, config.d_model), persistent=False
             )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.final_norm = make_norm(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        if config.post_norm:  # the last block ends with a norm
+            self.embed_norm = make_norm(config)
+        else:
+            self.final_norm = make_norm(config)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight  # the same Parameter, not a copy: gradients of both uses add
@@ -241,6 +296,8 @@ class Transformer(nn.Module):
                 f"{T} tokens after {cache.length if cache else 0}: max_seq_len is {self.config.max_seq_len}"
             )
         if cache is not None:
+            if not self.config.causal:
+                raise ValueError("an encoder's tokens see those after them: it cannot read or write one by one")
             cache.begin(real, positions)
         allowed = self._attention_mask(T, positions, real, segments, cache)  # (B, 1, T, Tk), or None: plain causal
 
@@ -253,6 +310,8 @@ class Transformer(nn.Module):
             x = x + self.position_embed(positions)
         else:
             x = x + self.position_table[positions]
+        if self.config.post_norm:
+            x = self.embed_norm(x)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(block, x, rope, allowed, None, layer, far, use_reentrant=False)
@@ -260,7 +319,7 @@ class Transformer(nn.Module):
                 x = block(x, rope, allowed, far=far)
             else:  # past torch.compile, which would compile again for the growing lengths of generation
                 x = block.forward(x, rope, allowed, cache, layer, far)
-        return self.final_norm(x)
+        return x if self.config.post_norm else self.final_norm(x)
 
     def _far_from_sinks(self, positions: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """How queries look at sinks that have left the window (``look_at_sinks``); None as long as none has."""
@@ -298,7 +357,10 @@ class Transformer(nn.Module):
         else:
             if real is None and segments is None and window is None:
                 return None
-            allowed = may_attend(positions, positions, window, sinks)  # (B, T, T) or (T, T)
+            if self.config.causal:
+                allowed = may_attend(positions, positions, window, sinks)  # (B, T, T) or (T, T)
+            else:
+                allowed = torch.ones(1, 1, dtype=torch.bool, device=positions.device)  # (1, 1)
             if segments is not None:
                 allowed = allowed & (segments[:, :, None] == segments[:, None, :])
             if real is not None:
@@ -381,6 +443,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def active_parameters(model: Transformer) -> int:
+    """Those that one token meets: of an expert layer, its share of the experts."""
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = 1 - model.config.n_experts_per_token / model.config.n_experts if experts else 0.0
+    return count_parameters(model) - round(experts * idle)
+
+
 def flops_per_token(model: Transformer, seq_len: int) -> float:
     """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward),
     and 6·T·D a layer for causal attention, whose average query sees half of T keys (Kaplan et al. 2020; Chowdhery et
@@ -389,7 +458,7 @@ def flops_per_token(model: Transformer, seq_len: int) -> float:
     looked_up = [model.embed.weight.numel()] if not model.config.tie_embeddings else []
     if model.config.positions == "learned":
         looked_up.append(model.position_embed.weight.numel())
-    weights = count_parameters(model) - sum(looked_up)  # a table that is read multiplies nothing
+    weights = active_parameters(model) - sum(looked_up)  # a table that is read multiplies nothing
     return 6.0 * weights + 6.0 * model.config.n_layers * model.config.d_model * seq_len
 
 

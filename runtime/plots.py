@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,10 +58,15 @@ def plot_curves(metrics: Path, path: Path, title: str = "") -> None:
     series = {name: xy for name, xy in read_metrics(metrics).items() if name not in _HIDDEN}
     if not series:
         return
-    figure, axes = _axes(len(series))
-    for axis, (name, (steps, values)) in zip(axes, series.items()):
-        _draw(axis, steps, values)
-        axis.set_title(name, fontsize=10)
+    panels: dict[str, list[str]] = {}  # load_2_0, load_2_1, ...: the experts of block 2 share a panel
+    for name in series:
+        expert = re.fullmatch(r"load_(\d+)_\d+", name)
+        panels.setdefault(f"share of each expert, block {expert[1]}" if expert else name, []).append(name)
+    figure, axes = _axes(len(panels))
+    for axis, (title, names) in zip(axes, panels.items()):
+        for name in names:
+            _draw(axis, *series[name])
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)

@@ -184,13 +184,14 @@ class Run:
         return torch.compiler.set_stance("force_eager")
 
     def banner(self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", **more) -> None:
-        from transformer import count_parameters, flops_per_token
+        from transformer import active_parameters, count_parameters, flops_per_token
 
         self._model_flops = flops_per_token(model, seq_len)
+        n, active = count_parameters(model), active_parameters(model)
         facts = {
             "device": f"{self.device}, {self.precision}, {how}"
             + (f", {self.world} processes" if self.world > 1 else ""),
-            "model": f"{count_parameters(model):,} parameters",
+            "model": f"{n:,} parameters" + (f", {active:,} of them for one token" if active < n else ""),
             "work": f"{steps:,} steps of {tokens_per_step:,} tokens",
             **more,
             "writes": str(self.folder),
@@ -254,6 +255,10 @@ class Run:
         profiler = torch.profiler.profile(activities=activities, schedule=schedule)
         return profiler.__enter__()
 
+    def logs(self, step: int) -> bool:
+        """Will ``log`` write a row of this step, counted from 0?"""
+        return (step + 1) % self.config.log_every == 0 or step == 0
+
     def log(self, step: int, tokens: int = 0, always: bool = False, show: tuple = (), **metrics) -> None:
         """Report one step, counted from 0. ``tokens``: how many all processes trained on; speed and MFU come from
         them. A row is written every ``log_every`` steps (or ``always``); values may be tensors and are read only
@@ -262,7 +267,7 @@ class Run:
         self._tokens += tokens
         self._seconds += time.perf_counter() - self._mark
         self._mark = time.perf_counter()
-        if not (always or (step + 1) % self.config.log_every == 0 or step == 0):
+        if not (always or self.logs(step)):
             return
         row = {"step": step + 1} | {k: float(v) for k, v in metrics.items() if v is not None}
         if self._tokens:
@@ -381,10 +386,11 @@ def need_checkpoint(path: str, command: str = "") -> None:
         raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
 
 
-def load_stage(path: str, command: str = "", device="cpu", scores: bool = False):
+def load_stage(path: str, command: str = "", device="cpu", scores: bool = False, encoders: bool = False):
     """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it.
 
-    Of a policy with a value head, the policy. A reward model has a body but no words: only with ``scores``.
+    Of a policy with a value head, the policy. A reward model has a body but no words: only with ``scores``; an encoder
+    cannot write: only with ``encoders``.
     """
     from tokenizer import load_tokenizer
     from transformer import ModelConfig, Transformer
@@ -397,6 +403,8 @@ def load_stage(path: str, command: str = "", device="cpu", scores: bool = False)
         raise UserError(f"{path} describes a model this version does not know: {error}") from None
     if state["stage"] == "reward" and not scores:
         raise UserError(f"{path} holds a reward model: it scores answers and writes none")
+    if not model.config.causal and not encoders and not scores:
+        raise UserError(f"{path} holds an encoder: it reads texts and writes none")
     weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
     load_weights(model, weights or state["model"], path)
     return model.to(device), load_tokenizer(state["tokenizer"]), state

@@ -1,0 +1,527 @@
+"""The encoder: a model that reads and does not write.
+
+Take the causal mask away, and every token sees the whole text. Such a model cannot generate, but for the question what
+a text *is* (its sentiment, its topic, how good an answer is) both sides of a word help. The blocks are the decoder's.
+It learns in two ways.
+
+**Masked language modelling** (Devlin et al. 2019, BERT, section 3.1) needs no labels. Choose 15 % of the tokens, each
+by its own coin, never padding or specials. Of the chosen, 80 % are replaced by [MASK], 10 % by a random token, and 10 %
+stay as they are; then predict all the chosen ones, the unchanged too::
+
+    L = - 1/|chosen|  Σ_{t chosen} log p(token t | the corrupted text)
+
+[MASK] never occurs in a real text; the other 20 % keep the model from thinking about [MASK] alone, since any
+token might be the wrong one.
+
+**Classification**: one vector for the text, either the stream at the special token [CLS] that begins it or the mean of
+the stream over the real tokens, then ::
+
+    logits = W₂ tanh(W₁ pool(h) + b₁) + b₂              L = - mean log softmax(logits)[label]
+
+A small model that has seen a few thousand labelled texts learns them by heart. Against that, training hides a share of
+the words behind [MASK] (``hide``), so that no single word can carry the verdict, and the checkpoint that was best
+on the validation split is the one that is tested.
+
+    python encoder.py                                                      # embedded: will the story end with more?
+    python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # sentiment of film reviews
+    python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # masked words first, then
+    python encoder.py configs/encoder_sst2_cpu.py --init_from out/reviews/mlm --data_dir DIR
+    python reward.py --encoder out/arith/mlm                               # a reward model with an encoder's body
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import arithmetic
+from attention import at_least_float32
+from data import columns, epoch_batch, read_dataset, report_skipped, similar_lengths, text_documents
+from pretrain import check_batch, learning_rate, make_optimizers, update
+from runtime import processes
+from runtime.checkpoint import load_checkpoint
+from runtime.config import RunConfig, at_least, parse
+from runtime.errors import UserError, run_main
+from runtime.linear import Linear, linear
+from runtime.run import load_stage, load_weights, need_checkpoint, start
+from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
+from transformer import ModelConfig, Transformer, make_norm
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    objective: Literal["classify", "mlm"] = "classify"
+    """classify: learn the labels. mlm: learn to fill in hidden words, without labels."""
+    data: str = "arith"
+    """arith, imdb, sst2, rotten_tomatoes. For mlm also several joined by "+", and the corpora of pretrain.py."""
+    n_texts: int | None = None
+    """Use only so many training texts of each source (None: all; of arith 4096 to classify)."""
+    init_from: str = ""
+    """A masked language model to start from: its tokenizer and its shape are taken over. Empty: from scratch."""
+    tokenizer_from: str = ""
+    """Take the tokenizer of this checkpoint instead of training one (a reward model needs its policy's)."""
+    tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
+    """bpe is trained on the data."""
+    vocab_size: int = 512
+    """Of the BPE."""
+    lowercase: bool = False
+    """Read all text in small letters."""
+
+    d_model: int = 128
+    """Width of the model."""
+    n_layers: int = 3
+    """Blocks."""
+    n_heads: int = 4
+    """Attention heads."""
+    d_ff: int | None = None
+    """Width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
+    positions: Literal["rope", "learned", "sinusoidal"] = "rope"
+    """How the model knows where a token stands."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """The normalisation."""
+    post_norm: bool = False
+    """Normalise after each half of a block, as BERT does, instead of before it."""
+    mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    """The feed-forward layer."""
+    bias: bool = False
+    """Biases in the linear layers."""
+    max_seq_len: int = 256
+    """Tokens of a text, [CLS] included; to classify a longer one, its beginning and its end are kept."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """What stands for the whole text."""
+
+    hide: float = 0.15
+    """mlm: the share of tokens that is chosen. classify: the share hidden behind [MASK] in training."""
+    dropout: float = 0.0
+    """classify: share of the pooled vector that is set to zero in training."""
+    batch_size: int = 32
+    """Texts of one step, over all processes; they are of similar length."""
+    micro_batch_size: int = 0
+    """Texts at a time in each process; gradients accumulate (0: all at once)."""
+    epochs: float = 6.0
+    """Passes over the texts."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: for the matrices inside the blocks."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    final_lr: float = 0.0
+    """Share of the peak at which the cosine ends."""
+    warmup: int = 50
+    """Steps of linear rise."""
+    weight_decay: float = 0.1
+    """Of matrices."""
+    clip: float = 1.0
+    """Longest gradient."""
+    eval_every: int = 100
+    """Steps between two validations."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masked language modelling
+
+
+def mask_tokens(
+    tokens: Tensor,
+    maskable: Tensor,
+    vocab_size: int,
+    mask_id: int,
+    share: float = 0.15,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Corrupt a text for masked language modelling: 15 % chosen; of these 80 % [MASK], 10 % random, 10 % unchanged.
+
+    tokens (B, T); maskable (B, T) boolean, False on padding and specials; random tokens are below ``vocab_size`` (and
+    may happen to be the original). Returns the corrupted tokens (a copy) and which were chosen, (B, T) boolean:
+    those are to be predicted, whatever stands there now.
+    """
+    draw = lambda: torch.rand(tokens.shape, generator=generator).to(tokens.device)  # noqa: E731
+    chosen = (draw() < share) & maskable.bool()
+    fate = draw()
+    words = torch.randint(vocab_size, tokens.shape, generator=generator).to(tokens.device)
+    corrupted = torch.where(chosen & (fate < 0.8), mask_id, tokens)
+    return torch.where(chosen & (fate >= 0.8) & (fate < 0.9), words, corrupted), chosen
+
+
+class MaskedLM(nn.Module):
+    """BERT's head on an encoder: ``decoder(norm(gelu(dense(h)))) + bias``, the decoder tied to the embedding."""
+
+    def __init__(self, backbone: Transformer):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+        d = self.config.d_model
+        self.dense = Linear(d, d)
+        self.norm = make_norm(self.config)
+        self.bias = nn.Parameter(torch.zeros(self.config.vocab_size))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+        """tokens (B, T), mask (B, T) with 1 = a real token -> logits (B, T, V); or (n, V), at the n positions that
+        ``where`` (B, T) marks, in the order of the text. At least float32.
+        """
+        hidden = self.backbone.forward_hidden(tokens, mask=mask)  # (B, T, D)
+        hidden = hidden if where is None else hidden[where.bool()]
+        words = self.norm(F.gelu(self.dense(hidden)))
+        return at_least_float32(linear(words, self.backbone.head.weight)) + self.bias
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classification
+
+
+def pool(hidden: Tensor, mask: Tensor, how: str = "mean") -> Tensor:
+    """The stream (B, T, D) of texts with ``mask`` (B, T), 1 = a real token, as one vector each, (B, D): "mean" over the
+    real tokens, or the first, "cls".
+
+    >>> pool(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+    tensor([[2.]])
+    """
+    if how == "cls":
+        return hidden[:, 0]
+    mask = mask.bool().unsqueeze(-1)  # (B, T, 1)
+    return hidden.masked_fill(~mask, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)  # what padding holds may be NaN
+
+
+class Classifier(nn.Module):
+    """An encoder and BERT's pooler: ``score(dropout(tanh(dense(pool(h)))))``."""
+
+    def __init__(self, backbone: Transformer, n_classes: int, pooling: str = "mean", dropout: float = 0.0):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+        self.pooling, self.dropout = pooling, dropout
+        d = self.config.d_model
+        self.dense, self.score = nn.Linear(d, d), nn.Linear(d, n_classes)
+        for layer in (self.dense, self.score):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, T), mask (B, T) with 1 = a real token -> logits (B, C), at least float32."""
+        pooled = pool(at_least_float32(self.backbone.forward_hidden(tokens, mask=mask)), mask, self.pooling)  # (B, D)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.score(F.dropout(torch.tanh(self.dense(pooled)), self.dropout, self.training))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts
+
+LABELLED = {  # hub id, the names of labels 0, 1, ...; the columns are called text and label
+    "imdb": ("stanfordnlp/imdb", ("negative", "positive")),
+    "sst2": ("SetFit/sst2", ("negative", "positive")),
+    "rotten_tomatoes": ("cornell-movie-review-data/rotten_tomatoes", ("negative", "positive")),
+}
+ARITH_CLASSES = ("not more", "more")
+
+
+def load_labelled(
+    name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None
+) -> tuple[list[str], list[int]]:
+    """Texts and labels of "train", "validation" or "test". IMDB has no validation split: every tenth training text is
+    kept for it. ``n``: so many, drawn at random (the files may be sorted by label).
+
+    arith: a question of the embedded task; label 1 if its answer is more than the first number it names.
+    """
+    if name == "arith":
+        heldout = split != "train"
+        found = arithmetic.problems(n or (512 if heldout else 4096), split if heldout else f"{seed} encoder", heldout)
+        return [p.question for p in found], [int(p.answer > int(re.search(r"\d+", p.question)[0])) for p in found]
+    if name not in LABELLED:
+        raise UserError(f"no labelled texts called {name!r}; there are arith, {', '.join(LABELLED)}")
+    hub_id, classes = LABELLED[name]
+    own = split if split == "test" or name != "imdb" else "train"
+    texts, labels, skipped = [], [], Counter()
+    for i, row in enumerate(read_dataset(hub_id, None, own, data_dir)):
+        if name == "imdb" and own == "train" and (i % 10 == 0) != (split == "validation"):
+            continue
+        text, label = columns(row, ["text", "label"], hub_id)
+        if not isinstance(text, str) or not text.strip() or label not in range(len(classes)):
+            skipped["without a text or a label"] += 1
+            continue
+        texts.append(text)
+        labels.append(int(label))
+    report_skipped(skipped, f"{split} rows of {hub_id}")
+    if not texts:
+        raise UserError(f"{hub_id} ({split}) has no usable row")
+    some = epoch_batch(len(texts), min(n or len(texts), len(texts)), 0, seed=0).tolist() if n else range(len(texts))
+    return [texts[i] for i in some], [labels[i] for i in some]
+
+
+def plain_texts(names: str, split: str, config: Config) -> Iterable[str]:
+    """Texts to fill in, of sources joined by "+". Of labelled ones never the test split."""
+    for name in names.split("+"):
+        if name in LABELLED:
+            yield from load_labelled(name, split, config.data_dir, config.seed, config.n_texts)[0]
+        else:
+            yield from text_documents(name, split, config.data_dir, config.seed, config.n_texts)
+
+
+@dataclass
+class Texts:
+    """Texts as ids, each after [CLS], and their labels (None: there are none)."""
+
+    ids: list[list[int]]
+    labels: list[int] | None
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int], device=None) -> tuple[Tensor, Tensor]:
+        """tokens (B, T), padded on the right, and which are real (B, T)."""
+        lengths = torch.tensor([len(self.ids[i]) for i in rows])
+        tokens = torch.full((len(rows), int(lengths.max())), self.pad_id)
+        for r, i in enumerate(rows):
+            tokens[r, : lengths[r]] = torch.tensor(self.ids[i])
+        return tokens.to(device), (torch.arange(tokens.shape[1]) < lengths[:, None]).to(device)
+
+    def labels_of(self, rows: Sequence[int], device=None) -> Tensor:
+        return torch.tensor([self.labels[i] for i in rows], device=device)
+
+
+def mask_id_of(tokenizer: Tokenizer) -> int:
+    """[MASK] and [CLS] are the two ids behind the tokenizer's own."""
+    return tokenizer.vocab_size
+
+
+def cls_id_of(tokenizer: Tokenizer) -> int:
+    return tokenizer.vocab_size + 1
+
+
+def to_classify(texts: Iterable[str], labels: list[int], tokenizer: Tokenizer, length: int, lowercase: bool) -> Texts:
+    """Each text in one row. Of a longer one the first quarter of the room goes to its beginning and the rest to its
+    end, where reviews give their verdict (Sun et al. 2019).
+    """
+    room, ids = length - 1, []
+    for text in texts:
+        words = tokenizer.encode(text.lower() if lowercase else text)
+        if len(words) > room:
+            words = words[: room // 4] + words[len(words) - (room - room // 4) :]
+        ids.append([cls_id_of(tokenizer), *words])
+    return Texts(ids, labels, tokenizer.pad_id)
+
+
+def to_fill_in(texts: Iterable[str], tokenizer: Tokenizer, length: int, lowercase: bool) -> Texts:
+    """Each text in as many rows as it needs."""
+    ids = []
+    for text in texts:
+        words = tokenizer.encode(text.lower() if lowercase else text)
+        ids += [[cls_id_of(tokenizer), *words[i : i + length - 1]] for i in range(0, len(words), length - 1)]
+    if not ids:
+        raise UserError("there is no text to fill in")
+    return Texts(ids, None, tokenizer.pad_id)
+
+
+def make_tokenizer(config: Config) -> Tokenizer:
+    if config.init_from or config.tokenizer_from:
+        return load_tokenizer(load_checkpoint(config.init_from or config.tokenizer_from)["tokenizer"])
+    if config.tokenizer != "bpe":
+        return ByteTokenizer() if config.tokenizer == "bytes" else TiktokenTokenizer("r50k_base")
+    sample, size = [], 0
+    for text in plain_texts(config.data, "train", config):
+        sample.append(text.lower() if config.lowercase else text)
+        size += len(text)
+        if size >= 20_000_000:
+            break
+    return BPETokenizer.train(sample, config.vocab_size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it has learned
+
+
+@torch.no_grad()
+def fill_in(model: MaskedLM, texts: Texts, tokenizer: Tokenizer, share: float, batch: int = 64, seed: int = 0) -> dict:
+    """Mean loss, in nats, and accuracy over hidden tokens of held-out texts; the same tokens every time."""
+    device = model.bias.device
+    total = right = n = 0.0
+    for first in range(0, len(texts), batch):
+        tokens, real = texts.batch(range(first, min(first + batch, len(texts))), device)
+        generator = torch.Generator().manual_seed(seed + first)
+        vocab, mask_id = tokenizer.vocab_size, mask_id_of(tokenizer)
+        corrupted, chosen = mask_tokens(tokens, real & (tokens < vocab), vocab, mask_id, share, generator)
+        logits = model(corrupted, real, chosen)  # (n, V)
+        total += float(F.cross_entropy(logits, tokens[chosen], reduction="sum"))
+        right += float((logits.argmax(dim=-1) == tokens[chosen]).sum())
+        n += int(chosen.sum())
+    return {"val_loss": total / max(n, 1), "val_accuracy": right / max(n, 1)}
+
+
+@torch.no_grad()
+def predictions(model: Classifier, texts: Texts, batch: int = 64) -> Tensor:
+    """log p(class) of each text, (N, C), on the CPU."""
+    training = model.training
+    model.eval()  # no dropout
+    order = sorted(range(len(texts)), key=lambda i: len(texts.ids[i]))  # less padding
+    out = torch.empty(len(texts), model.score.out_features)
+    for first in range(0, len(order), batch):
+        some = order[first : first + batch]
+        out[some] = model(*texts.batch(some, model.score.weight.device)).log_softmax(dim=-1).float().cpu()
+    model.train(training)
+    return out
+
+
+def judge(logps: Tensor, texts: Texts) -> dict:
+    """Loss and accuracy of predictions (N, C)."""
+    labels = texts.labels_of(range(len(texts)))
+    return {
+        "val_loss": float(F.nll_loss(logps, labels)),
+        "val_accuracy": float((logps.argmax(dim=1) == labels).float().mean()),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    at_least(config, n_texts=1, d_model=1, n_layers=1, n_heads=1, max_seq_len=4, epochs=1e-9, warmup=0, clip=1e-9)
+    at_least(config, eval_every=1, save_every=1, log_every=1, hide=0.0, dropout=0.0, lr=0.0, weight_decay=0.0)
+    if not config.hide < 1 or not config.dropout < 1:
+        raise UserError("hide and dropout are shares below 1")
+    if config.objective == "mlm" and (config.hide == 0 or config.dropout):
+        raise UserError("mlm hides some tokens (--hide above 0), and dropout is for --objective classify")
+    if config.objective == "classify" and config.data not in ("arith", *LABELLED):
+        raise UserError(f"--data {config.data} has no labels; there are arith, {', '.join(LABELLED)}")
+    if config.init_from and config.tokenizer_from:
+        raise UserError("--init_from brings its own tokenizer: leave --tokenizer_from out")
+    if config.init_from and config.objective == "mlm":
+        raise UserError("--init_from is for --objective classify; an unfinished mlm run continues by itself")
+    try:
+        model_config(config, config.vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_batch(config.batch_size, config.micro_batch_size, config.device)
+
+
+def model_config(config: Config, vocab_size: int) -> ModelConfig:
+    names = {field.name for field in fields(ModelConfig)} & {field.name for field in fields(Config)} - {"vocab_size"}
+    shape = {name: getattr(config, name) for name in names}
+    return ModelConfig(vocab_size=vocab_size + 2, causal=False, tie_embeddings=True, **shape)  # + [MASK] and [CLS]
+
+
+def load_encoder(path: str, device="cpu") -> tuple[Transformer, Tokenizer, dict]:
+    """(body, tokenizer, state) of a checkpoint that this chapter wrote."""
+    backbone, tokenizer, state = load_stage(path, "python encoder.py --objective mlm", device, encoders=True)
+    if backbone.config.causal:
+        raise UserError(f"{path} holds a {state['stage']} model, not an encoder")
+    return backbone, tokenizer, state
+
+
+def run(config: Config) -> dict:
+    """Train, and return the figures: of the hidden words, or of the test split under the best checkpoint."""
+    check(config)
+    filling = config.objective == "mlm"
+    for path in filter(None, (config.init_from, config.tokenizer_from)):
+        need_checkpoint(path, "python encoder.py --objective mlm" if config.init_from else "python pretrain.py")
+    run = start(config, "mlm" if filling else "encoder")
+
+    # Data: a tokenizer, and texts as ids.
+    tokenizer = load_tokenizer(run.state["tokenizer"]) if run.state is not None else make_tokenizer(config)
+    backbone = None
+    lowercase, length = config.lowercase, config.max_seq_len
+    if config.init_from:
+        backbone, _, state = load_encoder(config.init_from, run.device)
+        run.descend(state, config.init_from)
+        lowercase, length = state["config"]["lowercase"], backbone.config.max_seq_len
+    if filling:
+        train, held = (
+            to_fill_in(plain_texts(config.data, split, config), tokenizer, length, lowercase)
+            for split in ("train", "validation")
+        )
+        held.ids = held.ids[:: max(1, len(held) // 1024)]
+    else:
+        load = lambda split, n=None: load_labelled(config.data, split, config.data_dir, config.seed, n)  # noqa: E731
+        train = to_classify(*load("train", config.n_texts), tokenizer, length, lowercase)
+        held, test = (to_classify(*load(split), tokenizer, length, lowercase) for split in ("validation", "test"))
+    batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
+    steps = max(1, math.ceil(config.epochs * len(batches)))
+    vocab, mask_id = tokenizer.vocab_size, mask_id_of(tokenizer)
+
+    # Model and optimizer.
+    torch.manual_seed(config.seed)
+    backbone = backbone or Transformer(model_config(config, tokenizer.vocab_size)).to(run.device)
+    classes = ARITH_CLASSES if config.data == "arith" else LABELLED[config.data.split("+")[0]][1]
+    if filling:
+        model = MaskedLM(backbone).to(run.device)
+    else:
+        model = Classifier(backbone, len(classes), config.pooling, config.dropout).to(run.device)
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
+    first = run.resume(model, optimizers)
+    mean_length = sum(map(len, train.ids)) / len(train)
+    if not run.finished:
+        run.banner(
+            backbone, steps, int(config.batch_size * mean_length), int(mean_length), "eager (texts differ in length)",
+            data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held):,} held out",
+            **({"starts": config.init_from} if config.init_from else {}),
+        )  # fmt: skip
+
+    def evaluate() -> dict:
+        with run.autocast(), run.eager():
+            return fill_in(model, held, tokenizer, config.hide) if filling else judge(predictions(model, held), held)
+
+    for step in run.steps(first, steps):
+        rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
+        tokens, real = train.batch(rows, run.device)
+        generator = torch.Generator().manual_seed((config.seed << 32) + step)  # of the step alone: a resume is exact
+        words = real & (tokens < vocab)  # neither padding nor specials behind the vocabulary
+        if filling:
+            inputs, chosen = mask_tokens(tokens, words, vocab, mask_id, config.hide, generator)
+            count = max(1, int(chosen.sum()))  # of the whole batch
+        else:
+            hidden = (torch.rand(tokens.shape, generator=generator) < config.hide).to(run.device) & words
+            inputs, labels, count = tokens.masked_fill(hidden, mask_id), train.labels_of(rows, run.device), len(rows)
+        mine = processes.my_share(torch.arange(len(rows), device=run.device))
+        loss = right = torch.zeros((), device=run.device)
+        for some in mine.split(config.micro_batch_size or len(mine)):
+            with run.autocast():
+                if filling:
+                    logits, targets = model(inputs[some], real[some], chosen[some]), tokens[some][chosen[some]]
+                else:
+                    logits, targets = model(inputs[some], real[some]), labels[some]
+            part = F.cross_entropy(logits, targets, reduction="sum") / count  # parts add up to the mean of the batch
+            run.scaler.scale(part).backward()
+            loss = loss + part.detach()
+            right = right + (logits.argmax(dim=-1) == targets).sum() / count
+        lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
+        norm = update(run, model, optimizers, lr, config.clip)
+        loss, right = processes.sum_over_processes(torch.stack([loss, right])).tolist()
+        run.log(
+            step, int(real.sum()), show=("loss", "accuracy"), loss=loss, accuracy=right, grad_norm=norm, lr=lr,
+        )  # fmt: skip
+
+        figures = {}
+        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
+            figures = evaluate()
+            run.evaluation(step + 1, **figures)
+        if figures or run.should_save(step, steps):
+            run.save(
+                step, steps, model, optimizers, tokenizer, metric=figures.get("val_accuracy"), lower_is_better=False,
+                extra={"classes": list(classes)} if not filling else None,
+            )  # fmt: skip
+
+    if filling:
+        figures = evaluate()
+        hint = f"python encoder.py --task {config.task} --init_from {run.folder}"
+        run.close(f"{figures['val_accuracy']:.3f} of the hidden words, loss {figures['val_loss']:.3f}", hint)
+        return figures
+    state = load_checkpoint(run.folder / "best.pt")
+    load_weights(model, state["model"], run.folder)
+    with run.autocast(), run.eager():
+        logps = predictions(model, test)
+    accuracy = judge(logps, test)["val_accuracy"]
+    run.close(
+        f"test accuracy {accuracy:.3f} on {len(test):,} texts (validation {state['best']:.3f}, step {state['step']})"
+    )
+    return {"test_accuracy": accuracy, "val_accuracy": state["best"]}
+
+
+if __name__ == "__main__":
+    run_main(lambda: run(parse(Config)))

@@ -87,12 +87,12 @@ class MoE(nn.Module):
         weights, experts = route(self.router(tokens), self.k, self.balance_bias, self.score)  # (N, k) each
         # Lay the N·k pairs of a token and one of its experts in the order of the experts.
         order = experts.flatten().argsort(stable=True)  # (N·k,)
-        rows = tokens[order // self.k]  # (N·k, D)
+        rows = tokens.index_select(0, order // self.k)  # (N·k, D)
         sizes = experts.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = [expert(some) for expert, some in zip(self.experts, rows.split(sizes)) if len(some)]
         # Back in the order of the tokens, and the k outputs of each summed by their weights.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        outputs = torch.cat(parts)[back].view(*experts.shape, -1)  # (N, k, D)
+        outputs = torch.cat(parts).index_select(0, back).view(*experts.shape, -1)  # (N, k, D)
         y = (weights.to(outputs.dtype).unsqueeze(1) @ outputs).squeeze(1)  # (N, D)
         if self.shared is not None:
             y = y + self.shared(tokens)

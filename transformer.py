@@ -93,11 +93,11 @@ class ModelConfig:
                 self.positions == "rope" and self.head_dim % 2,
                 f"rope turns pairs: the head width {self.head_dim} must be even",
             ),
+            (self.n_experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
             (
                 self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts,
                 f"{self.n_experts_per_token} of {self.n_experts} experts cannot be chosen for a token",
             ),
-            (self.n_experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
             (self.n_experts and self.d_expert < 1, "an expert is at least 1 wide"),
             (
                 not self.n_experts and (self.n_shared_experts or self.d_expert or self.expert_layers is not None),

@@ -376,6 +376,21 @@ def judge(logps: Tensor, texts: Texts) -> dict:
     }
 
 
+def mistakes(logps: Tensor, texts: Texts, tokenizer: Tokenizer, classes: Sequence[str], n: int = 8) -> str:
+    """The texts of which the model was most certain and wrong, and the first ones beside them."""
+    labels = texts.labels_of(range(len(texts)))
+    sure, said = logps.exp().max(dim=1)
+    wrong = (said != labels).nonzero().squeeze(1)
+    lines = []
+    for title, rows in (("most certain mistakes", wrong[sure[wrong].argsort(descending=True)]), ("others", range(n))):
+        lines.append(f"{title}:")
+        for i in [int(i) for i in rows][:n]:
+            text = tokenizer.decode(texts.ids[i][1:])
+            text = text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}"
+            lines.append(f"  {classes[labels[i]]}, the model says {classes[said[i]]} ({sure[i]:.2f}): {text}")
+    return "\n".join(lines)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage
 
@@ -448,7 +463,7 @@ def run(config: Config) -> dict:
     # Model and optimizer.
     torch.manual_seed(config.seed)
     backbone = backbone or Transformer(model_config(config, tokenizer.vocab_size)).to(run.device)
-    classes = ARITH_CLASSES if config.data == "arith" else LABELLED[config.data.split("+")[0]][1]
+    classes = () if filling else ARITH_CLASSES if config.data == "arith" else LABELLED[config.data][1]
     if filling:
         model = MaskedLM(backbone).to(run.device)
     else:
@@ -467,6 +482,7 @@ def run(config: Config) -> dict:
         with run.autocast(), run.eager():
             return fill_in(model, held, tokenizer, config.hide) if filling else judge(predictions(model, held), held)
 
+    finished = run.finished
     for step in run.steps(first, steps):
         rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
         tokens, real = train.batch(rows, run.device)
@@ -504,7 +520,7 @@ def run(config: Config) -> dict:
         if figures or run.should_save(step, steps):
             run.save(
                 step, steps, model, optimizers, tokenizer, metric=figures.get("val_accuracy"), lower_is_better=False,
-                extra={"classes": list(classes)} if not filling else None,
+                extra={"classes": list(classes)},
             )  # fmt: skip
 
     if filling:
@@ -517,6 +533,8 @@ def run(config: Config) -> dict:
     with run.autocast(), run.eager():
         logps = predictions(model, test)
     accuracy = judge(logps, test)["val_accuracy"]
+    if not finished:
+        run.sample(steps, mistakes(logps, test, tokenizer, classes))
     run.close(
         f"test accuracy {accuracy:.3f} on {len(test):,} texts (validation {state['best']:.3f}, step {state['step']})"
     )

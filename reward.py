@@ -32,6 +32,7 @@ reward models are first trained on cheap comparisons (Askell et al. 2021).
 
     python reward.py                                                    # the embedded pairs, after sft.py
     python reward.py configs/reward_hh_cpu.py --data_dir DIR            # HH-RLHF, harmless-base
+    python reward.py --encoder out/arith/mlm                            # an encoder reads the answers (encoder.py)
 
 To score answers of your own::
 
@@ -53,6 +54,7 @@ from torch import Tensor
 
 from attention import at_least_float32
 from data import epoch_batch, similar_lengths
+from encoder import load_encoder, pool
 from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, with_own_pairs
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import sample_answers
@@ -78,6 +80,8 @@ class Config(RunConfig):
     """arith: pairs about plain sums among them."""
     init_from: str = ""
     """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
+    encoder: str = ""
+    """Take the body of this masked language model (encoder.py) instead; it must have the policy's tokenizer."""
     max_length: int = 256
     """Tokens of a row; a longer one loses the beginning of its prompt."""
     batch_size: int = 32
@@ -86,8 +90,9 @@ class Config(RunConfig):
     """Pairs at a time in each process; gradients accumulate (0: all at once)."""
     epochs: float = 1.0
     """Passes over the pairs."""
-    token_weight: float = 0.7
-    """Weight of the loss at every token behind the first difference; that of the whole answer has the rest."""
+    token_weight: float | None = None
+    """Weight of the loss at every token behind the first difference; that of the whole answer has the rest (None: 0.7,
+    and 0 with an encoder, whose tokens see what comes after them)."""
     margin: float = 0.0
     """Distance that the scores of a pair should keep."""
     center: float = 0.05
@@ -123,7 +128,9 @@ class Config(RunConfig):
 
 
 class RewardModel(nn.Module):
-    """A body with ``forward_hidden(tokens, mask) -> (B, T, D)`` and a linear head: one score for each row."""
+    """A body with ``forward_hidden(tokens, mask) -> (B, T, D)`` and a linear head: one score for each row. Of a decoder
+    the head reads the last real token, of an encoder the mean of all.
+    """
 
     def __init__(self, backbone: Transformer):
         super().__init__()
@@ -138,10 +145,14 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (B, T), mask (B, T) with 1 = a real token, padding on either side -> scores (B,), float32."""
+        if not self.config.causal:
+            last_real(mask)  # refuses empty rows
+            hidden = pool(at_least_float32(self.backbone.forward_hidden(tokens, mask=mask)), mask)  # (B, D)
+            return (hidden * self.score.weight).sum(dim=1) + self.score.bias
         return self.at_every_token(tokens, mask).gather(1, last_real(mask)[:, None])[:, 0]
 
     def at_every_token(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """What the head reads at each token: (B, T), float32, padded columns without meaning."""
+        """What the head reads at each token of a decoder: (B, T), float32, padded columns without meaning."""
         hidden = self.backbone.forward_hidden(tokens, mask=None if _right_padded(mask) else mask)  # (B, T, D)
         hidden = at_least_float32(hidden).masked_fill(~mask.bool()[:, :, None], 0.0)
         return (hidden * self.score.weight).sum(dim=2) + self.score.bias  # autocast would multiply in 16 bits
@@ -329,7 +340,9 @@ def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     at_least(config, n_pairs=1, max_length=8, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
     at_least(config, eval_pairs=1, margin=0.0, center=0.0, token_weight=0.0, normalize_on=0, max_new_tokens=1, n_sums=0)
-    if config.token_weight > 1:
+    if config.token_weight and config.encoder:
+        raise UserError("token_weight: an encoder has one score for the whole answer")
+    if config.token_weight is not None and config.token_weight > 1:
         raise UserError(f"token_weight is {config.token_weight}: it is a share, 1 at most")
     check_batch(config.batch_size, config.micro_batch_size, config.device)
 
@@ -339,6 +352,8 @@ def run(config: Config) -> dict:
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
     need_checkpoint(config.init_from, "python sft.py")
+    if config.encoder:
+        need_checkpoint(config.encoder, f"python encoder.py --objective mlm --tokenizer_from {config.init_from}")
     run = start(config, "reward")
     policy, tokenizer, state = load_stage(config.init_from, device=run.device)
     if config.max_length > policy.config.max_seq_len:
@@ -358,15 +373,26 @@ def run(config: Config) -> dict:
 
     # The policy's body under a new head.
     torch.manual_seed(config.seed)
-    backbone, _, _ = load_stage(config.init_from, device=run.device)
+    if config.encoder:
+        backbone, its_tokenizer, its_state = load_encoder(config.encoder, run.device)
+        if its_tokenizer.state() != tokenizer.state() or its_state["config"]["lowercase"]:
+            raise UserError(
+                f"{config.encoder} reads other tokens than {config.init_from} writes; make one that reads them with: "
+                f"python encoder.py --objective mlm --tokenizer_from {config.init_from}"
+            )
+        if config.max_length > backbone.config.max_seq_len:
+            raise UserError(f"max_length {config.max_length} is more than the encoder's {backbone.config.max_seq_len}")
+    else:
+        backbone, _, _ = load_stage(config.init_from, device=run.device)
     model = RewardModel(backbone)
+    token_weight = config.token_weight if config.token_weight is not None else 0.0 if config.encoder else 0.7
     backbone.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
     if not run.finished:
         run.banner(
             backbone, steps, 2 * config.batch_size * config.max_length, config.max_length,
-            "eager (rows differ in length)", starts=config.init_from,
+            "eager (rows differ in length)", starts=config.encoder or config.init_from,
             data=f"{config.data}: {len(rows):,} pairs, {len(held):,} held out",
         )  # fmt: skip
 
@@ -381,12 +407,16 @@ def run(config: Config) -> dict:
         for some in (chosen_rows[i : i + size] for i in range(0, len(chosen_rows), size)):
             tokens, _, real = rows.batch(some, run.device)  # (2b, T): chosen above rejected
             with run.autocast():
-                every = model.at_every_token(tokens, real)  # (2b, T)
-            chosen, rejected = every.gather(1, last_real(real)[:, None])[:, 0].chunk(2)  # (b,) each
+                if config.encoder:
+                    scored = model(tokens, real)  # (2b,)
+                else:
+                    every = model.at_every_token(tokens, real)  # (2b, T)
+                    scored = every.gather(1, last_real(real)[:, None])[:, 0]
+            chosen, rejected = scored.chunk(2)  # (b,) each
             part = bradley_terry_loss(chosen, rejected, config.margin, config.center)
-            if config.token_weight:
+            if token_weight:
                 of_tokens = token_loss(*every.chunk(2), behind_the_difference(tokens, real))
-                part = (1 - config.token_weight) * part + config.token_weight * of_tokens
+                part = (1 - token_weight) * part + token_weight * of_tokens
             part = part * len(some) / config.batch_size
             run.scaler.scale(part).backward()
             loss += float(part.detach())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pretrain
+import runtime.run
 import sft
 from transformer import ModelConfig, Transformer
 
@@ -61,7 +62,7 @@ def assert_exact_resume(monkeypatch, stage, whole, stopped, saves: int) -> tuple
     same weights, bit for bit, as one that never stopped. ``whole`` and ``stopped`` are the two configurations; returns
     the two checkpoints."""
     stage.run(whole)
-    original, done = stage.Run.save, 0
+    original, done = runtime.run.Run.save, 0
 
     def save(self, *args, **kwargs):
         nonlocal done
@@ -71,7 +72,7 @@ def assert_exact_resume(monkeypatch, stage, whole, stopped, saves: int) -> tuple
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(stage.Run, "save", save)
+        patched.setattr(runtime.run.Run, "save", save)
         with pytest.raises(KeyboardInterrupt):
             stage.run(stopped)
     stage.run(stopped)

@@ -140,11 +140,13 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tu
     """cos and sin of ``p · θ^(-2i/d)`` for i = 0 .. d/2 - 1 (Su et al. 2021): integers (...) -> two float32 (...,
     head_dim/2).
 
-    Always float32: in bfloat16, position 257 would be 256.
+    In bfloat16, position 257 would be 256. In float32, the angle of position 50,000 is off by up to 0.002, and a long
+    stream would slowly lose its distances; so the angles are float64 where the device has it.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions[..., None].float() * frequencies
-    return angles.cos(), angles.sin()
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim)
+    angles = positions[..., None] * frequencies
+    return angles.cos().float(), angles.sin().float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

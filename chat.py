@@ -3,12 +3,14 @@
     python chat.py out/arith/grpo --prompt "Tom has 4 apples and finds 3 more. How many apples does Tom have?"
     python chat.py out/arith/grpo                            # a conversation; an empty line ends it, /new forgets it
     python chat.py out/arith/pretrain --raw --prompt "One day Tom went to"
+    python chat.py out/arith/pretrain --raw --prompt "Tom" --window 64 --max_new_tokens 100000     # a text without end
 
 The model answers in the chat template it was trained with; a base model knows none, so with ``--raw`` it continues
 the text itself.
 """
 
 import codecs
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -43,6 +45,11 @@ class Config:
     """Only tokens at least so likely, compared with the likeliest."""
     max_new_tokens: int = 256
     """The longest answer."""
+    window: int | None = None
+    """Let each token see only so many before it (None: as the model was trained). With a window a text has no end: the
+    memory of the model rolls."""
+    sinks: int = 4
+    """With --window: the first tokens, which stay visible."""
     seed: int | None = None
     """The same seed gives the same answer."""
     device: str = "auto"
@@ -66,6 +73,8 @@ def check(config: Config) -> None:
         raise UserError("temperature and top_k start at 0; top_p lies between 0 and 1 (not 0), min_p between 0 and 1")
     if config.max_new_tokens < 1:
         raise UserError("max_new_tokens starts at 1")
+    if (config.window is not None and config.window < 1) or config.sinks < 0:
+        raise UserError("a window starts at 1, sinks at 0")
 
 
 def main() -> None:
@@ -74,11 +83,16 @@ def main() -> None:
     device = pick_device(config.device)
     model, tokenizer, state = load_stage(config.checkpoint, "python pipeline.py", device)
     model.eval()
+    if config.window is not None:
+        model.config = dataclasses.replace(model.config, window=config.window, sinks=config.sinks)
+    # Rotary positions go on behind the longest text of training, and with a window no distance is longer than in it.
+    endless = model.config.window is not None and model.config.positions == "rope"
+    context = sys.maxsize if endless else model.config.max_seq_len
     if state["stage"] == "pretrain" and not config.raw:
         print("note: a pretrained model knows no chat template; --raw continues the text itself", file=sys.stderr)
 
     def reply(ids: list[int], show: bool = True) -> str:
-        room = model.config.max_seq_len - len(ids)
+        room = context - len(ids)
         knobs = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         text = ""
         with autocast(device, pick_precision("auto", device)):
@@ -97,8 +111,8 @@ def main() -> None:
         except EOFError:
             return
         ids = tokenizer.encode(text) or [tokenizer.eot_id]
-        if len(ids) >= model.config.max_seq_len:
-            raise UserError(f"the text has {len(ids)} tokens; the model's context holds {model.config.max_seq_len}")
+        if len(ids) >= context:
+            raise UserError(f"the text has {len(ids)} tokens; the model's context holds {context}")
         print(text, end="")
         reply(ids)
         return
@@ -119,14 +133,14 @@ def main() -> None:
         messages.append({"role": "user", "content": question})
         ids = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
         forgotten = 0
-        while len(ids) > model.config.max_seq_len - 16 and len(messages) > len(start) + 1:
+        while len(ids) > context - 16 and len(messages) > len(start) + 1:
             del messages[len(start) : len(start) + 2]  # the oldest question and its answer
             forgotten += 1
             ids = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
         if forgotten:
             print(f"({forgotten} earlier questions no longer fit into the context and were forgotten)", file=sys.stderr)
-        if len(ids) >= model.config.max_seq_len:
-            raise UserError(f"the question has {len(ids)} tokens; the model's context holds {model.config.max_seq_len}")
+        if len(ids) >= context:
+            raise UserError(f"the question has {len(ids)} tokens; the model's context holds {context}")
         if not config.prompt:
             print("model: ", end="")
         messages.append({"role": "assistant", "content": reply(ids)})

@@ -88,6 +88,21 @@ def plot_stages(folders: dict[str, Path], path: Path, wanted: dict[str, list[str
     _save(figure, path)
 
 
+def plot_lines(panels: dict[str, dict[str, tuple[list, list]]], path: Path, x: str, logarithmic: bool = False) -> None:
+    """A panel for each title: the lines {label: (xs, ys)} over a common kind of x."""
+    figure, axes = _axes(len(panels), columns=min(3, len(panels)))
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for label, (xs, ys) in lines.items():
+            axis.plot(xs, ys, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(x, fontsize=8)
+        if logarithmic:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, framealpha=0.5)
+    _save(figure, path)
+
+
 def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], names: dict[str, str]) -> None:
     """The cells of a study: ``runs[part, label]`` is a list of rows, one for each seed.
 

@@ -27,13 +27,20 @@ on the validation split is the one that is tested.
     python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # masked words first, then
     python encoder.py configs/encoder_sst2_cpu.py --init_from out/reviews/mlm --data_dir DIR
     python reward.py --encoder out/arith/mlm                               # a reward model with an encoder's body
+
+To classify texts of your own::
+
+    model, read, classes = load_classifier("out/reviews/encoder")
+    for p in predictions(model, read(["What a film!", "I left early."])).exp():
+        print(dict(zip(classes, p.tolist())))
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -105,8 +112,8 @@ class Config(RunConfig):
     """Texts of one step, over all processes; they are of similar length."""
     micro_batch_size: int = 0
     """Texts at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 6.0
-    """Passes over the texts."""
+    epochs: float | None = None
+    """Passes over the texts (None: 6 to classify, 2 for mlm)."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: for the matrices inside the blocks."""
     lr: float = 2e-3
@@ -430,6 +437,20 @@ def load_encoder(path: str, device="cpu") -> tuple[Transformer, Tokenizer, dict]
     return backbone, tokenizer, state
 
 
+def load_classifier(path: str, device="cpu") -> tuple[Classifier, Callable[[list[str]], Texts], tuple[str, ...]]:
+    """Of a run of this chapter: the model, what turns texts into its rows, and the names of the classes. A folder means
+    its ``best.pt``."""
+    path = str(Path(path) / "best.pt") if Path(path).is_dir() else path
+    backbone, tokenizer, state = load_encoder(path, device)
+    if state["stage"] != "encoder":
+        raise UserError(f"{path} knows no classes: train them with --init_from {path}")
+    classes, config = tuple(state["extra"]["classes"]), state["config"]
+    model = Classifier(backbone, len(classes), config["pooling"]).to(device).eval()
+    load_weights(model, state["model"], path)
+    lowercase, length = state["extra"]["lowercase"], backbone.config.max_seq_len
+    return model, lambda texts: to_classify(texts, [0] * len(texts), tokenizer, length, lowercase), classes
+
+
 def run(config: Config) -> dict:
     """Train, and return the figures: of the hidden words, or of the test split under the best checkpoint."""
     check(config)
@@ -457,7 +478,8 @@ def run(config: Config) -> dict:
         train = to_classify(*load("train", config.n_texts), tokenizer, length, lowercase)
         held, test = (to_classify(*load(split), tokenizer, length, lowercase) for split in ("validation", "test"))
     batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
-    steps = max(1, math.ceil(config.epochs * len(batches)))
+    epochs = config.epochs if config.epochs is not None else 2.0 if filling else 6.0
+    steps = max(1, math.ceil(epochs * len(batches)))
     vocab, mask_id = tokenizer.vocab_size, mask_id_of(tokenizer)
 
     # Model and optimizer.
@@ -520,7 +542,7 @@ def run(config: Config) -> dict:
         if figures or run.should_save(step, steps):
             run.save(
                 step, steps, model, optimizers, tokenizer, metric=figures.get("val_accuracy"), lower_is_better=False,
-                extra={"classes": list(classes)},
+                extra={"classes": list(classes), "lowercase": lowercase},
             )  # fmt: skip
 
     if filling:

@@ -22,6 +22,7 @@ from encoder import (
     MaskedLM,
     Texts,
     fill_in,
+    load_classifier,
     load_encoder,
     load_labelled,
     mask_tokens,
@@ -460,6 +461,10 @@ def test_the_best_checkpoint_is_the_one_that_is_tested(tmp_path, monkeypatch):
     texts, labels = (x[:30] for x in real_load("arith", "test"))
     wanted = predictions(model, to_classify(texts, labels, ByteTokenizer(), 256, False))
     assert len(seen) == 1 and torch.equal(seen[0], wanted)
+    again, read, classes = load_classifier(str(tmp_path / "run"))
+    assert torch.equal(predictions(again, read(texts)), wanted) and classes == ("not more", "more")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_classifier(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -490,6 +495,8 @@ def test_other_stages_refuse_an_encoder_in_one_line(tmp_path):
     with pytest.raises(UserError, match="holds an encoder"):
         sft.run(tiny_sft(tmp_path / "sft", tmp_path / "mlm"))
     assert chat.load_stage is load_stage
+    with pytest.raises(UserError, match="knows no classes"):
+        encoder.load_classifier(str(tmp_path / "mlm" / "ckpt.pt"))
     pretrain.run(tiny_pretrain(tmp_path / "base", steps=1))
     with pytest.raises(UserError, match="not an encoder"):
         load_encoder(str(tmp_path / "base"))

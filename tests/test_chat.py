@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import os
 import subprocess
@@ -108,6 +109,30 @@ def test_the_same_seed_gives_the_same_answer(talk):
         talk("--prompt", "Hi", "--temperature", 2, "--seed", s, "--max_new_tokens", 20) for s in (1, 1, 2)
     )
     assert first == again != other
+
+
+def test_with_a_window_a_text_may_be_longer_than_the_context(talk, model):
+    """And each token is the likeliest of what the window shows."""
+    net, tokenizer, _ = load_stage(str(model))
+    n = net.config.max_seq_len + 20
+    long = ("--raw", "--prompt", "Tom has", "--temperature", 0, "--max_new_tokens", n)
+    status, out, _ = talk(*long, "--window", 8, "--sinks", 2)
+    assert status == 0
+    net.config = dataclasses.replace(net.config, window=8, sinks=2)
+    start = tokenizer.encode("Tom has")
+    new: list[int] = []
+    with torch.no_grad():
+        for _ in range(n):
+            token = int(net(torch.tensor([start + new]))[0, -1].argmax())
+            if token == tokenizer.eot_id:
+                break
+            new.append(token)
+    assert out == "Tom has" + "".join(pieces(tokenizer, new)) + "\n"
+    assert len(new) > net.config.max_seq_len - len(start)
+    assert len(talk(*long)[1]) < len(out)  # without one it stops at the end of the context
+    for wrong in (("--window", 0), ("--window", 8, "--sinks", -1)):
+        status, _, err = talk(*long, *wrong)
+        assert status == 1 and "a window starts at 1" in err
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Windows, sinks and the cache of fixed size: decoding equals the masked pass over the whole text."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import load_json, load_npz
 from tiny import llama_tiny
 
-from attention import KVCache, RollingCache, make_cache, may_attend
+from attention import KVCache, RollingCache, apply_rope, attention, make_cache, may_attend, rope_cos_sin
 from generate import generate, left_pad, prefill, stream
 from transformer import ModelConfig, Transformer
 
@@ -125,8 +128,6 @@ def test_slots_are_those_of_mistral_and_of_streaming_llm():
 @torch.no_grad()
 def test_beyond_the_window_sinks_are_seen_from_where_the_cache_ends():
     """One layer by hand: keys at their places in the cache, the query at the last of them (StreamingLLM)."""
-    from attention import apply_rope, attention, rope_cos_sin
-
     model = model_with(3, 2, n_layers=1)
     tokens = torch.randint(40, (1, 12))
     block, seen = model.blocks[0], torch.tensor([0, 1, 9, 10, 11])
@@ -174,3 +175,37 @@ def test_gradients_flow_through_a_window(sinks):
     assert set(range(20 - (3 * 2 + 1), 20)) <= set(reached)
     assert set(reached) - set(range(20 - (3 * 2 + 1), 20)) <= (set(range(6 + sinks)) if sinks else set())
     assert bool({0, 1} & set(reached)) == bool(sinks)
+
+
+def test_distances_are_the_same_far_out():
+    """At position 50,000 as at 0: angles in float32 would be off by thousandths."""
+    q, k = torch.randn(1, 1, 64, 32), torch.randn(1, 1, 64, 32)
+    products = []
+    for start in (0, 50_000, 1_000_003):
+        cos, sin = rope_cos_sin(torch.arange(start, start + 64), 32)
+        products.append(apply_rope(q, cos, sin) @ apply_rope(k, cos, sin).transpose(2, 3))
+    torch.testing.assert_close(products[1], products[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(products[2], products[0], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("window, sinks", [(None, 0), (6, 0), (6, 2)])
+def test_the_long_stream_measures_what_it_says(monkeypatch, tmp_path, window, sinks):
+    bench = Path(__file__).parent.parent / "bench" / "long_stream.py"
+    spec = importlib.util.spec_from_file_location("long_stream", bench)
+    measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measured)
+    monkeypatch.setattr(measured, "BLOCK", 10)
+    model, ids, rows = model_with(window, sinks), torch.randint(40, (31,)).tolist(), []
+    measured.read(model, ids, "here", rows.append)
+    with torch.no_grad():
+        logps = model(torch.tensor([ids]))[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert [row["tokens"] for row in rows] == [10, 20, 30]
+    for row, part in zip(rows, logps.split(10)):
+        assert row["nats"] == pytest.approx(-float(part.mean()), abs=1e-4) and row["ms"] > 0
+    sizes = [row["bytes"] for row in rows]
+    if window:  # 3 layers, keys and values, 2 heads of width 6, float64; one slot takes what is thrown away
+        assert sizes == [3 * 2 * 2 * 6 * 8 * (window + sinks + 1)] * 3
+    else:
+        assert sizes[-1] == 3 * 2 * 2 * 6 * 8 * 31  # no more than the text needs
+    text = measured.table([row | {"nats": n} for row, n in zip(rows * 4, [0.0] + [1.0] * 11)])
+    assert "| here | 1.00 | 2.72 | 2.72 |" in text

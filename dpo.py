@@ -48,6 +48,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import encode_prompts, epoch_batch, load_prompts
+from lora import LoRARunConfig, check_lora, start_lora
 from preferences import (
     JudgedRows,
     PairRows,
@@ -62,7 +63,7 @@ from preferences import (
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import examine
 from runtime import processes
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, load_stage, need_checkpoint, start
 from sft import answers
@@ -74,7 +75,7 @@ BETAS = {"dpo": 0.5, "ipo": 5.0, "kto": 0.5, "simpo": 10.0, "orpo": 0.1}
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoRARunConfig):
     method: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
     """Which loss."""
     data: str = "own"
@@ -393,6 +394,7 @@ def check(config: Config) -> None:
         raise UserError(f"label_smoothing is {config.label_smoothing}: with half of the labels flipped nothing is left")
     if config.label_smoothing and config.method != "dpo":
         raise UserError("label_smoothing belongs to --method dpo")
+    check_lora(config)
     check_batch(config.batch_size, config.micro_batch_size, config.device)
 
 
@@ -434,7 +436,9 @@ def run(config: Config) -> dict:
     per_step = 2 * config.batch_size if kto else config.batch_size
     steps = max(1, math.ceil(config.epochs * len(rows) / per_step))
 
-    # The reference is the policy as it is now: what it says of every answer is noted, and then it may go.
+    # The reference is the policy as it is now: what it says of every answer is noted, and then it may go. Adapters
+    # change nothing before their first update.
+    start_lora(model, config)
     model.activation_checkpointing = config.activation_checkpointing
     ref = ref_other = held_ref = None
     if config.method in ("dpo", "ipo", "kto"):

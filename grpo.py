@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from data import Prompt, encode_prompts, epoch_batch, load_prompts
+from lora import LoRARunConfig, adapters_off, check_lora, start_lora
 from ppo import minibatch_rows
 from pretrain import learning_rate, make_optimizers, update
 from rollout import (
@@ -69,7 +70,7 @@ from rollout import (
 )
 from runtime import processes
 from runtime.checkpoint import load_checkpoint
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, load_stage, need_checkpoint, start
 from transformer import Transformer, token_logps
@@ -77,7 +78,7 @@ from verify import overlong_penalty
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoRARunConfig):
     data: Literal["arith", "gsm8k", "svamp"] = "arith"
     """Where the prompts come from."""
     n_prompts: int | None = None
@@ -448,6 +449,7 @@ def check(config: Config) -> None:
     at_least(config, arith_warmup=0, arith_fade=0, overlong_buffer=0, minibatches=1, beta=0.0, clip_low=0.0)
     at_least(config, clip_high=0.0, lr=0.0, final_lr=0.0, weight_decay=0.0)
     refuse_infinite(config, "temperature", "beta", "lr", "final_lr", "weight_decay", "correct_weight", "format_weight")
+    check_lora(config)
     if not 0 <= config.beta2 < 1:
         raise UserError(f"beta2 is {config.beta2}: a memory lies between 0 and 1")
     if config.group_size < 2:
@@ -512,8 +514,13 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
     held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
     held_ids, held = encode_prompts(held, tokenizer, longest)
 
-    # The policy learns; the reference stays what the policy was at the start.
-    reference = copy.deepcopy(model).requires_grad_(False) if config.beta else None
+    # The policy learns; the reference stays what the policy was at the start: a copy, or the policy without adapters.
+    # (Adapters are not merged for the rollouts: in and out again would round the base each time, and the policy that
+    # samples would be another than the one that trains.)
+    start_lora(model, config)
+    reference = None
+    if config.beta:
+        reference = model if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
     first = run.resume(model, optimizers)
@@ -597,7 +604,10 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         rollout, rewards, asked, sampled = collect(step)
         if not rollout.sampled_logps.isfinite().all():  # all answers are then the same, and no gradient would show it
             raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
-        ref_logps = logps_in_parts(run, reference, rollout, config) if reference is not None else None
+        ref_logps = None
+        if reference is not None:
+            with adapters_off(reference):
+                ref_logps = logps_in_parts(run, reference, rollout, config)
         if config.beta and config.kl_in == "reward":
             current = logps_in_parts(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
             rewards["kl"] = (kl_estimate(current, ref_logps, config.kl) * rollout.mask).sum(dim=1)

@@ -29,10 +29,11 @@ from torch import Tensor
 
 from data import PackedRows, epoch_batch, load_chats, pack
 from generate import generate
+from lora import TARGETS, LoRARunConfig, check_lora, start_lora
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from runtime import processes
 from runtime.checkpoint import write_text
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_sweep
 from runtime.run import Run, load_stage, need_checkpoint, run_folder, start
@@ -41,7 +42,7 @@ from transformer import Transformer, token_logps
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(LoRARunConfig):
     data: str = "arith"
     """arith, gsm8k, alpaca, dolly, or several joined by +."""
     n_examples: int | None = None
@@ -72,6 +73,9 @@ class Config(RunConfig):
     """Longest gradient."""
     activation_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more work."""
+    lora_targets: tuple[str, ...] = (*TARGETS, "head")
+    """The linear layers that get adapters. Here the head is one of them: pretraining never showed the tokens of the
+    answer's form, their rows of the head are all alike, and frozen they would stay it."""
     eval_every: int = 50
     """Steps between two validations."""
     sweep: tuple[float, ...] = ()
@@ -128,6 +132,7 @@ def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     at_least(config, n_examples=1, seq_len=2, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
+    check_lora(config)
     check_batch(config.batch_size, config.micro_batch_size, config.device)
 
 
@@ -149,6 +154,7 @@ def run(config: Config) -> dict:
     held_rows = pack(held, tokenizer, config.seq_len)
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
 
+    start_lora(model, config)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)

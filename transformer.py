@@ -22,6 +22,7 @@ Run ``python transformer.py`` for the sizes of the book's models.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -443,11 +444,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def active_parameters(model: Transformer) -> int:
-    """Those that one token meets: of an expert layer, its share of the experts."""
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    idle = 1 - model.config.n_experts_per_token / model.config.n_experts if experts else 0.0
-    return count_parameters(model) - round(experts * idle)
+def active_parameters(model: Transformer, counts: Callable[[str, nn.Parameter], bool] = lambda name, p: True) -> int:
+    """Those that one token meets, of those that ``counts`` chooses: of an expert layer, its share of the experts."""
+    total = 0.0
+    for name, p in model.named_parameters():
+        if counts(name, p):
+            expert = ".experts." in name
+            total += p.numel() * (model.config.n_experts_per_token / model.config.n_experts if expert else 1.0)
+    return round(total)
 
 
 def flops_per_token(model: Transformer, seq_len: int) -> float:

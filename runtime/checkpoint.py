@@ -16,6 +16,7 @@ import torch
 from runtime.errors import UserError
 
 MAGIC = "alignbook checkpoint 1"
+ADAPTERS = "alignbook adapters 1"  # the magic word of adapters alone (lora.py)
 FIELDS = ("model", "model_config", "tokenizer", "stage", "config", "step", "lineage")
 
 
@@ -78,9 +79,25 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """Read and check a checkpoint; one clear line for every way in which it can be wrong."""
+    """Read and check a checkpoint; one clear line for every way in which it can be wrong. Of an ``adapters.pt`` what it
+    makes of its base."""
     path = find_checkpoint(path)
-    if not path.is_file():
+    state = read_archive(path, map_location)
+    if state.get("magic") == ADAPTERS:
+        from lora import put_together
+
+        return put_together(path)
+    if state.get("magic") != MAGIC:
+        raise UserError(f"{path} is not an alignbook checkpoint")
+    missing = [name for name in FIELDS if name not in state]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return state
+
+
+def read_archive(path: str | Path, map_location="cpu") -> dict:
+    """The dictionary in a file, which can be any; one line if it is damaged or could run code."""
+    if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is damaged or not a checkpoint (it is not a PyTorch archive, or was cut off)")
@@ -95,9 +112,6 @@ def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
     except Exception as error:
         why = " ".join(str(error).split())[:120]  # some errors have several lines, some none
         raise UserError(f"{path} is damaged: {type(error).__name__}: {why}") from None
-    if not isinstance(state, dict) or state.get("magic") != MAGIC:
+    if not isinstance(state, dict):
         raise UserError(f"{path} is not an alignbook checkpoint")
-    missing = [name for name in FIELDS if name not in state]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
     return state

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from runtime import processes
-from runtime.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, write_text
+from runtime.checkpoint import ADAPTERS, find_checkpoint, load_checkpoint, save_checkpoint, write_atomically, write_text
 from runtime.config import FREE_FIELDS, as_dict, at_least
 from runtime.device import (
     autocast,
@@ -93,6 +93,8 @@ class Run:
             if changed:
                 what = ", ".join(f"{k}={stored[k]!r}, now {config[k]!r}" for k in changed)
                 raise UserError(f"{folder} holds a run with {what}: choose another folder, or --fresh to start again")
+            if "optimizers" not in self.state:
+                raise UserError(f"{folder} holds merged adapters, not a run that could go on; choose another --out_dir")
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
         if self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,15 @@ class Run:
         """Put the weights, the optimizers and the random state back where the checkpoint has them; return its step."""
         if self.state is None:
             return 0
-        load_weights(model, self.state["model"], self.folder)
+        if ("adapters" in self.state) != (getattr(model, "lora", None) is not None):
+            kind = "adapters" if "adapters" in self.state else "whole weights"
+            raise UserError(f"{self.folder} holds a run that trains {kind}: choose another --out_dir, or --fresh")
+        if "adapters" in self.state:  # the model is the base, as at the run's start
+            from lora import load_adapters
+
+            load_adapters(model, self.state["adapters"])
+        else:
+            load_weights(model, self.state["model"], self.folder)
         for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.scaler.is_enabled() and self.state["scaler"]:
@@ -184,14 +194,17 @@ class Run:
         return torch.compiler.set_stance("force_eager")
 
     def banner(self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", **more) -> None:
+        from lora import share_trained
         from transformer import active_parameters, count_parameters, flops_per_token
 
-        self._model_flops = flops_per_token(model, seq_len)
         n, active = count_parameters(model), active_parameters(model)
+        frozen = active_parameters(model, lambda n, p: p.dim() == 2 and not p.requires_grad and "embed" not in n)
+        self._model_flops = flops_per_token(model, seq_len) - 2.0 * frozen  # no gradient of W
         facts = {
             "device": f"{self.device}, {self.precision}, {how}"
             + (f", {self.world} processes" if self.world > 1 else ""),
             "model": f"{n:,} parameters" + (f", {active:,} of them for one token" if active < n else ""),
+            **({} if all(p.requires_grad for p in model.parameters()) else {"learns": share_trained(model)}),
             "work": f"{steps:,} steps of {tokens_per_step:,} tokens",
             **more,
             "writes": str(self.folder),
@@ -327,8 +340,9 @@ class Run:
         if better:
             self.best = float(metric)
         if self.is_main:
+            plain, adapters = self._weights(model, step)
             state = {
-                "model": model.state_dict(),
+                "model": plain,
                 "model_config": as_dict(model.config),
                 "tokenizer": tokenizer.state(),
                 "stage": self.stage,
@@ -341,11 +355,26 @@ class Run:
                 "best": self.best,
                 "lineage": self.lineage,
                 "extra": extra or {},
+                **adapters,
             }
             save_checkpoint(self.folder, state, self.config.keep_last, better)
         processes.barrier()
         self._saved_for_stop = stop
         self._mark = time.perf_counter()
+
+    def _weights(self, model, step: int) -> tuple[dict, dict]:
+        """The plain model's weights, and of a model with adapters those too, which also go to ``adapters.pt``: before
+        the checkpoint, so that whatever happens they are not older.
+        """
+        if getattr(model, "lora", None) is None:
+            return model.state_dict(), {}
+        from lora import adapter_weights, merged_weights
+
+        adapters = {"lora": _plain(as_dict(model.lora)), "adapters": adapter_weights(model)}
+        facts = {"stage": self.stage, "config": _plain(as_dict(self.config)), "step": step + 1, "lineage": self.lineage}
+        alone = {"magic": ADAPTERS, **facts, **adapters}
+        write_atomically(self.folder / "adapters.pt", lambda temporary: torch.save(alone, temporary))
+        return merged_weights(model), adapters
 
     # ------------------------------------------------------------------------------------------------------------------
     # After the loop

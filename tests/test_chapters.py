@@ -24,7 +24,7 @@ ORDER = [
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
-CONCEPTS = [name for name in CHAPTERS if name not in STAGES and name != "lora"]
+CONCEPTS = [name for name in CHAPTERS if name not in STAGES]
 PRESETS = sorted((ROOT / "configs").glob("*.py"))
 
 
@@ -55,6 +55,7 @@ EXAMPLES = {
     "attention": ["who may see whom", "rotary positions"],
     "transformer": ["parameters", "ln 512 = 6.238"],
     "moe": ["five tokens, four experts", "none is dropped", "that sum: True"],
+    "lora": ["merged: W + 2 · B A", "with the adapters off", "trained 9,856 of"],
     "generate": ["top_k 2", "min_p 0.25", "10,000 draws"],
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
@@ -251,4 +252,4 @@ def test_every_file_at_the_root_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)
 def test_the_plumbing_imports_no_stage(path):
-    assert imported(path) <= {"runtime", "tokenizer", "transformer", "triton"} | ALLOWED
+    assert imported(path) <= {"runtime", "tokenizer", "transformer", "lora", "triton"} | ALLOWED

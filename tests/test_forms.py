@@ -1,5 +1,5 @@
-"""A model of any form goes through every stage, and into a conversation: dense, with experts, with a window, with
-other positions and norms."""
+"""A model of any form goes through every stage, and into a conversation: dense, with experts, with adapters, with a
+window, with other positions and norms."""
 
 import io
 import sys
@@ -25,6 +25,8 @@ FORMS = {
     "hybrid": {"n_experts": 4, "expert_layers": (1,), "n_shared_experts": 1, "router": "sigmoid", "balance": "bias"},
     "window": {"window": 12, "sinks": 2},
     "experts with a window": {"n_experts": 4, "window": 12},
+    "adapters": {},
+    "experts with adapters": {"n_experts": 4, "d_expert": 16},
     "as GPT-2": {"positions": "learned", "norm": "layernorm", "mlp": "gelu", "bias": True, "tie_embeddings": True},
 }
 SHORT = {"eval_every": 1, "log_every": 1, "device": "cpu"}
@@ -34,18 +36,19 @@ SHORT = {"eval_every": 1, "log_every": 1, "device": "cpu"}
 def chain(request, tmp_path_factory):
     """Every stage, a step or two each, from the one before."""
     root = tmp_path_factory.mktemp("form")
+    lora = {"lora_rank": 2, "lr": 1e-2} if "adapters" in request.param else {}
     pretrain.run(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=128, **FORMS[request.param]))
-    sft.run(tiny_sft(root / "sft", root / "pretrain", seq_len=128, epochs=0.4))
+    sft.run(tiny_sft(root / "sft", root / "pretrain", seq_len=128, epochs=0.4, **lora))
     start = {"init_from": str(root / "sft")} | SHORT
     pairs = {"data": "arith", "n_pairs": 8, "batch_size": 4, "epochs": 0.5, "max_length": 128}
     answers = {"max_new_tokens": 8, "eval_prompts": 4, "n_prompts": 16, "steps": 1}
-    dpo.run(dpo.Config(out_dir=str(root / "dpo"), **start, **pairs))
+    dpo.run(dpo.Config(out_dir=str(root / "dpo"), **start, **pairs, **lora))
     judging = {"eval_pairs": 8, "n_sums": 0, "normalize_on": 4, "max_new_tokens": 8}
     reward.run(reward.Config(out_dir=str(root / "reward"), **start, **pairs, **judging))
     ppo.run(ppo.Config(out_dir=str(root / "ppo"), reward=str(root / "reward"), prompts_per_step=4, **start, **answers))
     groups = {"prompts_per_step": 2, "group_size": 4, "beta": 0.05} | answers
-    grpo.run(grpo.Config(out_dir=str(root / "grpo"), **start, **groups))
-    gdpo.run(gdpo.Config(out_dir=str(root / "gdpo"), **start, **groups))
+    grpo.run(grpo.Config(out_dir=str(root / "grpo"), **start, **groups, **lora))
+    gdpo.run(gdpo.Config(out_dir=str(root / "gdpo"), **start, **groups))  # on adapters that are merged by now
     return root, FORMS[request.param]
 
 

@@ -39,7 +39,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -99,8 +99,9 @@ class Config(RunConfig):
     """The feed-forward layer."""
     bias: bool = False
     """Biases in the linear layers."""
-    max_seq_len: int = 256
-    """Tokens of a text, [CLS] included; to classify a longer one, its beginning and its end are kept."""
+    max_seq_len: int | None = None
+    """Tokens of a text, [CLS] included; to classify a longer one, its beginning and its end are kept (None: 256, or
+    what ``init_from`` has; rotary positions may also go on)."""
     pooling: Literal["mean", "cls"] = "mean"
     """What stands for the whole text."""
 
@@ -425,7 +426,7 @@ def check(config: Config) -> None:
 
 def model_config(config: Config, vocab_size: int) -> ModelConfig:
     names = {field.name for field in fields(ModelConfig)} & {field.name for field in fields(Config)} - {"vocab_size"}
-    shape = {name: getattr(config, name) for name in names}
+    shape = {name: getattr(config, name) for name in names} | {"max_seq_len": config.max_seq_len or 256}
     return ModelConfig(vocab_size=vocab_size + 2, causal=False, tie_embeddings=True, **shape)  # + [MASK] and [CLS]
 
 
@@ -462,11 +463,16 @@ def run(config: Config) -> dict:
     # Data: a tokenizer, and texts as ids.
     tokenizer = load_tokenizer(run.state["tokenizer"]) if run.state is not None else make_tokenizer(config)
     backbone = None
-    lowercase, length = config.lowercase, config.max_seq_len
+    lowercase, length = config.lowercase, config.max_seq_len or 256
     if config.init_from:
         backbone, _, state = load_encoder(config.init_from, run.device)
         run.descend(state, config.init_from)
-        lowercase, length = state["config"]["lowercase"], backbone.config.max_seq_len
+        lowercase, length = state["config"]["lowercase"], config.max_seq_len or backbone.config.max_seq_len
+        if length > backbone.config.max_seq_len and backbone.config.positions != "rope":
+            raise UserError(
+                f"max_seq_len {length}: the {backbone.config.positions} positions of {config.init_from} end"
+            )
+        backbone.config = replace(backbone.config, max_seq_len=length)
     if filling:
         train, held = (
             to_fill_in(plain_texts(config.data, split, config), tokenizer, length, lowercase)

@@ -421,12 +421,12 @@ def test_it_learns_to_fill_in_and_to_classify(tmp_path):
             init_from=str(tmp_path / "mlm"),
             hide=0.02,
             epochs=8.0,
-            **small,
+            **(small | {"max_seq_len": 44}),
         )
     )
     assert figures["test_accuracy"] > 0.9
     state = load_checkpoint(tmp_path / "cls")
-    assert state["lineage"][0]["stage"] == "mlm" and state["model_config"]["max_seq_len"] == 40
+    assert state["lineage"][0]["stage"] == "mlm" and state["model_config"]["max_seq_len"] == 44
     assert (tmp_path / "cls" / "samples.txt").read_text().count("positive") > 0
 
 

@@ -90,8 +90,8 @@ class Config:
     """Of the table; NAME-first is the difference to the part's first cell, seed by seed. Default: some for the
     stage."""
     curves: tuple[str, ...] = ()
-    """Of the plot: a panel for each part and curve, against steps, or, in pretraining, NAME@tokens or NAME@seconds.
-    Default: accuracy, or val_loss.
+    """Of the plot: a panel for each part and curve, against steps, or, in pretraining, NAME@tokens or NAME@seconds;
+    and NAME-first as above. Default: accuracy, or val_loss.
     """
     scatter: tuple[str, ...] = ()
     """Two columns: the plot shows the end of each cell in their plane instead, and a line through each part."""
@@ -310,7 +310,7 @@ def run_cell(config: Config, cell: Cell, seed: int) -> dict:
             raise
         os._exit(130)
     rounded = lambda value: round(value, 5) if isinstance(value, float) else value  # noqa: E731
-    wanted = [name for name in curves_of(config) if name in curves]
+    wanted = [name for name in kept_curves(config) if name in curves]
     kept = {name: [curves[name][0], [rounded(v) for v in curves[name][1]]] for name in wanted}
     row = {"cell": cell.key, "seed": seed} | {name: rounded(value) for name, value in row.items()} | {"curves": kept}
     write_text(folder / "row.json", json.dumps(row) + "\n")
@@ -385,7 +385,7 @@ def checked_cells(config: Config) -> list[Cell]:
             raise UserError(f"there is no column {name}: {', '.join(known_columns)}")
     if "kept_apart" in config.scatter or "kept_apart" in set(config.columns) - set(config.curves):
         raise UserError("kept_apart is the mean of a curve: name it in curves and columns")
-    for name in curves_of(config):
+    for name in kept_curves(config):
         if name not in known_curves and not (config.stage == "pretrain" and without_axis(name) in known_curves):
             raise UserError(f"there is no curve {name}: {', '.join(known_curves)}")
     if config.page:
@@ -406,7 +406,7 @@ def check_same_study(config: Config) -> None:
     path = root_of(config) / "study.json"
     defaults = {name: value for name, value in as_dict(STAGES[config.stage].Config()).items() if name not in OURS}
     facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit")}
-    facts["curves"] = curves_of(config)
+    facts["curves"] = kept_curves(config)
     facts |= {f"start {line.split('|')[0].strip()}": line.split("|")[1].strip() for line in config.starts}
     facts |= {f"default {name}": value for name, value in defaults.items()}  # some have the name of a fact
     if config.stage != "pretrain":
@@ -467,6 +467,11 @@ def curves_of(config: Config) -> tuple[str, ...]:
     return config.curves or (("val_loss",) if config.stage == "pretrain" else ("accuracy",))
 
 
+def kept_curves(config: Config) -> list[str]:
+    """The curves that a row holds: of a difference, the curve itself."""
+    return list(dict.fromkeys(name.removesuffix("-first") for name in curves_of(config)))
+
+
 def without_axis(curve: str) -> str:
     """
     >>> without_axis("val_loss@seconds"), without_axis("loss@position")
@@ -487,14 +492,13 @@ def table(config: Config, cells: list[Cell], rows: list[dict]) -> str:
         mine = [row for row in rows if row["cell"] == cell.key]
         if not mine:
             continue
-        first = next(other.key for other in cells if other.part == cell.part)
         entries = []
         for name in columns:
             plain = name.removesuffix("-first")
             if plain == name:
                 values = [value for row in mine if (value := figure(row, name)) is not None]
             else:
-                values = differences(mine, [row for row in rows if row["cell"] == first], plain)
+                values = differences(mine, rows_of_first(cell, cells, rows), plain)
             entries.append(describe(values, len(mine), DIGITS.get(plain, 3)))
         lines.append(
             "| " + " | ".join([*([cell.part] if several else []), cell.label, *entries, str(len(mine))]) + " |"
@@ -515,6 +519,24 @@ def differences(mine: list[dict], first: list[dict], name: str) -> list[float]:
     return [value - other for value, other in pairs if value is not None and other is not None]
 
 
+def with_differences(rows: list[dict], first: list[dict]) -> list[dict]:
+    """The rows with NAME-first for each of their curves: its distance, point by point, to the first cell's."""
+    others = {row["seed"]: row["curves"] for row in first if row not in rows}
+    made = [row | {"curves": dict(row["curves"])} for row in rows]
+    for row in made:
+        for name, (xs, ys) in list(row["curves"].items()):
+            _, other = others.get(row["seed"], {}).get(name, ((), ()))
+            if len(other) == len(ys):
+                row["curves"][f"{name}-first"] = [xs, [mine - theirs for mine, theirs in zip(ys, other)]]
+    return made
+
+
+def rows_of_first(cell: Cell, cells: list[Cell], rows: list[dict]) -> list[dict]:
+    """Of the first cell of the same part."""
+    first = next(other.key for other in cells if other.part == cell.part)
+    return [row for row in rows if row["cell"] == first]
+
+
 def describe(values: list[float], n: int, digits: int) -> str:
     """
     >>> describe([0.8, 0.9, 1.0], 3, 3), describe([12.0], 2, 0), describe([], 2, 0)
@@ -531,8 +553,11 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
     """table.md and plot.png in the study's folder; with ``page``, in the page and beside it too."""
     root, text = root_of(config), table(config, cells, rows)
     write_text(root / "table.md", text + "\n")
-    runs = {(cell.part, cell.label): [row for row in rows if row["cell"] == cell.key] for cell in cells}
-    runs = {key: mine for key, mine in runs.items() if mine}
+    runs = {}
+    for cell in cells:
+        mine = [row for row in rows if row["cell"] == cell.key]
+        if mine:
+            runs[cell.part, cell.label] = with_differences(mine, rows_of_first(cell, cells, rows))
     if runs:
         columns, curves = names_of(config)
         names = columns if config.scatter else curves

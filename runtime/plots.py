@@ -89,8 +89,9 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     greatest; or, with two columns to ``scatter``, one panel with a point for each cell, bars over its seeds, and a
     line through the cells of each part.
 
-    A curve NAME@x has x on its axis, whose values are means over seeds too, and is drawn as it was measured; one
-    against steps is smoothed if it has many points. Against positions, a dotted line ends the trained length.
+    A curve NAME-first is a difference to the first cell. A curve NAME@x has x on its axis, whose values are means
+    over seeds too, and is drawn as it was measured; one against steps is smoothed if it has many points. Against
+    positions, a dotted line ends the trained length.
     """
     parts = list(dict.fromkeys(part for part, _ in runs))
     if scatter:
@@ -120,8 +121,12 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     labels = list(dict.fromkeys(label for _, label in runs))  # a label has the same colour in all panels
     figure, axes = _axes(len(panels), columns=min(3, len(panels)) if len(curves) == 1 else len(curves))
     for axis, (part, curve) in zip(axes, panels):
-        name, _, what = curve.partition("@")
-        title = names.get(curve) or names.get(name, name)
+        plain = curve.removesuffix("-first")
+        name, _, what = plain.partition("@")
+        title = names.get(plain) or names.get(name, name)
+        if plain != curve:
+            title += ", minus the first's"
+            axis.axhline(0, color="black", linewidth=0.5)
         for (which, label), rows in runs.items():
             seeds = [row["curves"][curve] for row in rows if curve in row.get("curves", {})]
             if which != part or not seeds:

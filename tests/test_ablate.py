@@ -472,12 +472,37 @@ def test_differences_by_hand():
     figures = {1: (1.0, 1.5, 2.0), 2: (1.5, 2.25, 2.5), 3: (1.4, 2.25, None)}
     rows = [
         {"cell": cell.key, "seed": seed, "val_loss": figures[int(dict(cell.settings)["lr"])][seed]}
-        for cell in (cells[0], cells[1], cells[3])
-        for seed in (2, 0, 1)
+        for cell, seeds in ((cells[0], (0, 1, 2)), (cells[1], (2, 0, 1)), (cells[3], (1, 2, 0)))
+        for seed in seeds
     ]
     lines = [line.split(" | ")[2] for line in table(config, cells, rows).splitlines()[2:]]
     mean, half = interval([0.5, 0.75, 0.5])
     assert lines == ["-", f"{mean:.3f} ± {half:.3f}", "-", "-0.050 ± 0.635 (2 of 3)"]  # -0.1 and 0: 12.706 · 0.05
+
+
+def test_differences_of_curves_by_hand():
+    row = lambda seed, ys, cell: {"cell": cell, "seed": seed, "curves": {"loss": [[1, 2], ys]}}  # noqa: E731
+    first = [row(0, [3.0, 2.0], "a"), row(1, [5.0, 4.0], "a"), row(3, [1.0], "a")]
+    mine = [row(1, [4.0, 4.5], "b"), row(0, [3.5, 1.0], "b"), row(2, [0.0, 0.0], "b"), row(3, [1.0, 1.0], "b")]
+    made = ablate.with_differences(mine, first)
+    assert [r["curves"].get("loss-first") for r in made] == [[[1, 2], [-1.0, 0.5]], [[1, 2], [0.5, -1.0]], None, None]
+    assert "loss-first" not in mine[0]["curves"] and made[0]["curves"]["loss"] == mine[0]["curves"]["loss"]
+    assert [list(r["curves"]) for r in ablate.with_differences(first, first)] == [["loss"]] * 3
+
+
+def test_the_plot_shows_each_part_against_its_own_first(tmp_path, monkeypatch):
+    config = text_study(tmp_path, cells=("a | lr=1", "a | lr=2", "b | lr=2", "b | lr=3"), curves=("val_loss-first",))
+    assert ablate.kept_curves(config) == ["val_loss"]
+    cells, drawn = read_cells(config), []
+    rows = [
+        {"cell": cell.key, "seed": 0, "curves": {"val_loss": [[1], [float(dict(cell.settings)["lr"]) ** 2]]}}
+        for cell in (cells[3], cells[1], cells[0])
+    ]
+    monkeypatch.setattr(ablate, "plot_study", lambda runs, *more: drawn.append(runs))
+    (tmp_path / "study").mkdir()
+    ablate.report(config, cells, rows)
+    ys = {key: [row["curves"].get("val_loss-first", [0, None])[1] for row in mine] for key, mine in drawn[0].items()}
+    assert ys == {("a", "lr=1"): [None], ("a", "lr=2"): [[3.0]], ("b", "lr=2"): [None], ("b", "lr=3"): [[5.0]]}
 
 
 @pytest.mark.parametrize(
@@ -516,6 +541,16 @@ def test_each_stage_has_columns_and_curves_of_its_own(stage):
     assert {name.removesuffix("-first") for name in ablate.columns_of(config)} <= set(columns)
     assert set(ablate.curves_of(config)) <= set(curves)
     assert ablate.columns_of(replace(config, columns=("x",))) == ("x",)
+
+
+def test_cells_with_equal_parameters_have_equal_parameters():
+    """Three matrices of 2/3 the width are two of the whole, exactly."""
+    config = parse(Config, [str(ROOT / "configs" / "ablate_activations.py")])
+    sizes = set()
+    for cell in read_cells(config):
+        shape = ablate.pretrain.model_config(ablate.stage_config(config, cell, 0), 512)
+        sizes.add(sum(p.numel() for p in Transformer(shape).parameters()))
+    assert len(sizes) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

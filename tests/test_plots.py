@@ -46,9 +46,12 @@ def test_a_study_against_another_axis(tmp_path, monkeypatch):
          "loss@position": [values, values], "reward": [values, values]}}
         for k in (1, 3)
     ]  # fmt: skip
-    curves = ["val_loss@seconds", "loss@position", "reward"]
+    rows[0]["curves"]["val_loss@seconds-first"] = [[0.0, 1.0], [-1.0, 2.0]]
+    curves = ["val_loss@seconds", "loss@position", "reward", "val_loss@seconds-first"]
     plots.plot_study({("", "a"): rows}, tmp_path / "p.png", curves, [], {"val_loss": "validation loss"})
-    seconds, position, step = figures[0].axes
+    seconds, position, step, difference = figures[0].axes[:4]
+    assert difference.get_title() == "validation loss, minus the first's" and difference.get_xlabel() == "seconds"
+    assert list(difference.lines[1].get_ydata()) == [-1.0, 2.0]
     assert (seconds.get_xlabel(), position.get_xlabel(), step.get_xlabel()) == ("seconds", "position", "step")
     assert seconds.get_title() == "validation loss"
     assert list(seconds.lines[0].get_xdata()) == [2 * x for x in values]

@@ -12,6 +12,7 @@ The validation loss is a mean over everything. Two of its parts answer what the 
 probe.py`` to see two small models at it, one with learned and one with rotary positions, past the trained length.
 """
 
+import json
 import math
 import statistics
 import time
@@ -81,9 +82,9 @@ def step_seconds(model: Transformer, settings: dict, tokens: Tensor, n: int = 21
 def measure(folder: str) -> tuple[dict, dict]:
     """The figures of a finished pretraining run, and its curves as (x, values), on the run's own validation split.
 
-    Figures: the last value of each logged metric; parameters; seconds: of all steps together, see ``step_seconds``;
-    near and beyond: the loss in the second half of the trained length, and past it, up to four times as far if
-    ``max_seq_len`` allows (None if not).
+    Figures: the last value of each logged metric (None if it was no number); parameters; seconds: of all steps
+    together, see ``step_seconds``; near and beyond: the loss in the second half of the trained length, and past it,
+    up to four times as far if ``max_seq_len`` allows (None if not).
 
     Curves: NAME, NAME@tokens and NAME@seconds of each logged metric; loss@position in eighths of the trained length;
     start_gradient@layer and end_gradient@layer: of one fixed batch, with the first and with the last weights.
@@ -101,7 +102,9 @@ def measure(folder: str) -> tuple[dict, dict]:
     at_start = gradient_norms(Transformer(model.config), batch)  # the weights that pretrain.py began with
 
     tokens = settings["batch_size"] * seq_len  # of a step
-    row = {name: values[-1] for name, (at, values) in logged.items() if name in COLUMNS and at[-1] == steps}
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    last = {name: value for line in lines for name, value in json.loads(line).items() if name in COLUMNS}
+    row = {name: value if math.isfinite(value) else None for name, value in last.items()}
     row |= {"parameters": count_parameters(model), "seconds": steps * seconds, "trained_length": seq_len}
     row["near"] = float(by_position[seq_len // 2 : seq_len].mean())
     row["beyond"] = float(by_position[seq_len:].mean()) if longest > seq_len else None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_pretrain
 
+import ablate
 import pretrain
 import probe
 from data import TokenFile
@@ -79,6 +80,8 @@ def test_the_figures_of_a_run(run):
     assert row["val_loss"] == pytest.approx(figures["val_loss"])
     assert row["bits_per_byte"] == pytest.approx(figures["bits_per_byte"])
     model = load_stage(str(folder))[0]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert row["loss"] == [r["loss"] for r in rows if "loss" in r][-1] != rows[0]["loss"]
     assert row["parameters"] == sum(p.numel() for p in model.parameters()) and row["trained_length"] == 32
     file = TokenFile(folder / "tokens.h5")
     losses = loss_by_position(model, validation_windows(file, 512, 128))
@@ -154,5 +157,6 @@ def test_what_a_run_cannot_tell_is_left_out(run, tmp_path):
     rows[last]["val_loss"] = math.nan
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     row, curves = probe.measure(str(tmp_path))
-    assert row["beyond"] is None and "val_loss" not in row and "bits_per_byte" in row
+    assert ablate.figure(row | {"curves": curves}, "val_loss") is None  # not the mean of those before
+    assert row["beyond"] is None and row["val_loss"] is None and row["bits_per_byte"] > 0
     assert len(curves["loss@position"][0]) == 8 and curves["val_loss"][0] == [3]

@@ -8,10 +8,14 @@ its n seeds the table gives the mean and the 95 % interval of the mean (Student 
     mean(x)  ±  t(n - 1) · std(x) / √n                                               std of the sample, t(2) = 4.3
 
 Two cells whose intervals overlap widely have not been told apart. Seeds decide which questions are asked, in which
-order, and the sampling; all cells share one start (another one would be a cell of its own).
+order, and the sampling; all cells share one start (another one would be a cell of its own). In pretraining there is no
+start, and the seed also makes the text; there, and wherever a seed weighs more than the cells, the *difference* of two
+cells with the same seed says more than either: a column NAME-first is that to the first cell of the part, its interval
+is that of the differences, and two cells are told apart if it does not hold 0.
 
     python ablate.py configs/ablate_grpo.py                    # a study of the book; stops and continues anywhere
     python ablate.py --cells "a | lr=1e-4" "a | lr=3e-4"       # one of your own: part | settings
+    python ablate.py --stage pretrain --cells "a | norm=rmsnorm" "a | norm=layernorm"
     python ablate.py configs/ablate_grpo.py --page docs/experiments/grpo.md
 
 ``out/ablate/<name>/`` holds ``results.jsonl`` (a row for each cell and seed, with its curves), ``table.md`` and
@@ -37,6 +41,8 @@ from tqdm import tqdm
 
 import gdpo
 import grpo
+import pretrain
+import probe
 import sft
 from data import encode_prompts, load_prompts
 from rollout import Rollout, sample_answers, score
@@ -48,7 +54,7 @@ from runtime.run import fingerprint, load_stage, need_checkpoint
 from tokenizer import Tokenizer
 from transformer import Transformer
 
-STAGES = {"grpo": grpo, "gdpo": gdpo}
+STAGES = {"grpo": grpo, "gdpo": gdpo, "pretrain": pretrain}
 T_95 = (  # of 1 to 29 degrees of freedom
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
     2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
@@ -60,7 +66,7 @@ OURS = ("init_from", "out_dir", "seed", "device", "fresh", "data", "data_dir")  
 class Config:
     name: str = "mine"
     """Names the folder out/ablate/<name>."""
-    stage: Literal["grpo", "gdpo"] = "grpo"
+    stage: Literal["grpo", "gdpo", "pretrain"] = "grpo"
     """The chapter whose settings are varied."""
     base: str = ""
     """What all cells share: "steps=60 lr=1e-4"; a cell may overrule it."""
@@ -69,7 +75,7 @@ class Config:
     starts: tuple[str, ...] = ()
     """label | settings of sft.py: starts of other strength, for cells with start=label."""
     init_from: str = "out/arith/sft"
-    """The start of all other cells."""
+    """The start of all other cells; pretraining has none."""
     pretrained: str = "out/arith/pretrain"
     """What the starts are made from."""
     seeds: int = 3
@@ -80,10 +86,13 @@ class Config:
     """Held-out questions that each run is measured on at its end."""
     length_limit: int = 26
     """Up to so many tokens an answer is short; counted for every run, whether it is rewarded or not."""
-    columns: tuple[str, ...] = ("accuracy", "correct", "steps_90", "kl", "entropy", "length")
-    """Of the table."""
-    curves: tuple[str, ...] = ("accuracy",)
-    """Of the plot: a panel for each part and curve."""
+    columns: tuple[str, ...] = ()
+    """Of the table; NAME-first is the difference to the part's first cell, seed by seed. Default: some for the
+    stage."""
+    curves: tuple[str, ...] = ()
+    """Of the plot: a panel for each part and curve, against steps, or, in pretraining, NAME@tokens or NAME@seconds;
+    and NAME-first as above. Default: accuracy, or val_loss.
+    """
     scatter: tuple[str, ...] = ()
     """Two columns: the plot shows the end of each cell in their plane instead, and a line through each part."""
     out: str = ""
@@ -139,6 +148,8 @@ def read_cells(config: Config) -> list[Cell]:
         if decided:
             raise UserError(f"{line!r}: {decided[0]} is the same for all cells (other starts: --starts, start=label)")
         cells.append(Cell(parts[0], parts[-2] if len(parts) == 3 else parts[-1], tuple(sorted(settings.items()))))
+    if config.starts and config.stage == "pretrain":
+        raise UserError("pretraining starts from nothing: --starts belongs to grpo and gdpo")
     for line in config.starts:
         if line.count("|") != 1:
             raise UserError(f"{line!r} is not a start: label | settings of sft.py")
@@ -172,7 +183,8 @@ def stage_config(config: Config, cell: Cell, seed: int):
     """The configuration of one run, as its command line would make it."""
     settings, root = dict(cell.settings), root_of(config)
     start = settings.pop("start", None)
-    settings["init_from"] = str(root / "starts" / start) if start else config.init_from
+    if config.stage != "pretrain":
+        settings["init_from"] = str(root / "starts" / start) if start else config.init_from
     settings |= {"seed": str(seed), "out_dir": str(folder_of(config, cell, seed)), "device": "cpu"}
     return parse(STAGES[config.stage].Config, to_arguments(settings))
 
@@ -186,7 +198,7 @@ def folder_of(config: Config, cell: Cell, seed: int) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is measured of a run
+# What is measured of a policy (of a language model: probe.py)
 
 
 @torch.no_grad()
@@ -288,18 +300,22 @@ def run_cell(config: Config, cell: Cell, seed: int) -> dict:
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 STAGES[config.stage].run(settings)
-                row = measure(str(folder), settings.init_from, config)
+                if config.stage == "pretrain":
+                    row, curves = probe.measure(str(folder))
+                else:
+                    row = measure(str(folder), settings.init_from, config)
+                    curves = read_metrics(folder / "metrics.jsonl")
     except KeyboardInterrupt:  # the run has saved itself
         if parent is None:
             raise
         os._exit(130)
-    curves = read_metrics(folder / "metrics.jsonl")
     rounded = lambda value: round(value, 5) if isinstance(value, float) else value  # noqa: E731
-    kept = {name: [curves[name][0], [rounded(v) for v in curves[name][1]]] for name in config.curves if name in curves}
+    wanted = [name for name in kept_curves(config) if name in curves]
+    kept = {name: [curves[name][0], [rounded(v) for v in curves[name][1]]] for name in wanted}
     row = {"cell": cell.key, "seed": seed} | {name: rounded(value) for name, value in row.items()} | {"curves": kept}
     write_text(folder / "row.json", json.dumps(row) + "\n")
-    for weights in folder.glob("*.pt"):
-        weights.unlink()  # the row is what is left of a run; its settings make the weights again
+    for large in (*folder.glob("*.pt"), *folder.glob("*.h5")):
+        large.unlink()  # the row is what is left of a run; its settings make the weights again
     return row
 
 
@@ -359,17 +375,19 @@ def checked_cells(config: Config) -> list[Cell]:
     """Refuse what cannot work, before anything runs; the cells."""
     at_least(config, seeds=1, jobs=0, questions=1, length_limit=1)
     cells = read_cells(config)
-    need_checkpoint(config.init_from, "python sft.py")
+    if config.stage != "pretrain":
+        need_checkpoint(config.init_from, "python sft.py")
+    known_columns, known_curves = names_of(config)
     if config.scatter and len(config.scatter) != 2:
         raise UserError("scatter takes two columns")
-    for name in (*config.columns, *config.scatter):
-        if name not in COLUMNS:
-            raise UserError(f"there is no column {name}: {', '.join(COLUMNS)}")
+    for name in (*columns_of(config), *config.scatter):
+        if name.removesuffix("-first") not in known_columns or (name.endswith("-first") and name in config.scatter):
+            raise UserError(f"there is no column {name}: {', '.join(known_columns)}")
     if "kept_apart" in config.scatter or "kept_apart" in set(config.columns) - set(config.curves):
         raise UserError("kept_apart is the mean of a curve: name it in curves and columns")
-    for name in config.curves:
-        if name not in CURVES:
-            raise UserError(f"there is no curve {name}: {', '.join(CURVES)}")
+    for name in kept_curves(config):
+        if name not in known_curves and not (config.stage == "pretrain" and without_axis(name) in known_curves):
+            raise UserError(f"there is no curve {name}: {', '.join(known_curves)}")
     if config.page:
         split_page(Path(config.page))
     return cells
@@ -386,12 +404,14 @@ def add_row(path: Path, row: dict) -> dict:
 def check_same_study(config: Config) -> None:
     """Refuse to mix results of another start, other questions or other defaults of the stage into a study."""
     path = root_of(config) / "study.json"
-    weights = fingerprint(load_checkpoint(config.init_from)["model"])
     defaults = {name: value for name, value in as_dict(STAGES[config.stage].Config()).items() if name not in OURS}
-    facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit", "curves")}
+    facts = {name: getattr(config, name) for name in ("stage", "questions", "length_limit")}
+    facts["curves"] = kept_curves(config)
     facts |= {f"start {line.split('|')[0].strip()}": line.split("|")[1].strip() for line in config.starts}
     facts |= {f"default {name}": value for name, value in defaults.items()}  # some have the name of a fact
-    facts = json.loads(json.dumps(facts | {"start": weights}))
+    if config.stage != "pretrain":
+        facts["start"] = fingerprint(load_checkpoint(config.init_from)["model"])
+    facts = json.loads(json.dumps(facts))
     stored = json.loads(path.read_text()) if path.exists() else {}
     changed = [
         f"{name} {stored[name]}, now {value}" for name, value in facts.items() if stored.get(name, value) != value
@@ -429,23 +449,57 @@ CURVES = {  # what a run logs about itself: rewards are those that it was traine
     "flat_groups": "flat groups", "kept_apart": "kept apart", "clip_fraction": "clipped", "kl_ref": "KL to the start",
     "kl_old": "KL to the sampler", "grad_norm": "gradient norm", "answers": "answers sampled",
 }  # fmt: skip
-DIGITS = {"steps_90": 0, "length": 1, "kl": 2, "answers": 0}
+DIGITS = {"steps_90": 0, "length": 1, "kl": 2, "answers": 0, "parameters": 0, "seconds": 0}
+
+
+def names_of(config: Config) -> tuple[dict, dict]:
+    """The columns and the curves that there are, with their names in words."""
+    return (probe.COLUMNS, probe.CURVES) if config.stage == "pretrain" else (COLUMNS, CURVES)
+
+
+def columns_of(config: Config) -> tuple[str, ...]:
+    text = ("val_loss", "bits_per_byte", "bits_per_byte-first", "parameters", "seconds")
+    policy = ("accuracy", "correct", "steps_90", "kl", "entropy", "length")
+    return config.columns or (text if config.stage == "pretrain" else policy)
+
+
+def curves_of(config: Config) -> tuple[str, ...]:
+    return config.curves or (("val_loss",) if config.stage == "pretrain" else ("accuracy",))
+
+
+def kept_curves(config: Config) -> list[str]:
+    """The curves that a row holds: of a difference, the curve itself."""
+    return list(dict.fromkeys(name.removesuffix("-first") for name in curves_of(config)))
+
+
+def without_axis(curve: str) -> str:
+    """
+    >>> without_axis("val_loss@seconds"), without_axis("loss@position")
+    ('val_loss', 'loss@position')
+    """
+    return curve.removesuffix("@tokens").removesuffix("@seconds")
 
 
 def table(config: Config, cells: list[Cell], rows: list[dict]) -> str:
     """Markdown: a line for each cell, mean ± half width for each column; seeds that have no such figure are left out,
     and if some are, their number is said."""
     several = any(cell.part for cell in cells)
-    head = [*(["part"] if several else []), "setting", *(COLUMNS[name] for name in config.columns), "seeds"]
+    columns, words = columns_of(config), names_of(config)[0]
+    titles = [words.get(name) or f"{words[name.removesuffix('-first')]}, minus the first's" for name in columns]
+    head = [*(["part"] if several else []), "setting", *titles, "seeds"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for cell in cells:
         mine = [row for row in rows if row["cell"] == cell.key]
         if not mine:
             continue
         entries = []
-        for name in config.columns:
-            values = [value for row in mine if (value := figure(row, name)) is not None]
-            entries.append(describe(values, len(mine), DIGITS.get(name, 3)))
+        for name in columns:
+            plain = name.removesuffix("-first")
+            if plain == name:
+                values = [value for row in mine if (value := figure(row, name)) is not None]
+            else:
+                values = differences(mine, rows_of_first(cell, cells, rows), plain)
+            entries.append(describe(values, len(mine), DIGITS.get(plain, 3)))
         lines.append(
             "| " + " | ".join([*([cell.part] if several else []), cell.label, *entries, str(len(mine))]) + " |"
         )
@@ -456,6 +510,31 @@ def figure(row: dict, name: str) -> float | None:
     """A figure of the end of a run, or the mean of a curve over the run."""
     _, values = row.get("curves", {}).get(name, ((), ()))
     return row.get(name, statistics.mean(values) if values else None)
+
+
+def differences(mine: list[dict], first: list[dict], name: str) -> list[float]:
+    """Of a figure, seed by seed, to the rows of the first cell; none of the first cell to itself."""
+    others = {row["seed"]: figure(row, name) for row in first if row not in mine}
+    pairs = [(figure(row, name), others.get(row["seed"])) for row in mine] if others else []
+    return [value - other for value, other in pairs if value is not None and other is not None]
+
+
+def with_differences(rows: list[dict], first: list[dict]) -> list[dict]:
+    """The rows with NAME-first for each of their curves: its distance, point by point, to the first cell's."""
+    others = {row["seed"]: row["curves"] for row in first if row not in rows}
+    made = [row | {"curves": dict(row["curves"])} for row in rows]
+    for row in made:
+        for name, (xs, ys) in list(row["curves"].items()):
+            _, other = others.get(row["seed"], {}).get(name, ((), ()))
+            if len(other) == len(ys):
+                row["curves"][f"{name}-first"] = [xs, [mine - theirs for mine, theirs in zip(ys, other)]]
+    return made
+
+
+def rows_of_first(cell: Cell, cells: list[Cell], rows: list[dict]) -> list[dict]:
+    """Of the first cell of the same part."""
+    first = next(other.key for other in cells if other.part == cell.part)
+    return [row for row in rows if row["cell"] == first]
 
 
 def describe(values: list[float], n: int, digits: int) -> str:
@@ -474,12 +553,15 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
     """table.md and plot.png in the study's folder; with ``page``, in the page and beside it too."""
     root, text = root_of(config), table(config, cells, rows)
     write_text(root / "table.md", text + "\n")
-    runs = {(cell.part, cell.label): [row for row in rows if row["cell"] == cell.key] for cell in cells}
-    runs = {key: mine for key, mine in runs.items() if mine}
+    runs = {}
+    for cell in cells:
+        mine = [row for row in rows if row["cell"] == cell.key]
+        if mine:
+            runs[cell.part, cell.label] = with_differences(mine, rows_of_first(cell, cells, rows))
     if runs:
-        plot_study(
-            runs, root / "plot.png", list(config.curves), list(config.scatter), COLUMNS if config.scatter else CURVES
-        )
+        columns, curves = names_of(config)
+        names = columns if config.scatter else curves
+        plot_study(runs, root / "plot.png", list(curves_of(config)), list(config.scatter), names)
     print(f"{text}\n\n{root / 'results.jsonl'}, {root / 'table.md'}, {root / 'plot.png'}")
     if config.page and runs:
         page = Path(config.page)

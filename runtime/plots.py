@@ -109,6 +109,10 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     A panel for each part and curve, a line for each cell, the mean over its seeds in a band from the least to the
     greatest; or, with two columns to ``scatter``, one panel with a point for each cell, bars over its seeds, and a
     line through the cells of each part.
+
+    A curve NAME-first is a difference to the first cell. A curve NAME@x has x on its axis, whose values are means
+    over seeds too, and is drawn as it was measured; one against steps is smoothed if it has many points. Against
+    positions, a dotted line ends the trained length.
     """
     parts = list(dict.fromkeys(part for part, _ in runs))
     if scatter:
@@ -138,19 +142,31 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     labels = list(dict.fromkeys(label for _, label in runs))  # a label has the same colour in all panels
     figure, axes = _axes(len(panels), columns=min(3, len(panels)) if len(curves) == 1 else len(curves))
     for axis, (part, curve) in zip(axes, panels):
+        plain = curve.removesuffix("-first")
+        name, _, what = plain.partition("@")
+        title = names.get(plain) or names.get(name, name)
+        if plain != curve:
+            title += ", minus the first's"
+            axis.axhline(0, color="black", linewidth=0.5)
         for (which, label), rows in runs.items():
             seeds = [row["curves"][curve] for row in rows if curve in row.get("curves", {})]
             if which != part or not seeds:
                 continue
-            steps = min((steps for steps, _ in seeds), key=len)  # a value that was no number is left out
-            values = [[_smooth(v, len(v) // 12)[i] for _, v in seeds] for i in range(len(steps))]
+            n = min(len(steps) for steps, _ in seeds)  # a value that was no number is left out
+            steps = [sum(steps[i] for steps, _ in seeds) / len(seeds) for i in range(n)]
+            smooth = [v if what else _smooth(v, len(v) // 12) for _, v in seeds]
+            values = [[v[i] for v in smooth] for i in range(n)]
             colour = f"C{labels.index(label) % 10}"
             line = axis.plot(steps, [sum(v) / len(v) for v in values], label=label, color=colour)[0]
             axis.fill_between(
                 steps, [min(v) for v in values], [max(v) for v in values], alpha=0.12, color=line.get_color()
             )
-        axis.set_title(f"{part}: {names.get(curve, curve)}" if part else names.get(curve, curve), fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
+        if what == "position":
+            axis.axvline(next(iter(runs.values()))[0]["trained_length"], color="black", linestyle=":", linewidth=1)
+        if what == "layer":
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_title(f"{part}: {title}" if part else title, fontsize=10)
+        axis.set_xlabel(what or "step", fontsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, framealpha=0.5)
     _save(figure, path)

@@ -418,6 +418,142 @@ def by_hand(folder, origin, config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Studies of pretraining
+
+TEXT = (
+    "d_model=32 n_layers=2 n_heads=2 n_kv_heads=1 seq_len=32 max_seq_len=64 batch_size=4 steps=4 eval_every=2 "
+    "eval_windows=8 warmup=1 compile=off max_documents=300 vocab_size=300 log_every=1"
+)
+
+
+def text_study(folder, **changes) -> Config:
+    settings = {
+        "stage": "pretrain", "base": TEXT, "seeds": 2, "jobs": 1, "out": str(folder / "study"), "init_from": "nowhere",
+        "cells": ("norm | RMS | norm=rmsnorm", "norm | mean too | norm=layernorm"),
+        "columns": ("val_loss", "val_loss-first", "beyond", "parameters", "seconds"),
+        "curves": ("val_loss@seconds", "loss@position", "end_gradient@layer"),
+    }  # fmt: skip
+    return Config(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    config = text_study(tmp_path_factory.mktemp("texts"))
+    return config, ablate.run(config)
+
+
+def test_a_study_of_pretraining_runs_without_a_start(texts, capsys):
+    config, rows = texts
+    assert [row["seed"] for row in rows] == [0, 0, 1, 1]
+    for row in rows:
+        assert set(row["curves"]) == {"val_loss@seconds", "loss@position", "end_gradient@layer"}
+        assert len(row["curves"]["val_loss@seconds"][0]) == 2 and row["trained_length"] == 32
+        assert 4 < row["beyond"] < 7 and row["parameters"] == rows[0]["parameters"]
+    left = {path.suffix for path in Path(config.out, "runs").rglob("*") if path.is_file()}
+    assert left == {".json", ".jsonl", ".txt", ".png"}  # neither weights nor tokens
+    assert Path(config.out, "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert ablate.run(config) == rows and "0 runs to do" in capsys.readouterr().out
+
+
+def test_differences_are_taken_seed_by_seed(texts):
+    config, rows = texts
+    one, two = (line.split(" | ") for line in Path(config.out, "table.md").read_text().splitlines()[2:])
+    loss = {(row["cell"].split("norm=")[1].split()[0], row["seed"]): row["val_loss"] for row in rows}
+    mean, half = interval([loss["layernorm", seed] - loss["rmsnorm", seed] for seed in (0, 1)])
+    assert one[3] == "-" and two[3] == (f"{mean:.3f} ± {half:.3f}" if half else f"{mean:.3f}")
+    head = Path(config.out, "table.md").read_text().splitlines()[0]
+    assert head.startswith("| part | setting | validation loss | validation loss, minus the first's | loss past")
+
+
+def test_differences_by_hand():
+    """The first cell is that of the part; a seed that one of the two does not have is left out, and said."""
+    config = text_study(Path("."), columns=("val_loss-first",), cells=("a | lr=1", "a | lr=2", "b | lr=2", "b | lr=3"))
+    cells = read_cells(config)
+    figures = {1: (1.0, 1.5, 2.0), 2: (1.5, 2.25, 2.5), 3: (1.4, 2.25, None)}
+    rows = [
+        {"cell": cell.key, "seed": seed, "val_loss": figures[int(dict(cell.settings)["lr"])][seed]}
+        for cell, seeds in ((cells[0], (0, 1, 2)), (cells[1], (2, 0, 1)), (cells[3], (1, 2, 0)))
+        for seed in seeds
+    ]
+    lines = [line.split(" | ")[2] for line in table(config, cells, rows).splitlines()[2:]]
+    mean, half = interval([0.5, 0.75, 0.5])
+    assert lines == ["-", f"{mean:.3f} ± {half:.3f}", "-", "-0.050 ± 0.635 (2 of 3)"]  # -0.1 and 0: 12.706 · 0.05
+
+
+def test_differences_of_curves_by_hand():
+    row = lambda seed, ys, cell: {"cell": cell, "seed": seed, "curves": {"loss": [[1, 2], ys]}}  # noqa: E731
+    first = [row(0, [3.0, 2.0], "a"), row(1, [5.0, 4.0], "a"), row(3, [1.0], "a")]
+    mine = [row(1, [4.0, 4.5], "b"), row(0, [3.5, 1.0], "b"), row(2, [0.0, 0.0], "b"), row(3, [1.0, 1.0], "b")]
+    made = ablate.with_differences(mine, first)
+    assert [r["curves"].get("loss-first") for r in made] == [[[1, 2], [-1.0, 0.5]], [[1, 2], [0.5, -1.0]], None, None]
+    assert "loss-first" not in mine[0]["curves"] and made[0]["curves"]["loss"] == mine[0]["curves"]["loss"]
+    assert [list(r["curves"]) for r in ablate.with_differences(first, first)] == [["loss"]] * 3
+
+
+def test_the_plot_shows_each_part_against_its_own_first(tmp_path, monkeypatch):
+    config = text_study(tmp_path, cells=("a | lr=1", "a | lr=2", "b | lr=2", "b | lr=3"), curves=("val_loss-first",))
+    assert ablate.kept_curves(config) == ["val_loss"]
+    cells, drawn = read_cells(config), []
+    rows = [
+        {"cell": cell.key, "seed": 0, "curves": {"val_loss": [[1], [float(dict(cell.settings)["lr"]) ** 2]]}}
+        for cell in (cells[3], cells[1], cells[0])
+    ]
+    monkeypatch.setattr(ablate, "plot_study", lambda runs, *more: drawn.append(runs))
+    (tmp_path / "study").mkdir()
+    ablate.report(config, cells, rows)
+    ys = {key: [row["curves"].get("val_loss-first", [0, None])[1] for row in mine] for key, mine in drawn[0].items()}
+    assert ys == {("a", "lr=1"): [None], ("a", "lr=2"): [[3.0]], ("b", "lr=2"): [None], ("b", "lr=3"): [[5.0]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cells": ("a | group_size=4",)}, "group_size"),
+        ({"cells": ("a | norm=batchnorm",)}, "norm"),
+        ({"cells": ("a | seq_len=65",)}, "seq_len=65.*seq_len 65 is longer than max_seq_len 64"),
+        ({"cells": ("a | n_heads=3",)}, "n_heads"),
+        ({"cells": ("a | seed=1",)}, "seed is the same"),
+        ({"cells": ("a | start=weak",)}, "start=weak"),
+        ({"starts": ("weak | n_examples=8",)}, "starts from nothing"),
+        ({"columns": ("accuracy",)}, "no column accuracy"),
+        ({"columns": ("-first",)}, "no column -first"),
+        ({"curves": ("accuracy",)}, "no curve accuracy"),
+        ({"curves": ("val_loss@layer",)}, "no curve val_loss@layer"),
+        ({"curves": ("@tokens",)}, "no curve @tokens"),
+        ({"scatter": ("seconds", "val_loss-first")}, "no column val_loss-first"),
+    ],
+)
+def test_what_cannot_work_in_a_study_of_pretraining(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        ablate.run(text_study(tmp_path, **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "study").exists()
+
+
+def test_a_policy_has_no_curve_against_tokens(tmp_path, start):  # noqa: F811
+    with pytest.raises(UserError, match="no curve accuracy@tokens"):
+        ablate.run(tiny(tmp_path, start, curves=("accuracy@tokens",)))
+
+
+@pytest.mark.parametrize("stage", ablate.STAGES)
+def test_each_stage_has_columns_and_curves_of_its_own(stage):
+    config = Config(stage=stage)
+    columns, curves = ablate.names_of(config)
+    assert {name.removesuffix("-first") for name in ablate.columns_of(config)} <= set(columns)
+    assert set(ablate.curves_of(config)) <= set(curves)
+    assert ablate.columns_of(replace(config, columns=("x",))) == ("x",)
+
+
+def test_cells_with_equal_parameters_have_equal_parameters():
+    """Three matrices of 2/3 the width are two of the whole, exactly."""
+    config = parse(Config, [str(ROOT / "configs" / "ablate_activations.py")])
+    sizes = set()
+    for cell in read_cells(config):
+        shape = ablate.pretrain.model_config(ablate.stage_config(config, cell, 0), 512)
+        sizes.add(sum(p.numel() for p in Transformer(shape).parameters()))
+    assert len(sizes) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The pages
 
 

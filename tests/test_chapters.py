@@ -19,8 +19,8 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "transformer", "moe", "lora", "generate", "arithmetic", "verify", "data", "pretrain",
-    "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "ablate",
-    "pipeline",
+    "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "probe",
+    "ablate", "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
@@ -61,6 +61,7 @@ EXAMPLES = {
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
     "rollout": ["finished", "counts, log p"],
+    "probe": ["learned positions", "rope positions", "before training", "after"],
     "preferences": ["pairs of arith", "a pair as two rows", "padding"],
 }
 

@@ -449,7 +449,17 @@ CURVES = {  # what a run logs about itself: rewards are those that it was traine
     "flat_groups": "flat groups", "kept_apart": "kept apart", "clip_fraction": "clipped", "kl_ref": "KL to the start",
     "kl_old": "KL to the sampler", "grad_norm": "gradient norm", "answers": "answers sampled",
 }  # fmt: skip
-DIGITS = {"steps_90": 0, "length": 1, "kl": 2, "answers": 0, "parameters": 0, "seconds": 0}
+DIGITS = {
+    "steps_90": 0,
+    "length": 1,
+    "kl": 2,
+    "answers": 0,
+    "parameters": 0,
+    "active": 0,
+    "seconds": 0,
+    "busiest": 2,
+    "idlest": 2,
+}
 
 
 def names_of(config: Config) -> tuple[dict, dict]:

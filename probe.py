@@ -2,11 +2,11 @@
 
 The validation loss is a mean over everything. Two of its parts answer what the mean hides::
 
-    L(t)  =  mean over windows of  - log p(token t+1 | tokens 1 ... t)          more context should help; past the
-    length
-                                                                                of training it need not
-    g(l)  =  √( Σ over the weights w of block l  (∂L/∂w)² )                     what pulls at each layer, and whether it
-                                                                                fades or grows on its way down
+    L(t) = mean over windows of  - log p(token t+1 | tokens 1 ... t)
+    g(l) = √( Σ over the weights w of block l  (∂L/∂w)² )
+
+More context should help, so L(t) should fall; past the length of training it need not. g(l) is what pulls at each
+layer, and whether it fades or grows on its way down.
 
 ``measure`` looks so at a finished run of pretrain.py; the studies of ``ablate.py`` compare models by it. Run ``python
 probe.py`` to see two small models at it, one with learned and one with rotary positions, past the trained length.
@@ -25,16 +25,17 @@ from data import TokenFile
 from pretrain import make_optimizers
 from runtime.plots import read_metrics
 from runtime.run import load_stage
-from transformer import ModelConfig, Transformer, count_parameters, token_logps
+from transformer import ModelConfig, Transformer, active_parameters, count_parameters, token_logps
 
 COLUMNS = {  # figures of the end of a run, with their names in words; any metric that pretrain.py logs may stand here
     "val_loss": "validation loss", "bits_per_byte": "bits per byte", "loss": "training loss",
     "grad_norm": "gradient norm", "parameters": "parameters", "seconds": "processor seconds",
+    "active": "parameters of a token", "busiest": "busiest expert (fair: 1)", "idlest": "idlest expert (fair: 1)",
     "near": "loss, second half of the trained length", "beyond": "loss past the trained length",
 }  # fmt: skip
 CURVES = {  # metrics that pretrain.py logs, against steps (NAME@tokens, NAME@seconds), and what is found here
     "val_loss": "validation loss", "bits_per_byte": "bits per byte", "loss": "training loss",
-    "grad_norm": "gradient norm", "loss@position": "validation loss",
+    "grad_norm": "gradient norm", "busiest": "busiest expert (fair: 1)", "loss@position": "validation loss",
     "start_gradient@layer": "gradient norm before training", "end_gradient@layer": "gradient norm after training",
 }  # fmt: skip
 
@@ -105,7 +106,8 @@ def measure(folder: str) -> tuple[dict, dict]:
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
     last = {name: value for line in lines for name, value in json.loads(line).items() if name in COLUMNS}
     row = {name: value if math.isfinite(value) else None for name, value in last.items()}
-    row |= {"parameters": count_parameters(model), "seconds": steps * seconds, "trained_length": seq_len}
+    row |= {"parameters": count_parameters(model), "active": active_parameters(model)}
+    row |= {"seconds": steps * seconds, "trained_length": seq_len}
     row["near"] = float(by_position[seq_len // 2 : seq_len].mean())
     row["beyond"] = float(by_position[seq_len:].mean()) if longest > seq_len else None
 

@@ -246,6 +246,10 @@ def check(config: Config) -> None:
     at_least(config, n_experts=0, n_shared_experts=0, balance_weight=0.0, balance_rate=0.0, z_weight=0.0)
     if config.seq_len > config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than max_seq_len {config.max_seq_len}")
+    if config.seq_len == config.max_seq_len and config.positions != "rope":  # a window has a last token to predict
+        raise UserError(
+            f"max_seq_len {config.max_seq_len} must be above seq_len: {config.positions} positions end there"
+        )
     if config.tokenizer == "r50k" and config.vocab_size not in (512, 50304):
         raise UserError("vocab_size belongs to --tokenizer bpe; r50k has 50,304")
     try:

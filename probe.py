@@ -2,11 +2,11 @@
 
 The validation loss is a mean over everything. Two of its parts answer what the mean hides::
 
-    L(t) = mean over windows of  - log p(token t+1 | tokens 1 ... t)
-    g(l) = √( Σ over the weights w of block l  (∂L/∂w)² )
+    L(t)  =  mean over windows of  - log p(token t+1 | tokens 1 ... t)
+    g(l)  =  √( Σ over the weights w of block l  (∂L/∂w)² )
 
-More context should help, so L(t) should fall; past the length of training it need not. g(l) is what pulls at each
-layer, and whether it fades or grows on its way down.
+L(t) should fall while more context helps; past the length of training it need not. g(l) says what pulls at each layer,
+and whether it fades or grows on its way down.
 
 ``measure`` looks so at a finished run of pretrain.py; the studies of ``ablate.py`` compare models by it. Run ``python
 probe.py`` to see two small models at it, one with learned and one with rotary positions, past the trained length.

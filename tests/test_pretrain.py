@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,3 +164,16 @@ def test_last_checkpoints_are_kept(tmp_path):
 def test_profile_writes_a_trace(tmp_path):
     pretrain.run(tiny_pretrain(tmp_path, steps=4, profile_steps=1))
     assert "traceEvents" in (tmp_path / "trace.json").read_text()
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rope"])
+def test_a_table_of_positions_holds_a_whole_window(tmp_path, positions):
+    """The last token of a window is predicted and not read, but the model is given it."""
+    config = tiny_pretrain(tmp_path / "run", positions=positions, seq_len=64, max_seq_len=64, steps=1)
+    if positions == "rope":
+        pretrain.run(config)
+        return
+    with pytest.raises(UserError, match="must be above seq_len"):
+        pretrain.run(config)
+    assert not (tmp_path / "run").exists()
+    pretrain.run(replace(config, max_seq_len=65))

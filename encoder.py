@@ -23,14 +23,16 @@ the words behind [MASK] (``hide``), so that no single word can carry the verdict
 on the validation split is the one that is tested.
 
     python encoder.py                                                      # embedded: will the story end with more?
-    python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # sentiment of film reviews
-    python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # masked words first, then
-    python encoder.py configs/encoder_sst2_cpu.py --init_from out/reviews/mlm --data_dir DIR
-    python reward.py --encoder out/arith/mlm                               # a reward model with an encoder's body
+    python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # film reviews: masked words first, then
+    python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # their sentiment
+    python encoder.py configs/encoder_sst2_cpu.py --data_dir DIR           # and that of single sentences
+    python encoder.py --objective mlm --tokenizer_from out/arith/sft       # the embedded texts, in a policy's
+    tokens, for python reward.py --encoder out/arith/mlm                               # a reward model with an
+    encoder's body
 
 To classify texts of your own::
 
-    model, read, classes = load_classifier("out/reviews/encoder")
+    model, read, classes = load_classifier("out/reviews/imdb")
     for p in predictions(model, read(["What a film!", "I left early."])).exp():
         print(dict(zip(classes, p.tolist())))
 """

@@ -136,16 +136,17 @@ def sinusoidal_positions(t: int, d: int) -> Tensor:
     return table
 
 
-def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0, far: bool = False) -> tuple[Tensor, Tensor]:
     """cos and sin of ``p · θ^(-2i/d)`` for i = 0 .. d/2 - 1 (Su et al. 2021): integers (...) -> two float32 (...,
     head_dim/2).
 
-    In bfloat16, position 257 would be 256. In float32, the angle of position 50,000 is off by up to 0.002, and a long
-    stream would slowly lose its distances; so the angles are float64 where the device has it.
+    Never in bfloat16, where position 257 would be 256. Float32 serves the lengths of training; far out it is off (by up
+    to 0.002 at position 50,000, and a long stream would slowly lose its distances), so ``far`` takes the angles in
+    float64 where the device has it.
     """
-    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    exact = torch.float64 if far and positions.device.type != "mps" else torch.float32
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim)
-    angles = positions[..., None] * frequencies
+    angles = positions[..., None].to(exact) * frequencies
     return angles.cos().float(), angles.sin().float()
 
 

@@ -305,7 +305,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens)  # (B, T, D)
         rope = far = None
         if self.config.positions == "rope":
-            rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+            end = T + (0 if cache is None else cache.start)
+            rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta, far=end > 4096)
             far = self._far_from_sinks(positions, cache)
         elif self.config.positions == "learned":
             x = x + self.position_embed(positions)

@@ -8,6 +8,7 @@ import torch
 from conftest import load_json, load_npz
 from tiny import llama_tiny
 
+import transformer
 from attention import KVCache, RollingCache, apply_rope, attention, make_cache, may_attend, rope_cos_sin
 from generate import generate, left_pad, prefill, stream
 from transformer import ModelConfig, Transformer
@@ -182,10 +183,26 @@ def test_distances_are_the_same_far_out():
     q, k = torch.randn(1, 1, 64, 32), torch.randn(1, 1, 64, 32)
     products = []
     for start in (0, 50_000, 1_000_003):
-        cos, sin = rope_cos_sin(torch.arange(start, start + 64), 32)
+        cos, sin = rope_cos_sin(torch.arange(start, start + 64), 32, far=start > 0)
         products.append(apply_rope(q, cos, sin) @ apply_rope(k, cos, sin).transpose(2, 3))
     torch.testing.assert_close(products[1], products[0], rtol=0, atol=2e-5)
     torch.testing.assert_close(products[2], products[0], rtol=0, atol=2e-5)
+
+
+def test_a_long_text_is_rotated_exactly_and_a_short_one_as_ever(monkeypatch):
+    asked = []
+
+    def spy(positions, *args, far=False):
+        asked.append((int(positions.max()), far))
+        return rope_cos_sin(positions, *args, far=far)
+
+    monkeypatch.setattr(transformer, "rope_cos_sin", spy)
+    model, cache = model_with(4, n_layers=1), RollingCache(1, 1, 4)
+    with torch.no_grad():
+        for n in (4096, 1, 2):
+            model(torch.zeros(1, n, dtype=torch.long), cache=cache)
+        model(torch.zeros(1, 5, dtype=torch.long))
+    assert asked == [(4095, False), (4096, True), (4098, True), (4, False)]
 
 
 @pytest.mark.parametrize("window, sinks", [(None, 0), (6, 0), (6, 2)])

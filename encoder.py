@@ -109,8 +109,6 @@ class Config(RunConfig):
 
     hide: float = 0.15
     """mlm: the share of tokens that is chosen. classify: the share hidden behind [MASK] in training."""
-    dropout: float = 0.0
-    """classify: share of the pooled vector that is set to zero in training."""
     batch_size: int = 32
     """Texts of one step, over all processes; they are of similar length."""
     micro_batch_size: int = 0
@@ -200,12 +198,12 @@ def pool(hidden: Tensor, mask: Tensor, how: str = "mean") -> Tensor:
 
 
 class Classifier(nn.Module):
-    """An encoder and BERT's pooler: ``score(dropout(tanh(dense(pool(h)))))``."""
+    """An encoder and BERT's pooler: ``score(tanh(dense(pool(h))))``."""
 
-    def __init__(self, backbone: Transformer, n_classes: int, pooling: str = "mean", dropout: float = 0.0):
+    def __init__(self, backbone: Transformer, n_classes: int, pooling: str = "mean"):
         super().__init__()
         self.backbone, self.config = backbone, backbone.config
-        self.pooling, self.dropout = pooling, dropout
+        self.pooling = pooling
         d = self.config.d_model
         self.dense, self.score = nn.Linear(d, d), nn.Linear(d, n_classes)
         for layer in (self.dense, self.score):
@@ -216,7 +214,7 @@ class Classifier(nn.Module):
         """tokens (B, T), mask (B, T) with 1 = a real token -> logits (B, C), at least float32."""
         pooled = pool(at_least_float32(self.backbone.forward_hidden(tokens, mask=mask)), mask, self.pooling)  # (B, D)
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.score(F.dropout(torch.tanh(self.dense(pooled)), self.dropout, self.training))
+            return self.score(torch.tanh(self.dense(pooled)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -366,14 +364,11 @@ def fill_in(model: MaskedLM, texts: Texts, tokenizer: Tokenizer, share: float, b
 @torch.no_grad()
 def predictions(model: Classifier, texts: Texts, batch: int = 64) -> Tensor:
     """log p(class) of each text, (N, C), on the CPU."""
-    training = model.training
-    model.eval()  # no dropout
     order = sorted(range(len(texts)), key=lambda i: len(texts.ids[i]))  # less padding
     out = torch.empty(len(texts), model.score.out_features)
     for first in range(0, len(order), batch):
         some = order[first : first + batch]
         out[some] = model(*texts.batch(some, model.score.weight.device)).log_softmax(dim=-1).float().cpu()
-    model.train(training)
     return out
 
 
@@ -408,11 +403,11 @@ def mistakes(logps: Tensor, texts: Texts, tokenizer: Tokenizer, classes: Sequenc
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     at_least(config, n_texts=1, d_model=1, n_layers=1, n_heads=1, max_seq_len=4, epochs=1e-9, warmup=0, clip=1e-9)
-    at_least(config, eval_every=1, save_every=1, log_every=1, hide=0.0, dropout=0.0, lr=0.0, weight_decay=0.0)
-    if not config.hide < 1 or not config.dropout < 1:
-        raise UserError("hide and dropout are shares below 1")
-    if config.objective == "mlm" and (config.hide == 0 or config.dropout):
-        raise UserError("mlm hides some tokens (--hide above 0), and dropout is for --objective classify")
+    at_least(config, eval_every=1, save_every=1, log_every=1, hide=0.0)
+    if not config.hide < 1:
+        raise UserError(f"hide is {config.hide}: a share below 1")
+    if config.objective == "mlm" and config.hide == 0:
+        raise UserError("mlm hides some tokens: --hide above 0")
     if config.objective == "classify" and config.data not in ("arith", *LABELLED):
         raise UserError(f"--data {config.data} has no labels; there are arith, {', '.join(LABELLED)}")
     if config.init_from and config.tokenizer_from:
@@ -450,7 +445,7 @@ def load_classifier(path: str, device="cpu") -> tuple[Classifier, Callable[[list
     classes, config = tuple(state["extra"]["classes"]), state["config"]
     model = Classifier(backbone, len(classes), config["pooling"]).to(device).eval()
     load_weights(model, state["model"], path)
-    lowercase, length = state["extra"]["lowercase"], backbone.config.max_seq_len
+    lowercase, length = state["extra"]["lowercase"], state["extra"]["length"]
     return model, lambda texts: to_classify(texts, [0] * len(texts), tokenizer, length, lowercase), classes
 
 
@@ -474,7 +469,7 @@ def run(config: Config) -> dict:
             raise UserError(
                 f"max_seq_len {length}: the {backbone.config.positions} positions of {config.init_from} end"
             )
-        backbone.config = replace(backbone.config, max_seq_len=length)
+        backbone.config = replace(backbone.config, max_seq_len=max(length, backbone.config.max_seq_len))
     if filling:
         train, held = (
             to_fill_in(plain_texts(config.data, split, config), tokenizer, length, lowercase)
@@ -497,13 +492,14 @@ def run(config: Config) -> dict:
     if filling:
         model = MaskedLM(backbone).to(run.device)
     else:
-        model = Classifier(backbone, len(classes), config.pooling, config.dropout).to(run.device)
+        model = Classifier(backbone, len(classes), config.pooling).to(run.device)
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
     mean_length = sum(map(len, train.ids)) / len(train)
     if not run.finished:
         run.banner(
-            backbone, steps, int(config.batch_size * mean_length), int(mean_length), "eager (texts differ in length)",
+            backbone, steps, int(config.batch_size * mean_length), int(mean_length),
+            "eager (texts differ in length)", words=filling,
             data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held):,} held out",
             **({"starts": config.init_from} if config.init_from else {}),
         )  # fmt: skip
@@ -516,7 +512,9 @@ def run(config: Config) -> dict:
     for step in run.steps(first, steps):
         rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
         tokens, real = train.batch(rows, run.device)
-        generator = torch.Generator().manual_seed((config.seed << 32) + step)  # of the step alone: a resume is exact
+        generator = torch.Generator().manual_seed(
+            ((config.seed << 32) + step) % 2**63
+        )  # of the step alone: a resume is exact
         words = real & (tokens < vocab)  # neither padding nor specials behind the vocabulary
         if filling:
             inputs, chosen = mask_tokens(tokens, words, vocab, mask_id, config.hide, generator)
@@ -550,7 +548,7 @@ def run(config: Config) -> dict:
         if figures or run.should_save(step, steps):
             run.save(
                 step, steps, model, optimizers, tokenizer, metric=figures.get("val_accuracy"), lower_is_better=False,
-                extra={"classes": list(classes), "lowercase": lowercase},
+                extra={"classes": list(classes), "lowercase": lowercase, "length": length},
             )  # fmt: skip
 
     if filling:

@@ -13,7 +13,7 @@ shrink as the rank grows (Kalajdzievski 2023). DoRA takes length and direction a
 
 What follows from W staying what it was:
 
-* The model with its adapters off is the start, and so the reference of DPO, GRPO and PPO's KL: no second copy.
+* The model with its adapters off is the start, and so the reference of DPO's and GRPO's KL: no second copy.
 * A finished update is one matrix: merged into W it costs nothing, and the model is a plain one again.
 * What a run has learned fits into a small file (``adapters.pt``), and many of them share one base.
 
@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
             return self.base(x) + update
         y = linear(x, self.base.weight) + update
         norms = row_norms(self.base.weight, self.A, self.B, self.scale)
-        y = y * (self.magnitude / norms).to(y.dtype)
+        y = (y * (self.magnitude / norms)).to(y.dtype)  # float32: a length near 1 moves in steps smaller than bf16's
         return y if self.base.bias is None else y + self.base.bias.to(y.dtype)  # the bias has no part in the direction
 
     @torch.no_grad()
@@ -305,7 +305,9 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapters(model: nn.Module, adapters: dict[str, Tensor]) -> None:
-    """Put ``adapter_weights`` back; ValueError if they are not those of this model."""
+    """Put ``adapter_weights`` back; ValueError if they are not those of this model, or if it is merged."""
+    if any(layer.merged for layer in lora_layers(model).values()):
+        raise ValueError("the adapters are merged into the weights: unmerge_lora(model) before others are loaded")
     mine = adapter_weights(model)
     if mine.keys() != adapters.keys():
         other = sorted(mine.keys() ^ adapters.keys())[0]
@@ -393,8 +395,9 @@ def check_lora(config: LoRARunConfig) -> None:
 
 
 def start_lora(model: nn.Module, config: LoRARunConfig) -> None:
-    """Give the model the adapters that a stage's configuration asks for, if it does."""
+    """Give the model the adapters that a stage's configuration asks for, if it does: the same in every process."""
     if config.lora_rank:
+        torch.manual_seed(config.seed)  # whatever a process has drawn before
         try:
             add_lora(model, config.lora_rank, config.lora_alpha, config.lora_targets, config.dora, config.rslora)
         except ValueError as error:

@@ -7,8 +7,9 @@ linear map) picks k for each token. All experts have to be stored, but a token p
     w_e = p_e / Σ_{chosen} p                              for the k most likely, so that the chosen weights sum to one
     y = Σ_{chosen} w_e · expert_e(x)   ( + shared(x) )    the shared expert sees every token
 
-(Jiang et al. 2024, Mixtral, section 2.1; shared experts: Dai et al. 2024, DeepSeekMoE.) No expert is ever full: every
-token gets its k experts.
+(Jiang et al. 2024, Mixtral, section 2.1; shared experts: Dai et al. 2024, DeepSeekMoE.) With k = 1 the weight stays
+p_e (Switch, eq. 2): divided by itself it would be 1 whatever the router says, and the router would learn nothing. No
+expert is ever full: every token gets its k experts.
 
 A router left alone favours the experts that happen to be better at the start, which then learn more. Two ways to keep
 all of them at work, over N tokens:
@@ -18,7 +19,8 @@ all of them at work, over N tokens:
 
       L_balance = E Σ_e f_e P_e         k when all are equal;  f is a count and has no gradient, P has
 
-  It is taken over the tokens of all layers together, as Mixtral does: what counts is where the whole batch goes.
+  It is taken over the tokens of all layers together, as Mixtral does. f is that of the micro-batch at hand, since that
+  of the batch is known too late: this one term depends on how a batch is divided.
 * a bias without a loss (Wang et al. 2024; DeepSeek-V3). The k experts are chosen by p + b, while the weights stay
   those of p; after each step the bias of an expert with less than the mean load rises by u, that of one with more
   falls::
@@ -28,12 +30,15 @@ all of them at work, over N tokens:
 The router z-loss (Zoph et al. 2022, ST-MoE, eq. 5), mean (log Σ_e exp(logit_e))², keeps the logits small, where
 float32 still tells them apart.
 
+Both act in pretraining. The later stages train an expert model as it is, without a term for its balance.
+
 Work grows with the experts used: tokens are sorted by expert, and each expert multiplies one block of rows.
 
 Run ``python moe.py`` to see five tokens routed; train with ``python pretrain.py --n_experts 8``.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,7 +56,8 @@ from transformer import ModelConfig, make_feed_forward
 
 
 def route(logits: Tensor, k: int, bias: Tensor | None = None, score: str = "softmax") -> tuple[Tensor, Tensor]:
-    """The k experts of each token and their weights: logits (N, E) -> weights (N, k) that sum to one, experts (N, k).
+    """The k experts of each token and their weights: logits (N, E) -> weights (N, k) that sum to one (k = 1: the
+    score itself), experts (N, k).
 
     score: "softmax" over all experts (Mixtral), or "sigmoid" of each (DeepSeek-V3). ``bias`` (E,) takes part in the
     choice and never in the weights.
@@ -63,7 +69,9 @@ def route(logits: Tensor, k: int, bias: Tensor | None = None, score: str = "soft
     scores = logits.softmax(dim=-1) if score == "softmax" else logits.sigmoid()  # (N, E)
     experts = (scores if bias is None else scores + bias).topk(k, dim=-1).indices  # (N, k)
     weights = scores.gather(1, experts)
-    return weights / weights.sum(dim=-1, keepdim=True), experts
+    if k > 1:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-20)  # sigmoids may all be 0
+    return weights, experts
 
 
 class MoE(nn.Module):
@@ -84,7 +92,9 @@ class MoE(nn.Module):
     @torch.compiler.disable  # every batch splits differently: it would be compiled again and again
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (N, D)
-        weights, experts = route(self.router(tokens), self.k, self.balance_bias, self.score)  # (N, k) each
+        with torch.autocast(x.device.type, enabled=False):  # a choice should not hang on the third digit of a logit
+            logits = self.router(at_least_float32(tokens))  # (N, E)
+        weights, experts = route(logits, self.k, self.balance_bias, self.score)  # (N, k) each
         # Lay the N·k pairs of a token and one of its experts in the order of the experts.
         order = experts.flatten().argsort(stable=True)  # (N·k,)
         rows = tokens.index_select(0, order // self.k)  # (N·k, D)
@@ -187,7 +197,7 @@ def router_statistics(loads: Tensor, seen: dict[int, list[Tensor]]) -> dict[str,
     shares = loads / loads.sum(dim=1, keepdim=True).clamp(min=1)  # (expert layers, E)
     E = loads.shape[1]
     logps = at_least_float32(torch.cat([torch.cat(parts) for parts in seen.values()])).log_softmax(dim=-1)
-    entropy = -(logps.exp() * logps).sum(dim=-1).mean() / torch.tensor(float(E)).log()
+    entropy = -(logps.exp() * logps).sum(dim=-1).mean() / math.log(max(E, 2))
     figures = {"busiest": float(shares.max() * E), "idlest": float(shares.min() * E), "router_entropy": float(entropy)}
     for layer, row in zip(seen, shares.tolist()):
         figures |= {f"load_{layer}_{expert}": share for expert, share in enumerate(row)}

@@ -403,15 +403,16 @@ def run(config: Config) -> dict:
     run = start(config, "ppo")
     policy, tokenizer, state = load_stage(config.init_from, device=run.device)
     run.descend(state, config.init_from)
-    longest = policy.config.max_seq_len - config.max_new_tokens
-    if longest < 1:
-        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {policy.config.max_seq_len} tokens")
-    judge = None
+    judge, context = None, policy.config.max_seq_len
     if config.reward != "verifier":
         judge, other, _ = load_reward_model(config.reward, run.device)
         judge.requires_grad_(False)
         if other.state() != tokenizer.state():
             raise UserError(f"{config.reward} reads other tokens than {config.init_from} writes")
+        context = min(context, judge.config.max_seq_len)  # an encoder may read less than the policy can write
+    longest = context - config.max_new_tokens
+    if longest < 1:
+        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {context} tokens")
 
     # Data: prompts with gold answers; held-out ones for the examination.
     prompts = load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)
@@ -430,7 +431,7 @@ def run(config: Config) -> dict:
     def rollout_of(step: int):
         """This process's share of the answers of a step, what they earn, and whether they are right and well-formed."""
         chosen = processes.my_share(epoch_batch(len(encoded), config.prompts_per_step, step, config.seed).tolist())
-        seed = (config.seed * 1_000_000 + step) * 1_000 + processes.rank()
+        seed = ((config.seed * 1_000_000 + step) * 1_000 + processes.rank()) % 2**63
         ids = [encoded[i] for i in chosen]
         with run.autocast(), run.eager():
             rollout = sample_answers(policy, tokenizer, ids, 1, config.max_new_tokens, config.temperature, seed)

@@ -56,7 +56,8 @@ def gradient_norms(model: Transformer, tokens: Tensor) -> list[float]:
     """The length of the gradient of the mean loss in each block, first to last. tokens (B, T+1)."""
     model.zero_grad()
     (-token_logps(model, tokens).mean()).backward()
-    squares = [sum(float(p.grad.double().square().sum()) for p in block.parameters()) for block in model.blocks]
+    gradients = [[p.grad for p in block.parameters() if p.grad is not None] for block in model.blocks]  # idle experts
+    squares = [sum(float(gradient.double().square().sum()) for gradient in block) for block in gradients]
     model.zero_grad()
     return [math.sqrt(square) for square in squares]
 

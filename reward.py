@@ -289,7 +289,7 @@ def report(rows: PairRows, chosen: Tensor, rejected: Tensor) -> str:
 @torch.no_grad()
 def normalize(run: Run, model: RewardModel, policy: Transformer, tokenizer: Tokenizer, rows: PairRows, config: Config):
     """Mean 0 and variance 1 on answers of the starting policy to prompts of the training pairs."""
-    found, prompts = [], prompts_with_room(policy, rows, config)
+    found, prompts = [], prompts_with_room(policy, model.backbone, rows, config)
     for first in range(0, len(prompts), 64):
         some = prompts[first : first + 64]
         with run.autocast(), run.eager():
@@ -300,8 +300,9 @@ def normalize(run: Run, model: RewardModel, policy: Transformer, tokenizer: Toke
     return float(found.mean()), float(found.std())
 
 
-def prompts_with_room(policy: Transformer, rows: PairRows, config: Config) -> list[list[int]]:
-    longest = policy.config.max_seq_len - config.max_new_tokens
+def prompts_with_room(policy: Transformer, judge: Transformer, rows: PairRows, config: Config) -> list[list[int]]:
+    """Those to which the policy can write an answer that the reward model's body can read."""
+    longest = min(policy.config.max_seq_len, judge.config.max_seq_len) - config.max_new_tokens
     prompts = [prompt for prompt in rows.prompts if len(prompt) <= longest][: config.normalize_on]
     if config.normalize_on and len(prompts) < 2:
         raise UserError("normalize_on needs at least two prompts that leave room for an answer: lower --max_new_tokens")
@@ -363,7 +364,6 @@ def run(config: Config) -> dict:
     # Data: pairs as rows of tokens.
     pairs = training_pairs(config)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
-    prompts_with_room(policy, rows, config)
     held = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)
     random.Random("held out").shuffle(held)  # of several sources, some of each
     held = held[: config.eval_pairs]
@@ -384,6 +384,7 @@ def run(config: Config) -> dict:
             raise UserError(f"max_length {config.max_length} is more than the encoder's {backbone.config.max_seq_len}")
     else:
         backbone, _, _ = load_stage(config.init_from, device=run.device)
+    prompts_with_room(policy, backbone, rows, config)
     model = RewardModel(backbone)
     token_weight = config.token_weight if config.token_weight is not None else 0.0 if config.encoder else 0.7
     backbone.activation_checkpointing = config.activation_checkpointing
@@ -392,7 +393,7 @@ def run(config: Config) -> dict:
     if not run.finished:
         run.banner(
             backbone, steps, 2 * config.batch_size * config.max_length, config.max_length,
-            "eager (rows differ in length)", starts=config.encoder or config.init_from,
+            "eager (rows differ in length)", words=False, starts=config.encoder or config.init_from,
             data=f"{config.data}: {len(rows):,} pairs, {len(held):,} held out",
         )  # fmt: skip
 

@@ -99,7 +99,9 @@ class ModelConfig:
                 self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts,
                 f"{self.n_experts_per_token} of {self.n_experts} experts cannot be chosen for a token",
             ),
+            (self.d_ff < 1, f"d_ff {self.d_ff}: a feed-forward layer is at least 1 wide"),
             (self.n_experts and self.d_expert < 1, "an expert is at least 1 wide"),
+            (self.expert_layers == (), "expert_layers names no block: leave n_experts out"),
             (
                 not self.n_experts and (self.n_shared_experts or self.d_expert or self.expert_layers is not None),
                 "n_shared_experts, d_expert and expert_layers want n_experts",
@@ -110,6 +112,7 @@ class ModelConfig:
             ),
             (self.router not in ("softmax", "sigmoid"), f"router {self.router!r}: softmax or sigmoid"),
             (self.window is not None and self.window < 1, "a window holds at least the token itself"),
+            (self.sinks < 0, f"sinks {self.sinks}: at least 0"),
             (self.sinks and self.window is None, "sinks need a window"),
             (self.window is not None and not self.causal, "a window looks back: it needs causal attention"),
         ]
@@ -415,7 +418,8 @@ def hidden_logps(
         hidden, picked = hidden.flatten(0, 1), targets.flatten()  # (N, D), (N,)
     else:
         hidden, picked = hidden[wanted], targets[wanted]
-    weight, rows = model.head.weight, max(1, max_logits // model.head.weight.shape[0])
+    weight = model.head.weight  # once: an adapter's is made anew at each reading
+    rows = max(1, max_logits // weight.shape[0])
     if len(picked) <= rows:
         logps = _logps(hidden, weight, picked, temperature)  # small enough: keep the logits
     else:
@@ -455,16 +459,22 @@ def active_parameters(model: Transformer, counts: Callable[[str, nn.Parameter], 
     return round(total)
 
 
-def flops_per_token(model: Transformer, seq_len: int) -> float:
-    """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward),
-    and 6·T·D a layer for causal attention, whose average query sees half of T keys (Kaplan et al. 2020; Chowdhery et
-    al. 2022, appendix B).
+def flops_per_token(model: Transformer, seq_len: int, words: bool = True) -> float:
+    """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward; 2
+    fewer for one that is frozen and wants no gradient), and 12·T·D a layer for attention, half of that if it is causal
+    and the average query sees half of T keys (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
+
+    words: are any predicted? A reward model or a classifier uses no head.
     """
-    looked_up = [model.embed.weight.numel()] if not model.config.tie_embeddings else []
-    if model.config.positions == "learned":
-        looked_up.append(model.position_embed.weight.numel())
-    weights = active_parameters(model) - sum(looked_up)  # a table that is read multiplies nothing
-    return 6.0 * weights + 6.0 * model.config.n_layers * model.config.d_model * seq_len
+    tables = {"position_embed.weight"}  # what is looked up multiplies nothing
+    if not words or not model.config.tie_embeddings:
+        tables.add("embed.weight")
+    if not words:
+        tables.add("head.weight")
+    used = active_parameters(model, lambda name, p: name not in tables)
+    frozen = active_parameters(model, lambda name, p: name not in tables and p.dim() == 2 and not p.requires_grad)
+    attention = (6.0 if model.config.causal else 12.0) * model.config.n_layers * model.config.d_model * seq_len
+    return 6.0 * used - 2.0 * frozen + attention
 
 
 def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_activation: int = 4) -> dict[str, float]:

@@ -58,7 +58,9 @@ def text_to_read(tokenizer, source: str, n: int, data_dir: str) -> list[int]:
 
 
 def bytes_of(cache: KVCache) -> int:
-    return sum(t.numel() * t.element_size() for t in [*cache.k, *cache.v] if t is not None)
+    """Of the keys and values that are kept: a growing cache also holds spare room, which says nothing."""
+    kept = [t[..., : cache.length, :] for t in [*cache.k, *cache.v] if t is not None]
+    return sum(t.numel() * t.element_size() for t in kept)
 
 
 @torch.no_grad()

@@ -26,6 +26,10 @@ def _amd_with_avx512() -> bool:
     return "AuthenticAMD" in platform.processor()
 
 
+# oneDNN keeps what it compiles for each shape, of 1,024 shapes by default: gigabytes, where every batch has a length of
+# its own. A step needs a few dozen. It reads this when it first multiplies.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 USE_ONEDNN = _amd_with_avx512()  # the same on every run of a machine, so a resumed run adds up in the same order
 
 

@@ -85,9 +85,15 @@ def my_share(rows):
 
 @torch.no_grad()
 def sum_gradients(parameters) -> None:
-    """Replace each gradient by its sum over all processes."""
+    """Replace each gradient by its sum over all processes. A weight that none of them used (an idle expert's) keeps
+    None: an optimizer would move it for a gradient of zero."""
     if not dist.is_initialized():
         return
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device, dtype=torch.float32)
+    dist.all_reduce(used)
     bucket: list[Tensor] = []
     size = 0
 
@@ -100,10 +106,10 @@ def sum_gradients(parameters) -> None:
                 g.copy_(part.view_as(g))
         bucket, size = [], 0
 
-    for parameter in parameters:
-        if not parameter.requires_grad:
+    for parameter, n in zip(parameters, used.tolist()):
+        if not n:
             continue
-        if parameter.grad is None:  # unused here, perhaps not elsewhere: all processes must send the same tensors
+        if parameter.grad is None:  # unused here but not elsewhere: all processes must send the same tensors
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
         size += parameter.grad.numel()

@@ -73,7 +73,12 @@ class Run:
     # Before the loop
 
     def open(self) -> None:
-        at_least(self.config, seed=0)
+        least = {"seed": 0, "lr": 0, "final_lr": 0, "weight_decay": 0, "beta2": 0, "profile_steps": 0, "keep_last": 1}
+        at_least(self.config, **{name: low for name, low in least.items() if hasattr(self.config, name)})
+        if self.config.seed >= 2**63:
+            raise UserError(f"seed is {self.config.seed}: below 2**63")
+        if getattr(self.config, "beta2", 0) >= 1:
+            raise UserError(f"beta2 is {self.config.beta2}: below 1")
         folder, config = self.folder, as_dict(self.config)
         if self.is_main and self.config.fresh and folder.exists():
             n = 1
@@ -193,13 +198,15 @@ class Run:
         """
         return torch.compiler.set_stance("force_eager")
 
-    def banner(self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", **more) -> None:
+    def banner(
+        self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", words=True, **more
+    ) -> None:
+        """``words``: does the model predict any? (a score or a class asks nothing of the head)"""
         from lora import share_trained
         from transformer import active_parameters, count_parameters, flops_per_token
 
         n, active = count_parameters(model), active_parameters(model)
-        frozen = active_parameters(model, lambda n, p: p.dim() == 2 and not p.requires_grad and "embed" not in n)
-        self._model_flops = flops_per_token(model, seq_len) - 2.0 * frozen  # no gradient of W
+        self._model_flops = flops_per_token(model, seq_len, words)
         facts = {
             "device": f"{self.device}, {self.precision}, {how}"
             + (f", {self.world} processes" if self.world > 1 else ""),
@@ -337,6 +344,7 @@ class Run:
         better = metric is not None and (
             self.best is None or (metric < self.best if lower_is_better else metric > self.best)
         )
+        better = better and metric == metric  # NaN is better than nothing only to a comparison with nothing
         if better:
             self.best = float(metric)
         if self.is_main:

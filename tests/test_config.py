@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import tyro
 
+import encoder
+import pretrain
 from runtime.config import RunConfig, as_dict, fits, parse
 from runtime.errors import UserError
 
@@ -300,3 +302,23 @@ def test_a_missing_preset_names_the_nearest(tmp_path):
 )
 def test_fits(value, hint, yes):
     assert fits(value, hint) is yes
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [
+        (pretrain, {"lr": -1.0}, "lr is -1.0"),
+        (pretrain, {"lr": float("nan")}, "lr is nan"),
+        (pretrain, {"weight_decay": -0.1}, "weight_decay is -0.1"),
+        (pretrain, {"beta2": 1.0}, "beta2 is 1.0: below 1"),
+        (pretrain, {"seed": 2**64}, "below 2\\*\\*63"),
+        (pretrain, {"keep_last": 0}, "keep_last is 0"),
+        (pretrain, {"profile_steps": -1}, "profile_steps is -1"),
+        (encoder, {"lr": -1.0}, "lr is -1.0"),
+        (encoder, {"final_lr": -0.1}, "final_lr is -0.1"),
+    ],
+)
+def test_numbers_that_no_stage_can_work_with(tmp_path, stage, changes, words):
+    with pytest.raises(UserError, match=words):
+        stage.run(stage.Config(out_dir=str(tmp_path / "run"), device="cpu", **changes))
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from tiny import assert_exact_resume, tiny_pretrain, tiny_sft
 import arithmetic
 import chat
 import encoder
+import ppo
 import pretrain
 import reward
 import sft
@@ -294,12 +295,10 @@ def test_padding_does_not_change_a_verdict(pooling):
     close(model(padded, mask), model(tokens, mask[:, :7]))
 
 
-def test_predictions_are_in_the_order_of_the_texts_and_without_dropout():
-    model = Classifier(small(), 2, dropout=0.5).train()
+def test_predictions_are_in_the_order_of_the_texts():
+    model = Classifier(small(), 2)
     texts = Texts([[1, 2, 3], [4], [5, 6, 7, 8], [9, 10]], [0, 1, 0, 1], 0)
     all_at_once = predictions(model, texts)
-    assert model.training
-    model.eval()
     for i in range(4):
         one = model(torch.tensor([texts.ids[i]]), torch.ones(1, len(texts.ids[i]))).log_softmax(-1)
         close(all_at_once[i], one[0], atol=1e-5)
@@ -375,7 +374,7 @@ def tiny(folder, **changes) -> Config:
 
 @pytest.mark.parametrize("objective", ["classify", "mlm"])
 def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, objective):
-    more = {"objective": objective, "micro_batch_size": 3} | ({"dropout": 0.2} if objective == "classify" else {})
+    more = {"objective": objective, "micro_batch_size": 3}
     whole, stopped = (tiny(tmp_path / name, **more) for name in ("whole", "stopped"))
     one, two = assert_exact_resume(monkeypatch, encoder, whole, stopped, saves=2)
     assert one["best"] == two["best"] and one["stage"] == ("mlm" if objective == "mlm" else "encoder")
@@ -473,7 +472,6 @@ def test_the_best_checkpoint_is_the_one_that_is_tested(tmp_path, monkeypatch):
         ({"data": "films"}, "has no labels"),
         ({"data": "arith+imdb"}, "has no labels"),
         ({"objective": "mlm", "hide": 0.0}, "hides some"),
-        ({"objective": "mlm", "dropout": 0.1}, "dropout is for"),
         ({"hide": 1.0}, "below 1"),
         ({"init_from": "nowhere"}, "there is no checkpoint in nowhere"),
         ({"init_from": "a", "tokenizer_from": "b"}, "its own tokenizer"),
@@ -486,6 +484,19 @@ def test_refused_before_anything_is_loaded(tmp_path, changes, says):
     with pytest.raises(UserError, match=says):
         encoder.run(tiny(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_shorter_texts_than_the_masked_model_had(tmp_path, positions):
+    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, positions=positions, max_seq_len=64))
+    encoder.run(tiny(tmp_path / "short", init_from=str(tmp_path / "mlm"), epochs=0.5, max_seq_len=24))
+    model, read, _ = load_classifier(str(tmp_path / "short"))
+    assert model.config.max_seq_len == 64 and {len(ids) for ids in read(["a" * 100, "b" * 30]).ids} == {24}
+    assert predictions(model, read(["What a film!"])).shape == (1, 2)
+
+
+def test_a_seed_of_any_size(tmp_path):
+    encoder.run(tiny(tmp_path, seed=2**62 + 5, epochs=0.2))
 
 
 def test_other_stages_refuse_an_encoder_in_one_line(tmp_path):
@@ -553,6 +564,19 @@ def test_its_gradient_reaches_the_body_and_rises_the_margin(policy):
             optimizer.step()
             optimizer.zero_grad()
     assert margins[-1] > margins[0] + 0.5
+
+
+def test_answers_that_the_encoder_has_no_room_for_are_refused(tmp_path, policy):
+    encoder.run(
+        tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, max_seq_len=100, tokenizer_from=str(policy / "sft"))
+    )
+    judge = judging(policy, tmp_path / "judge", encoder=str(tmp_path / "mlm"), max_length=96, max_new_tokens=40)
+    reward.run(judge)
+    more = {"init_from": str(policy / "sft"), "reward": str(tmp_path / "judge"), "device": "cpu"}
+    with pytest.raises(UserError, match="max_new_tokens 100 leaves no room in 100 tokens"):
+        ppo.run(ppo.Config(out_dir=str(tmp_path / "ppo"), max_new_tokens=100, **more))
+    with pytest.raises(UserError, match="leave room for an answer"):
+        reward.run(replace(judge, out_dir=str(tmp_path / "b"), max_new_tokens=99))
 
 
 def test_what_does_not_fit_an_encoder_is_refused(tmp_path, policy):

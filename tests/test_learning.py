@@ -20,12 +20,12 @@ from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer
 
 
-def practise(tmp_path, sign: float, **settings) -> tuple[float, float]:
+def practise(tmp_path, sign: float, form: dict | None = None, **settings) -> tuple[float, float]:
     """GRPO on a made-up task, from nothing: answer with as many letters "a" as possible. The share of "a" before and
-    after."""
+    after, with a model of this form."""
     tokenizer = ByteTokenizer()
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, max_seq_len=32))
+    model = Transformer(ModelConfig(tokenizer.vocab_size, 32, 1, 2, max_seq_len=32, **(form or {})))
     with torch.no_grad():
         model.head.weight[ord("a")] = 0.3  # "a" is not too rare to begin with
         model.head.weight[ord("b")] = 0.3
@@ -63,6 +63,30 @@ def test_the_rewarded_letter_becomes_frequent_and_with_the_reward_negated_rare(t
     assert after > before + 0.3
     before, after = practise(tmp_path, -1.0, **settings)
     assert after < 0.5 * before
+
+
+EXPERTS = {"n_experts": 4, "n_experts_per_token": 2, "n_shared_experts": 1, "d_expert": 32}
+
+
+def test_a_model_of_experts_learns_from_rewards(tmp_path):
+    before, after = practise(tmp_path, +1.0, EXPERTS)
+    assert after > before + 0.3
+    before, after = practise(tmp_path, -1.0, EXPERTS)
+    assert after < 0.5 * before
+
+
+def test_rewards_reach_experts_and_routers_alone(tmp_path, monkeypatch):
+    """Nothing else may learn here, so the rise is theirs."""
+
+    class Frozen(Transformer):
+        def __init__(self, config):
+            super().__init__(config)
+            for name, p in self.named_parameters():
+                p.requires_grad_(".mlp." in name)
+
+    monkeypatch.setitem(globals(), "Transformer", Frozen)
+    before, after = practise(tmp_path, +1.0, EXPERTS)
+    assert after > before + 0.3
 
 
 @pytest.mark.parametrize("lengths", [None, torch.full((64,), 6)], ids=["over answers", "over tokens"])

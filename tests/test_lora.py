@@ -711,6 +711,38 @@ def test_two_processes_train_the_adapters_of_one(base, tmp_path):
     assert_same_training(Path(one.out_dir), Path(two.out_dir))
 
 
+def test_the_start_of_adapters_hangs_on_the_seed_alone():
+    """One of several processes may have drawn more than the others before: DPO's own pairs are sampled by the first."""
+    starts = []
+    for drawn in (0, 3):
+        torch.rand(drawn)
+        made = Transformer(ModelConfig(64, 32, 1, 2))
+        lora.start_lora(made, sft.Config(lora_rank=2, seed=5))
+        starts.append(made.blocks[0].attn.q_proj.A.detach().clone())
+    assert torch.equal(*starts)
+
+
+def test_a_small_change_of_length_is_felt_in_16_bits():
+    """DoRA's lengths begin at a ratio of 1, next to which bfloat16 knows 1.0078 and 0.9961."""
+    made = nn.Sequential(nn.Linear(8, 200, bias=False))
+    add_lora(made, 1, 1.0, targets="*", dora=True)
+    x = torch.randn(500, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        before = made(x)
+        made[0].magnitude *= 1.003
+        after = made(x)
+    grown = float(after.float().norm() / before.float().norm())
+    assert before.dtype == torch.bfloat16 and grown == pytest.approx(1.003, abs=5e-4)
+
+
+def test_adapters_are_not_loaded_under_merged_weights():
+    made = add_lora(nn.Sequential(nn.Linear(4, 4)), 1, 1.0, targets="*")
+    kept = {key: value.clone() for key, value in adapter_weights(made).items()}
+    merge_lora(made)
+    with pytest.raises(ValueError, match="unmerge_lora"):
+        load_adapters(made, kept)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning
 
@@ -837,7 +869,7 @@ def test_the_work_of_a_step_leaves_out_the_gradients_of_frozen_matrices(tmp_path
     frozen = 2 * (2 * D * D + 2 * D * kv + 4 * D + 2 * 3 * D * w) + 64 * D  # attention, router, two experts; the head
     add_lora(model, 2, 4.0)
     thin = 2 * 2 * (4 * (D + D) + 2 * 3 * (D + w))  # A and B of rank 2, in two blocks
-    assert flops_per_token(model, 16) == before + 6 * thin
+    assert flops_per_token(model, 16) == before + 6 * thin - 2 * frozen
     run = start(sft.Config(out_dir=str(tmp_path), device="cpu"), "sft")
     run.banner(model, 1, 1, 16)
     assert run._model_flops == before + 6 * thin - 2 * frozen

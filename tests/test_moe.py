@@ -70,7 +70,8 @@ def by_loop(moe: MoE, x: torch.Tensor) -> torch.Tensor:
                 expert = moe.experts[e]
                 gate, up = expert.gate_proj.weight @ x[b, t], expert.up_proj.weight @ x[b, t]
                 y = expert.down_proj.weight @ (gate * torch.sigmoid(gate) * up)
-                out[b, t] = out[b, t] + p[e] / sum(p[c] for c in chosen) * y
+                share = p[e] / sum(p[c] for c in chosen) if len(chosen) > 1 else p[e]
+                out[b, t] = out[b, t] + share * y
     return out
 
 
@@ -246,6 +247,34 @@ def test_the_weights_sum_to_one_and_come_from_all_experts():
     p = logits.softmax(-1).gather(1, experts)
     close(weights, p / p.sum(1, keepdim=True))
     assert weights.dtype == torch.float32 and route(logits.bfloat16(), 3)[0].dtype == torch.float32
+
+
+def test_one_expert_is_weighed_by_its_probability_so_that_the_router_learns():
+    logits = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
+    weights, experts = route(logits, 1)
+    assert experts.tolist() == [[0]]
+    close(weights[0, 0], logits.softmax(-1)[0, 0])
+    moe = layer(n_experts_per_token=1)
+    moe(torch.randn(1, 8, 12, dtype=torch.float64)).sum().backward()
+    assert moe.router.weight.grad.abs().max() > 1e-4
+
+
+def test_scores_that_are_all_zero_are_no_nan():
+    weights, _ = route(torch.full((1, 3), -1e4), 2, score="sigmoid")
+    assert weights.tolist() == [[0.0, 0.0]]
+
+
+def test_a_router_decides_in_float32_under_autocast():
+    """Two logits that differ by less than bfloat16 can tell."""
+    made = Transformer(ModelConfig(64, 32, 1, 2, n_experts=4))
+    moe = made.blocks[0].mlp
+    x = 1 + torch.rand(1, 50, 32)
+    moe.router.weight.data[:] = torch.rand(32) + 1e-4 * torch.arange(4.0)[:, None]
+    plain, _ = route(moe.router(x[0]), 2), None
+    with torch.autocast("cpu", dtype=torch.bfloat16), watch_routers(made) as seen:
+        moe(x)
+    assert seen[0][0].dtype == torch.float32
+    assert torch.equal(route(seen[0][0], 2)[1], plain[1]) and plain[1].eq(torch.tensor([3, 2])).all()
 
 
 def test_the_bias_chooses_and_does_not_weigh():
@@ -437,6 +466,9 @@ def test_muon_takes_each_expert_as_a_matrix_of_its_own():
         ({"expert_layers": (1,)}, "want n_experts"),
         ({"n_experts": 2, "router": "tanh"}, "softmax or sigmoid"),
         ({"n_experts": -1}, "fewer than no"),
+        ({"n_experts": 2, "expert_layers": ()}, "names no block"),
+        ({"d_ff": 0}, "at least 1 wide"),
+        ({"window": 8, "sinks": -1}, "sinks -1: at least 0"),
     ],
 )
 def test_shapes_that_cannot_be(fields, says):

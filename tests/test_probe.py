@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def test_gradient_norms_are_those_of_autograd():
         assert found[layer] == pytest.approx(float(torch.cat([g.flatten() for g in parts]).norm()), rel=1e-4)
     assert len(found) == 3 and all(p.grad is None for p in model.parameters())
     assert gradient_norms(model, tokens) == found  # nothing of the first call is added to the second
+
+
+def test_an_expert_that_nobody_chose_has_no_gradient_to_measure():
+    model = Transformer(replace(SHAPE, n_experts=8, n_experts_per_token=1))
+    assert all(math.isfinite(norm) and norm > 0 for norm in gradient_norms(model, windows(1, 4)))
 
 
 def test_spans_at_the_end_of_the_trained_length():

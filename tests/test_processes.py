@@ -83,14 +83,14 @@ def use_helpers() -> dict:
     rank = processes.rank()
     value = torch.tensor([1.0, 2.0]) + 10 * rank
     total = processes.sum_over_processes(value)
-    layer, unused = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    layer, unused, idle = (torch.nn.Linear(2, 1) for _ in range(3))  # used by both, by one, by none
     frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
     with torch.no_grad():
         layer.weight.fill_(1.0)
     (layer(torch.ones(1, 2)) * (rank + 1)).sum().backward()
     if rank == 1:
         unused(torch.ones(1, 2)).sum().backward()
-    processes.sum_gradients([*layer.parameters(), *unused.parameters(), frozen])
+    processes.sum_gradients([*layer.parameters(), *unused.parameters(), *idle.parameters(), frozen])
     try:
         refused = processes.my_share(list(range(5)))
     except ValueError as error:
@@ -101,6 +101,7 @@ def use_helpers() -> dict:
         "objects": processes.gather_objects({"rank": rank}),
         "share": processes.my_share(list(range(6))), "rows": processes.my_share(torch.arange(4)).tolist(),
         "gradients": [p.grad.tolist() for p in (layer.weight, unused.weight)], "frozen": frozen.grad,
+        "idle": idle.weight.grad,
         "refused": refused,
     }  # fmt: skip
 
@@ -115,6 +116,7 @@ def test_sums_shares_and_gathering(tmp_path):
     assert zero["sum"] == [12.0, 14.0] and zero["gather"] == [[0, 5], [1, 5]] and zero["world"] == 2
     assert zero["objects"] == [{"rank": 0}, {"rank": 1}]
     assert zero["gradients"] == [[[3.0, 3.0]], [[1.0, 1.0]]] and zero["frozen"] is None  # sums, not means
+    assert zero["idle"] is None  # a gradient of zero would let the optimizer's momentum and decay move it
     assert "5 rows cannot be shared evenly by 2 processes" in zero["refused"]
 
 

@@ -25,7 +25,7 @@ import sft
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
-from transformer import ModelConfig
+from transformer import ModelConfig, Transformer
 
 STAGES = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
 STEPS, SAVE, EVAL = 9, 3, 5  # saves and examinations at different steps: every mixture of them is resumed from
@@ -355,3 +355,13 @@ def test_a_signal_behind_the_save_of_its_step_is_obeyed_after_the_next(tmp_path)
             if step == 1:  # the question whether to save has just been answered
                 os.kill(os.getpid(), signal.SIGINT)
     assert done == [0, 1, 2] and load_checkpoint(tmp_path)["step"] == 3
+
+
+def test_a_figure_that_is_no_number_is_never_the_best(tmp_path):
+    run = start(pretrain.Config(out_dir=str(tmp_path), device="cpu"), "pretrain")
+    model, tokenizer = Transformer(ModelConfig(64, 16, 1, 2)), types.SimpleNamespace(state=dict)
+    kept = []
+    for step, metric in enumerate([float("nan"), 2.0, float("nan"), 1.0]):
+        run.save(step, 9, model, [], tokenizer, metric=metric)
+        kept.append(load_checkpoint(tmp_path / "best.pt")["step"] if (tmp_path / "best.pt").exists() else None)
+    assert kept == [None, 2, 2, 4] and run.best == 1.0

@@ -311,6 +311,13 @@ def test_flops_by_hand():
     assert flops_per_token(tied, 12) == flops_per_token(llama(), 12)
     learned = Transformer(ModelConfig(61, 32, 2, 4, 2, 44, positions="learned"))
     assert flops_per_token(learned, 12) == flops_per_token(llama(), 12)
+    assert flops_per_token(llama(), 12, words=False) == flops_per_token(llama(), 12) - 6 * v * d  # no head is asked
+    assert flops_per_token(tied, 12, words=False) == flops_per_token(llama(), 12, words=False)
+    reader = Transformer(ModelConfig(61, 32, 2, 4, 2, 44, tie_embeddings=True, causal=False))
+    assert flops_per_token(reader, 12) == 6 * used + 12 * 2 * d * 12  # every query sees every key
+    frozen = llama().requires_grad_(False)
+    matrices = 2 * (2 * d * d + 2 * d * 16 + 3 * d * ff) + v * d
+    assert flops_per_token(frozen, 12) == flops_per_token(llama(), 12) - 2 * matrices
 
 
 def test_memory_estimate_adds_up():

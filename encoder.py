@@ -512,9 +512,8 @@ def run(config: Config) -> dict:
     for step in run.steps(first, steps):
         rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
         tokens, real = train.batch(rows, run.device)
-        generator = torch.Generator().manual_seed(
-            ((config.seed << 32) + step) % 2**63
-        )  # of the step alone: a resume is exact
+        seed = ((config.seed << 32) + step) % 2**63  # of the step alone: a resume is exact
+        generator = torch.Generator().manual_seed(seed)
         words = real & (tokens < vocab)  # neither padding nor specials behind the vocabulary
         if filling:
             inputs, chosen = mask_tokens(tokens, words, vocab, mask_id, config.hide, generator)

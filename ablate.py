@@ -388,6 +388,9 @@ def checked_cells(config: Config) -> list[Cell]:
     for name in kept_curves(config):
         if name not in known_curves and not (config.stage == "pretrain" and without_axis(name) in known_curves):
             raise UserError(f"there is no curve {name}: {', '.join(known_curves)}")
+    for name in config.curves:
+        if name.endswith("-first") and ("@seconds" in name or "@tokens" in name):
+            raise UserError(f"{name}: differences are taken step by step, which is neither at equal time nor tokens")
     if config.page:
         split_page(Path(config.page))
     return cells

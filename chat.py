@@ -46,8 +46,8 @@ class Config:
     max_new_tokens: int = 256
     """The longest answer."""
     window: int | None = None
-    """Let each token see only so many before it (None: as the model was trained). With a window a text has no end: the
-    memory of the model rolls."""
+    """Let each token see only the last so many, itself included (None: as the model was trained). With a window the
+    memory of the model rolls: --raw goes on past the end of a text and writes the next, up to max_new_tokens."""
     sinks: int = 4
     """With --window: the first tokens, which stay visible."""
     seed: int | None = None
@@ -85,8 +85,13 @@ def main() -> None:
     model.eval()
     if config.window is not None:
         model.config = dataclasses.replace(model.config, window=config.window, sinks=config.sinks)
-    # Rotary positions go on behind the longest text of training, and with a window no distance is longer than in it.
-    endless = model.config.window is not None and model.config.positions == "rope"
+    # Rotary positions go on behind the longest text of training, and in a short window no distance is longer than
+    # there.
+    longest = model.config.max_seq_len
+    seen = longest + 1 if model.config.window is None else model.config.window + model.config.sinks
+    if config.window is not None and seen > longest:
+        raise UserError(f"a window of {config.window} with {config.sinks} sinks: the model's context holds {longest}")
+    endless = seen <= longest and model.config.positions == "rope"
     context = sys.maxsize if endless else model.config.max_seq_len
     if state["stage"] == "pretrain" and not config.raw:
         print("note: a pretrained model knows no chat template; --raw continues the text itself", file=sys.stderr)
@@ -95,10 +100,9 @@ def main() -> None:
         room = context - len(ids)
         knobs = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
         text = ""
+        last = -1 if endless and config.raw else tokenizer.eot_id  # -1: no token is the last
         with autocast(device, pick_precision("auto", device)):
-            drawn = stream(
-                model, ids, min(config.max_new_tokens, room), eot_id=tokenizer.eot_id, seed=config.seed, **knobs
-            )
+            drawn = stream(model, ids, min(config.max_new_tokens, room), eot_id=last, seed=config.seed, **knobs)
             for piece in pieces(tokenizer, drawn):
                 text += piece
                 print(piece, end="", flush=True)

@@ -262,12 +262,20 @@ def load_labelled(
 
 
 def plain_texts(names: str, split: str, config: Config) -> Iterable[str]:
-    """Texts to fill in, of sources joined by "+". Of labelled ones never the test split."""
+    """Texts to fill in, of sources joined by "+". Of labelled ones never the test split. (What one source tests another
+    may train on: most sentences of Rotten Tomatoes are in SST-2, so a model of the one cannot be tested on the other.)
+    """
+    skipped = Counter()
     for name in names.split("+"):
         if name in LABELLED:
             yield from load_labelled(name, split, config.data_dir, config.seed, config.n_texts)[0]
         else:
-            yield from text_documents(name, split, config.data_dir, config.seed, config.n_texts)
+            for text in text_documents(name, split, config.data_dir, config.seed, config.n_texts):
+                if isinstance(text, str) and text.strip():
+                    yield text
+                else:
+                    skipped["without text"] += 1
+    report_skipped(skipped, f"{split} documents")
 
 
 @dataclass
@@ -387,7 +395,10 @@ def mistakes(logps: Tensor, texts: Texts, tokenizer: Tokenizer, classes: Sequenc
     sure, said = logps.exp().max(dim=1)
     wrong = (said != labels).nonzero().squeeze(1)
     lines = []
-    for title, rows in (("most certain mistakes", wrong[sure[wrong].argsort(descending=True)]), ("others", range(n))):
+    for title, rows in (
+        ("most certain mistakes", wrong[sure[wrong].argsort(descending=True)]),
+        ("others", range(min(n, len(texts)))),
+    ):
         lines.append(f"{title}:")
         for i in [int(i) for i in rows][:n]:
             text = tokenizer.decode(texts.ids[i][1:])
@@ -412,6 +423,8 @@ def check(config: Config) -> None:
         raise UserError(f"--data {config.data} has no labels; there are arith, {', '.join(LABELLED)}")
     if config.init_from and config.tokenizer_from:
         raise UserError("--init_from brings its own tokenizer: leave --tokenizer_from out")
+    if config.init_from and config.lowercase:
+        raise UserError("--init_from knows whether it reads small letters: leave --lowercase out")
     if config.init_from and config.objective == "mlm":
         raise UserError("--init_from is for --objective classify; an unfinished mlm run continues by itself")
     try:
@@ -464,7 +477,7 @@ def run(config: Config) -> dict:
     if config.init_from:
         backbone, _, state = load_encoder(config.init_from, run.device)
         run.descend(state, config.init_from)
-        lowercase, length = state["config"]["lowercase"], config.max_seq_len or backbone.config.max_seq_len
+        lowercase, length = state["extra"]["lowercase"], config.max_seq_len or backbone.config.max_seq_len
         if length > backbone.config.max_seq_len and backbone.config.positions != "rope":
             raise UserError(
                 f"max_seq_len {length}: the {backbone.config.positions} positions of {config.init_from} end"
@@ -499,7 +512,7 @@ def run(config: Config) -> dict:
     if not run.finished:
         run.banner(
             backbone, steps, int(config.batch_size * mean_length), int(mean_length),
-            "eager (texts differ in length)", words=filling,
+            "eager (texts differ in length)", words=config.hide if filling else 0.0,
             data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held):,} held out",
             **({"starts": config.init_from} if config.init_from else {}),
         )  # fmt: skip

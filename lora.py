@@ -103,7 +103,8 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         squares = torch.linalg.vector_norm(weight, dim=1).square()  # (out,)
         crossed = ((weight @ A.t()) * B).sum(dim=1)  # w·u
         moved = ((B @ (A @ A.t())) * B).sum(dim=1)  # ‖u‖²
-        smallest = torch.finfo(squares.dtype).tiny  # rounding may take a row that cancels below zero
+        smallest = torch.finfo(squares.dtype).tiny  # rounding may take a row that cancels below zero (and one of which
+        # less than a hundredth is left is no longer exact: an update that undoes W, which training does not look for)
         return (squares + 2 * scale * crossed + scale**2 * moved).clamp(min=smallest).sqrt()
 
 

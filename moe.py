@@ -193,6 +193,7 @@ def move_balance_bias(model: nn.Module, loads: Tensor, rate: float = 1e-3) -> No
 def router_statistics(loads: Tensor, seen: dict[int, list[Tensor]]) -> dict[str, float]:
     """For the metrics: the busiest and the idlest expert of any layer as a multiple of the mean load, the entropy of
     the routers' softmax as a share of ln E (1: undecided, 0: certain), and each expert's share of its layer's choices.
+    The loads may be of a whole step; the entropy is that of the tokens in ``seen``.
     """
     shares = loads / loads.sum(dim=1, keepdim=True).clamp(min=1)  # (expert layers, E)
     E = loads.shape[1]

@@ -54,7 +54,7 @@ from torch import Tensor
 from attention import at_least_float32
 from data import encode_prompts, epoch_batch, load_prompts
 from pretrain import learning_rate, make_optimizers, update
-from reward import load_reward_model, real_tokens
+from reward import context_of, load_reward_model, real_tokens
 from rollout import Rollout, examine, flat_groups, in_parts, render, report_start, sample_answers, score, warn
 from runtime import processes
 from runtime.config import RunConfig, at_least, parse
@@ -409,7 +409,7 @@ def run(config: Config) -> dict:
         judge.requires_grad_(False)
         if other.state() != tokenizer.state():
             raise UserError(f"{config.reward} reads other tokens than {config.init_from} writes")
-        context = min(context, judge.config.max_seq_len)  # an encoder may read less than the policy can write
+        context = min(context, context_of(judge.backbone))  # an encoder may read less than the policy can write
     longest = context - config.max_new_tokens
     if longest < 1:
         raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {context} tokens")

@@ -63,7 +63,8 @@ def gradient_norms(model: Transformer, tokens: Tensor) -> list[float]:
 
 
 def step_seconds(model: Transformer, settings: dict, tokens: Tensor, n: int = 21) -> float:
-    """The time of a step of pretrain.py on ``tokens`` (B, T+1): the median of n, at a learning rate of 0.
+    """The time of a step of pretrain.py on ``tokens`` (B, T+1): the median of n, at a learning rate of 0, eager and in
+    one piece, without recomputed blocks and without the terms that balance experts.
 
     In seconds of the processor, not of the clock: what other processes take away does not count, so that runs on a
     busy machine can be compared. That still depends on the machine: only a ratio of two such figures means something.

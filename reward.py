@@ -147,6 +147,8 @@ class RewardModel(nn.Module):
         """tokens (B, T), mask (B, T) with 1 = a real token, padding on either side -> scores (B,), float32."""
         if not self.config.causal:
             last_real(mask)  # refuses empty rows
+            tokens = F.pad(tokens, (1, 0), value=self.config.vocab_size - 1)  # [CLS], with which its texts begin
+            mask = F.pad(mask, (1, 0), value=1)
             hidden = pool(at_least_float32(self.backbone.forward_hidden(tokens, mask=mask)), mask)  # (B, D)
             return (hidden * self.score.weight).sum(dim=1) + self.score.bias
         return self.at_every_token(tokens, mask).gather(1, last_real(mask)[:, None])[:, 0]
@@ -300,9 +302,15 @@ def normalize(run: Run, model: RewardModel, policy: Transformer, tokenizer: Toke
     return float(found.mean()), float(found.std())
 
 
+def context_of(body: Transformer) -> int:
+    """The longest row that a reward model with this body can read: an encoder puts [CLS] in front (for which rotary
+    positions always have room)."""
+    return body.config.max_seq_len - int(not body.config.causal and body.config.positions != "rope")
+
+
 def prompts_with_room(policy: Transformer, judge: Transformer, rows: PairRows, config: Config) -> list[list[int]]:
     """Those to which the policy can write an answer that the reward model's body can read."""
-    longest = min(policy.config.max_seq_len, judge.config.max_seq_len) - config.max_new_tokens
+    longest = min(policy.config.max_seq_len, context_of(judge)) - config.max_new_tokens
     prompts = [prompt for prompt in rows.prompts if len(prompt) <= longest][: config.normalize_on]
     if config.normalize_on and len(prompts) < 2:
         raise UserError("normalize_on needs at least two prompts that leave room for an answer: lower --max_new_tokens")
@@ -352,6 +360,8 @@ def run(config: Config) -> dict:
     """Train, and return the held-out accuracy. A finished run returns at once, an unfinished one continues."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
+    if config.token_weight is None:
+        config = replace(config, token_weight=0.0 if config.encoder else 0.7)
     need_checkpoint(config.init_from, "python sft.py")
     if config.encoder:
         need_checkpoint(config.encoder, f"python encoder.py --objective mlm --tokenizer_from {config.init_from}")
@@ -375,25 +385,24 @@ def run(config: Config) -> dict:
     torch.manual_seed(config.seed)
     if config.encoder:
         backbone, its_tokenizer, its_state = load_encoder(config.encoder, run.device)
-        if its_tokenizer.state() != tokenizer.state() or its_state["config"]["lowercase"]:
+        if its_tokenizer.state() != tokenizer.state() or its_state["extra"]["lowercase"]:
             raise UserError(
                 f"{config.encoder} reads other tokens than {config.init_from} writes; make one that reads them with: "
                 f"python encoder.py --objective mlm --tokenizer_from {config.init_from}"
             )
-        if config.max_length > backbone.config.max_seq_len:
-            raise UserError(f"max_length {config.max_length} is more than the encoder's {backbone.config.max_seq_len}")
+        if config.max_length > context_of(backbone):
+            raise UserError(f"max_length {config.max_length} is more than the encoder's {context_of(backbone)}")
     else:
         backbone, _, _ = load_stage(config.init_from, device=run.device)
     prompts_with_room(policy, backbone, rows, config)
     model = RewardModel(backbone)
-    token_weight = config.token_weight if config.token_weight is not None else 0.0 if config.encoder else 0.7
     backbone.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
     if not run.finished:
         run.banner(
             backbone, steps, 2 * config.batch_size * config.max_length, config.max_length,
-            "eager (rows differ in length)", words=False, starts=config.encoder or config.init_from,
+            "eager (rows differ in length)", words=0.0, starts=config.encoder or config.init_from,
             data=f"{config.data}: {len(rows):,} pairs, {len(held):,} held out",
         )  # fmt: skip
 
@@ -415,9 +424,9 @@ def run(config: Config) -> dict:
                     scored = every.gather(1, last_real(real)[:, None])[:, 0]
             chosen, rejected = scored.chunk(2)  # (b,) each
             part = bradley_terry_loss(chosen, rejected, config.margin, config.center)
-            if token_weight:
+            if config.token_weight:
                 of_tokens = token_loss(*every.chunk(2), behind_the_difference(tokens, real))
-                part = (1 - token_weight) * part + token_weight * of_tokens
+                part = (1 - config.token_weight) * part + config.token_weight * of_tokens
             part = part * len(some) / config.batch_size
             run.scaler.scale(part).backward()
             loss += float(part.detach())

@@ -449,32 +449,34 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def active_parameters(model: Transformer, counts: Callable[[str, nn.Parameter], bool] = lambda name, p: True) -> int:
-    """Those that one token meets, of those that ``counts`` chooses: of an expert layer, its share of the experts."""
+def active_parameters(model: Transformer, weight: Callable[[str, nn.Parameter], float] = lambda name, p: 1.0) -> int:
+    """Those that one token meets, each times its ``weight``: of an expert layer, its share of the experts."""
     total = 0.0
     for name, p in model.named_parameters():
-        if counts(name, p):
-            expert = ".experts." in name
-            total += p.numel() * (model.config.n_experts_per_token / model.config.n_experts if expert else 1.0)
+        expert = ".experts." in name
+        share = model.config.n_experts_per_token / model.config.n_experts if expert else 1.0
+        total += weight(name, p) * share * p.numel()
     return round(total)
 
 
-def flops_per_token(model: Transformer, seq_len: int, words: bool = True) -> float:
+def flops_per_token(model: Transformer, seq_len: int, words: float = 1.0) -> float:
     """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward; 2
-    fewer for one that is frozen and wants no gradient), and 12·T·D a layer for attention, half of that if it is causal
-    and the average query sees half of T keys (Kaplan et al. 2020; Chowdhery et al. 2022, appendix B).
+    fewer for one that is frozen and wants no gradient), and 12·D a layer for each key that it attends to: T, on average
+    half of them if attention is causal, no more than a window shows (Kaplan et al. 2020; Chowdhery et al. 2022,
+    appendix B).
 
-    words: are any predicted? A reward model or a classifier uses no head.
+    words: the share of tokens at which one is predicted. A reward model or a classifier uses no head.
     """
-    tables = {"position_embed.weight"}  # what is looked up multiplies nothing
-    if not words or not model.config.tie_embeddings:
-        tables.add("embed.weight")
-    if not words:
-        tables.add("head.weight")
-    used = active_parameters(model, lambda name, p: name not in tables)
-    frozen = active_parameters(model, lambda name, p: name not in tables and p.dim() == 2 and not p.requires_grad)
-    attention = (6.0 if model.config.causal else 12.0) * model.config.n_layers * model.config.d_model * seq_len
-    return 6.0 * used - 2.0 * frozen + attention
+    c = model.config
+    head = "embed.weight" if c.tie_embeddings else "head.weight"
+
+    def share(name: str) -> float:  # a table that is looked up multiplies nothing
+        return words if name == head else 0.0 if name in ("embed.weight", "position_embed.weight") else 1.0
+
+    used = active_parameters(model, lambda name, p: share(name))
+    frozen = active_parameters(model, lambda name, p: share(name) * (p.dim() == 2 and not p.requires_grad))
+    keys = min(seq_len / 2 if c.causal else seq_len, math.inf if c.window is None else c.window + c.sinks)
+    return 6.0 * used - 2.0 * frozen + 12.0 * c.n_layers * c.d_model * keys
 
 
 def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_activation: int = 4) -> dict[str, float]:
@@ -484,10 +486,14 @@ def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_act
     with torch.device("meta"):
         n = count_parameters(Transformer(config))
     kv = config.n_kv_heads * config.head_dim
-    hidden = (3 if config.mlp == "swiglu" else 2) * config.d_ff
-    per_token = config.n_layers * (
-        10 * config.d_model + 2 * kv + hidden + config.d_ff
-    )  # norms, q, k, v, output, the two sums; the MLP
+    matrices = 3 if config.mlp == "swiglu" else 2
+    dense = (matrices + 1) * config.d_ff
+    experts, k = 0, config.n_experts_per_token  # an expert layer also keeps a token's row and output k times
+    if config.n_experts:
+        experts = (matrices + 1) * (k + config.n_shared_experts) * config.d_expert + 2 * k * config.d_model
+    mixed = len(config.expert_layers or range(config.n_layers)) if config.n_experts else 0
+    # norms, q, k, v, output, the two sums; the MLPs
+    per_token = config.n_layers * (10 * config.d_model + 2 * kv) + (config.n_layers - mixed) * dense + mixed * experts
     tokens = batch * seq_len
     logits = 3 * min(tokens * config.vocab_size, 2**24) * 4
     parts = {"weights": 4.0 * n, "gradients": 4.0 * n, "optimizer": 8.0 * n}

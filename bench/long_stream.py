@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import arithmetic  # noqa: E402
-from attention import KVCache  # noqa: E402
+from attention import KVCache, RollingCache  # noqa: E402
 from data import text_documents  # noqa: E402
 from generate import cache_for  # noqa: E402
 from runtime.checkpoint import write_text  # noqa: E402
@@ -59,8 +59,9 @@ def text_to_read(tokenizer, source: str, n: int, data_dir: str) -> list[int]:
 
 
 def bytes_of(cache: KVCache) -> int:
-    """Of the keys and values that are kept: a growing cache also holds spare room, which says nothing."""
-    kept = [t[..., : cache.length, :] for t in [*cache.k, *cache.v] if t is not None]
+    """Of the keys and values that are kept: caches also hold some spare room, which says nothing."""
+    columns = cache.n_slots if isinstance(cache, RollingCache) else cache.length
+    kept = [t[..., : min(cache.length, columns), :] for t in [*cache.k, *cache.v] if t is not None]
     return sum(t.numel() * t.element_size() for t in kept)
 
 

@@ -158,7 +158,7 @@ def _check_arguments(config_class, argv: list[str]) -> None:
         while not given and i < len(argv) and not _is_flag(argv[i], hints):
             values.append(argv[i])
             i += 1
-            if typing.get_origin(hints[name]) is not tuple:
+            if not any(typing.get_origin(h) is tuple for h in (hints[name], *typing.get_args(hints[name]))):
                 break
         if not values:
             raise UserError(f"--{name} needs a value: {_describe(hints[name])}")

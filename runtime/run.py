@@ -12,6 +12,7 @@ run.close("loss 1.234", next_command="python grpo.py")
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -75,6 +76,9 @@ class Run:
     def open(self) -> None:
         least = {"seed": 0, "lr": 0, "final_lr": 0, "weight_decay": 0, "beta2": 0, "profile_steps": 0, "keep_last": 1}
         at_least(self.config, **{name: low for name, low in least.items() if hasattr(self.config, name)})
+        for name in ("lr", "epochs"):
+            if getattr(self.config, name, 0) == math.inf:
+                raise UserError(f"{name} is infinite")
         if self.config.seed >= 2**63:
             raise UserError(f"seed is {self.config.seed}: below 2**63")
         if getattr(self.config, "beta2", 0) >= 1:
@@ -199,9 +203,9 @@ class Run:
         return torch.compiler.set_stance("force_eager")
 
     def banner(
-        self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", words=True, **more
+        self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", words: float = 1.0, **more
     ) -> None:
-        """``words``: does the model predict any? (a score or a class asks nothing of the head)"""
+        """``words``: the share of tokens at which one is predicted; a score or a class asks nothing of the head."""
         from lora import share_trained
         from transformer import active_parameters, count_parameters, flops_per_token
 

@@ -111,6 +111,20 @@ def test_the_same_seed_gives_the_same_answer(talk):
     assert first == again != other
 
 
+def test_with_a_window_a_text_goes_on_behind_its_end(talk, monkeypatch):
+    """A pretrained model ends every document; a stream of text goes on with the next one."""
+    monkeypatch.setattr(chat, "stream", lambda model, ids, n, eot_id, **rest: iter([97, 98] if eot_id == -1 else [97]))
+    assert talk("--raw", "--prompt", "Tom", "--window", 8)[1] == "Tomab\n"
+    assert talk("--raw", "--prompt", "Tom")[1] == "Toma\n"
+    assert talk("--prompt", "Tom", "--window", 8)[1] == "a\n"  # an answer ends where it ends
+
+
+def test_a_window_wider_than_the_context_is_refused(talk, model):
+    longest = load_stage(str(model))[0].config.max_seq_len
+    status, _, err = talk("--raw", "--prompt", "Tom", "--window", longest - 3, "--sinks", 4)
+    assert status == 1 and f"context holds {longest}" in err and len(err.splitlines()) == 1
+
+
 def test_with_a_window_a_text_may_be_longer_than_the_context(talk, model):
     """And each token is the likeliest of what the window shows."""
     net, tokenizer, _ = load_stage(str(model))
@@ -123,10 +137,7 @@ def test_with_a_window_a_text_may_be_longer_than_the_context(talk, model):
     new: list[int] = []
     with torch.no_grad():
         for _ in range(n):
-            token = int(net(torch.tensor([start + new]))[0, -1].argmax())
-            if token == tokenizer.eot_id:
-                break
-            new.append(token)
+            new.append(int(net(torch.tensor([start + new]))[0, -1].argmax()))
     assert out == "Tom has" + "".join(pieces(tokenizer, new)) + "\n"
     assert len(new) > net.config.max_seq_len - len(start)
     assert len(talk(*long)[1]) < len(out)  # without one it stops at the end of the context

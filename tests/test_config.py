@@ -314,6 +314,8 @@ def test_fits(value, hint, yes):
         (pretrain, {"seed": 2**64}, "below 2\\*\\*63"),
         (pretrain, {"keep_last": 0}, "keep_last is 0"),
         (pretrain, {"profile_steps": -1}, "profile_steps is -1"),
+        (pretrain, {"lr": float("inf")}, "lr is infinite"),
+        (encoder, {"epochs": float("inf")}, "epochs is infinite"),
         (encoder, {"lr": -1.0}, "lr is -1.0"),
         (encoder, {"final_lr": -0.1}, "final_lr is -0.1"),
     ],
@@ -322,3 +324,12 @@ def test_numbers_that_no_stage_can_work_with(tmp_path, stage, changes, words):
     with pytest.raises(UserError, match=words):
         stage.run(stage.Config(out_dir=str(tmp_path / "run"), device="cpu", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_list_that_may_also_be_none():
+    words = ["--n_experts", "4", "--expert_layers", "1", "3", "--lr", "0.1"]
+    config = parse(pretrain.Config, words)
+    assert config.expert_layers == (1, 3) and config.lr == 0.1
+    assert parse(pretrain.Config, []).expert_layers is None
+    with pytest.raises(UserError, match="3"):
+        parse(pretrain.Config, ["--window", "1", "3"])

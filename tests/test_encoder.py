@@ -495,6 +495,29 @@ def test_shorter_texts_than_the_masked_model_had(tmp_path, positions):
     assert predictions(model, read(["What a film!"])).shape == (1, 2)
 
 
+def test_small_letters_are_inherited(tmp_path):
+    """By a classifier from the masked model, and by one that starts from that."""
+    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, lowercase=True))
+    for name, start in (("a", "mlm"), ("b", "a")):
+        encoder.run(tiny(tmp_path / name, init_from=str(tmp_path / start), epochs=0.2))
+        _, read, _ = load_classifier(str(tmp_path / name))
+        assert read(["LOUD"]).ids == read(["loud"]).ids
+    with pytest.raises(UserError, match="leave --lowercase out"):
+        encoder.run(tiny(tmp_path / "c", init_from=str(tmp_path / "mlm"), lowercase=True))
+
+
+def test_documents_without_text_are_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(encoder, "text_documents", lambda *args: iter(["one", None, " ", "two"]))
+    assert list(encoder.plain_texts("tinystories", "train", Config())) == ["one", "two"]
+    assert "skipped 2 train documents" in capsys.readouterr().out
+
+
+def test_mistakes_of_fewer_texts_than_are_shown():
+    texts = Texts([[9, 97], [9, 98]], [0, 1], 0)
+    shown = encoder.mistakes(torch.tensor([[0.2, 0.8], [0.1, 0.9]]).log(), texts, ByteTokenizer(), ("no", "yes"))
+    assert shown.count("the model says") == 1 + 2 and "no, the model says yes (0.80): a" in shown
+
+
 def test_a_seed_of_any_size(tmp_path):
     encoder.run(tiny(tmp_path, seed=2**62 + 5, epochs=0.2))
 
@@ -543,7 +566,10 @@ def test_a_reward_model_on_an_encoder(tmp_path, monkeypatch, policy):
     tokens, mask = torch.randint(250, (2, 12)), torch.ones(2, 12, dtype=torch.bool)
     mask[1, 7:] = False
     scored = judge(tokens, mask)
-    hidden = judge.backbone.forward_hidden(tokens[1:, :7])
+    cls = torch.full((1, 1), judge.config.vocab_size - 1)  # with which every text of the encoder has begun
+    hidden = judge.backbone.forward_hidden(torch.cat([cls, tokens[1:, :7]], dim=1))
+    padded = judge(F.pad(tokens[1:, :7], (3, 0)), F.pad(mask[1:, :7], (3, 0)))  # padding on the left
+    close(padded[0], scored[1], atol=1e-4)
     close(scored[1], hidden.mean(1)[0] @ judge.score.weight[0] + judge.score.bias[0], atol=1e-4)
     with pytest.raises(ValueError, match="real token"):
         judge(tokens, torch.zeros(2, 12, dtype=torch.bool))
@@ -568,13 +594,22 @@ def test_its_gradient_reaches_the_body_and_rises_the_margin(policy):
 
 def test_answers_that_the_encoder_has_no_room_for_are_refused(tmp_path, policy):
     encoder.run(
-        tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, max_seq_len=100, tokenizer_from=str(policy / "sft"))
+        tiny(
+            tmp_path / "mlm",
+            objective="mlm",
+            epochs=0.2,
+            max_seq_len=100,
+            positions="learned",
+            tokenizer_from=str(policy / "sft"),
+        )
     )
     judge = judging(policy, tmp_path / "judge", encoder=str(tmp_path / "mlm"), max_length=96, max_new_tokens=40)
     reward.run(judge)
     more = {"init_from": str(policy / "sft"), "reward": str(tmp_path / "judge"), "device": "cpu"}
-    with pytest.raises(UserError, match="max_new_tokens 100 leaves no room in 100 tokens"):
+    with pytest.raises(UserError, match="max_new_tokens 100 leaves no room in 99 tokens"):
         ppo.run(ppo.Config(out_dir=str(tmp_path / "ppo"), max_new_tokens=100, **more))
+    with pytest.raises(UserError, match="more than the encoder's 99"):
+        reward.run(replace(judge, out_dir=str(tmp_path / "c"), max_length=100))
     with pytest.raises(UserError, match="leave room for an answer"):
         reward.run(replace(judge, out_dir=str(tmp_path / "b"), max_new_tokens=99))
 

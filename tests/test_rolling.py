@@ -220,8 +220,8 @@ def test_the_long_stream_measures_what_it_says(monkeypatch, tmp_path, window, si
     for row, part in zip(rows, logps.split(10)):
         assert row["nats"] == pytest.approx(-float(part.mean()), abs=1e-4) and row["ms"] > 0
     sizes = [row["bytes"] for row in rows]
-    if window:  # 3 layers, keys and values, 2 heads of width 6, float64; one slot takes what is thrown away
-        assert sizes == [3 * 2 * 2 * 6 * 8 * (window + sinks + 1)] * 3
+    if window:  # 3 layers, keys and values, 2 heads of width 6, float64
+        assert sizes == [3 * 2 * 2 * 6 * 8 * (window + sinks)] * 3
     else:
         assert sizes == [3 * 2 * 2 * 6 * 8 * n for n in (10, 20, 30)]  # what is kept, not the room for more
     text = measured.table([row | {"nats": n} for row, n in zip(rows * 4, [0.0] + [1.0] * 11)])

@@ -311,8 +311,10 @@ def test_flops_by_hand():
     assert flops_per_token(tied, 12) == flops_per_token(llama(), 12)
     learned = Transformer(ModelConfig(61, 32, 2, 4, 2, 44, positions="learned"))
     assert flops_per_token(learned, 12) == flops_per_token(llama(), 12)
-    assert flops_per_token(llama(), 12, words=False) == flops_per_token(llama(), 12) - 6 * v * d  # no head is asked
-    assert flops_per_token(tied, 12, words=False) == flops_per_token(llama(), 12, words=False)
+    assert flops_per_token(llama(), 12, words=0.0) == flops_per_token(llama(), 12) - 6 * v * d  # no head is asked
+    assert flops_per_token(tied, 12, words=0.25) == pytest.approx(flops_per_token(llama(), 12) - 0.75 * 6 * v * d)
+    near = Transformer(ModelConfig(61, 32, 2, 4, 2, 44, window=3, sinks=1))
+    assert flops_per_token(near, 12) == 6 * used + 12 * 2 * d * 4  # three in the window and a sink
     reader = Transformer(ModelConfig(61, 32, 2, 4, 2, 44, tie_embeddings=True, causal=False))
     assert flops_per_token(reader, 12) == 6 * used + 12 * 2 * d * 12  # every query sees every key
     frozen = llama().requires_grad_(False)

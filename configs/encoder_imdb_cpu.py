@@ -1,11 +1,14 @@
-"""The sentiment of IMDB's film reviews on a CPU, from the masked language model of encoder_mlm_cpu.py."""
+"""The sentiment of IMDB's film reviews on a CPU, from scratch: one block over a large vocabulary of small letters."""
 
 task = "reviews"
 out_dir = "out/reviews/imdb"
-init_from = "out/reviews/mlm"
 data = "imdb"
-max_seq_len = 400
-hide = 0.2
+lowercase = True
+vocab_size = 20000
+n_layers = 1
+max_seq_len = 512
+hide = 0.5
 epochs = 3.0
-lr = 5e-4
-eval_every = 140
+optimizer = "adamw"
+lr = 1e-3
+eval_every = 94

@@ -23,12 +23,11 @@ the words behind [MASK] (``hide``), so that no single word can carry the verdict
 on the validation split is the one that is tested.
 
     python encoder.py                                                      # embedded: will the story end with more?
-    python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # film reviews: masked words first, then
-    python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # their sentiment
-    python encoder.py configs/encoder_sst2_cpu.py --data_dir DIR           # and that of single sentences
-    python encoder.py --objective mlm --tokenizer_from out/arith/sft       # the embedded texts, in a policy's
-    tokens, for python reward.py --encoder out/arith/mlm                               # a reward model with an
-    encoder's body
+    python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # the sentiment of film reviews
+    python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # masked words first, then
+    python encoder.py configs/encoder_sst2_cpu.py --data_dir DIR           # the sentiment of single sentences
+    python encoder.py --objective mlm --tokenizer_from out/arith/sft       # the embedded texts in a policy's tokens,
+    python reward.py --encoder out/arith/mlm                               # and a reward model with that body
 
 To classify texts of your own::
 

@@ -303,6 +303,12 @@ def test_the_balancing_loss_by_hand():
     assert float(load_balancing_loss(sigmoid, 2, score="sigmoid")) == pytest.approx(3 * (0.5 + 0.25), rel=1e-6)
 
 
+def test_the_balancing_loss_of_sigmoids_takes_them_as_shares():
+    """Sigmoids (0.6, 0.2) and (0.9, 0.1) are shares of (0.75, 0.25) and (0.9, 0.1); both tokens go to the first."""
+    logits = torch.tensor([[0.6, 0.2], [0.9, 0.1]]).logit()
+    close(load_balancing_loss(logits, 1, score="sigmoid"), torch.tensor(2 * (0.75 + 0.9) / 2))
+
+
 def test_the_gradient_of_the_balancing_loss_goes_through_the_mean_probability_alone():
     logits = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(load_balancing_loss(logits, 2), logits)

@@ -373,7 +373,7 @@ class LoRARunConfig(RunConfig):
 
     lora_rank: int = 0
     """Train adapters of this rank instead of the weights (0: the weights). They want a higher --lr: on the embedded
-    task 3e-3 in SFT, where weights want 5e-4, and 1e-3 to 2e-3 in GRPO, where weights have 2e-4."""
+    task 3e-3 in SFT, where weights want 5e-4, and 1e-3 in GRPO, where weights have 2e-4."""
     lora_alpha: float = 16.0
     """The adapters' update is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = TARGETS

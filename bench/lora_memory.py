@@ -79,9 +79,8 @@ if __name__ == "__main__":
         measure(*options.one, width=128 if options.quick else 512)
         sys.exit()
     print(f"torch {torch.__version__}, {N} rows of {T} tokens\n")
-    print(
-        "| update | what learns | parameters that learn | gradients and moments, MB | peak, MB | peak / that of all weights |"
-    )
+    heads = ("update", "what learns", "learns", "gradients and moments, MB", "peak, MB", "peak / that of all weights")
+    print("| " + " | ".join(heads) + " |")
     print("| --- | --- | --- | --- | --- | --- |")
     quick = ["--quick"] if options.quick else []
     for stage in ("sft", "grpo"):

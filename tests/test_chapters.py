@@ -102,6 +102,7 @@ def test_the_numbers_that_attention_prints_are_right(printed):
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_the_examples_in_docstrings_are_true(name):
+    torch.set_printoptions(profile="default")  # a worked example may have chosen its own
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert failed == 0
     if name in ("attention", "pretrain", "sft", "grpo", "evaluate", "generate", "verify", "tokenizer"):

@@ -511,6 +511,16 @@ def test_the_metrics_say_how_the_experts_are_used(tmp_path):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
 
 
+def test_the_z_loss_of_micro_batches_is_that_of_the_batch(tmp_path):
+    """A mean over tokens: each part counts by its share of them."""
+    norms = []
+    for size in (0, 1):
+        more = EXPERTS | {"balance": "none", "z_weight": 10.0, "micro_batch_size": size, "steps": 1}
+        pretrain.run(tiny_pretrain(tmp_path / f"{size}", **more))
+        norms.append(json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
 def test_the_logged_loss_is_that_of_the_words(tmp_path):
     """Heavy balancing must not hide in the figure that is compared between models."""
     losses = []

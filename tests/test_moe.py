@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_npz
+from test_processes import on_two_processes
 from tiny import NAMES, assert_exact_resume, tiny_pretrain
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,7 @@ from moe import (
     watch_routers,
 )
 from pretrain import make_optimizers
+from runtime.checkpoint import load_checkpoint
 from runtime.config import parse
 from runtime.errors import UserError
 from runtime.run import load_stage
@@ -519,6 +521,24 @@ def test_the_z_loss_of_micro_batches_is_that_of_the_batch(tmp_path):
         pretrain.run(tiny_pretrain(tmp_path / f"{size}", **more))
         norms.append(json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def pretrain_run(config) -> None:
+    pretrain.run(config)
+
+
+def test_two_processes_move_the_bias_of_one(tmp_path):
+    """The loads that count are those of the whole batch."""
+    more = EXPERTS | {"balance": "bias", "balance_rate": 0.05, "z_weight": 0.0, "seq_len": 8, "steps": 6}
+    one, two = (tiny_pretrain(tmp_path / name, **more) for name in ("one", "two"))
+    pretrain.run(one)
+    on_two_processes(tmp_path, pretrain_run, two)
+    biases = [
+        torch.stack([value for name, value in load_checkpoint(c.out_dir)["model"].items() if "balance_bias" in name])
+        for c in (one, two)
+    ]
+    close(*biases, atol=1e-6)
+    assert biases[0].abs().max() > 0.04
 
 
 def test_the_logged_loss_is_that_of_the_words(tmp_path):

@@ -513,14 +513,15 @@ def test_the_metrics_say_how_the_experts_are_used(tmp_path):
     assert (tmp_path / "run" / "curves.png").stat().st_size > 0
 
 
-def test_the_z_loss_of_micro_batches_is_that_of_the_batch(tmp_path):
-    """A mean over tokens: each part counts by its share of them."""
-    norms = []
+def test_the_z_loss_and_the_loads_of_micro_batches_are_those_of_the_batch(tmp_path):
+    """A mean over tokens: each part counts by its share of them. And a sum."""
+    rows = []
     for size in (0, 1):
         more = EXPERTS | {"balance": "none", "z_weight": 10.0, "micro_batch_size": size, "steps": 1}
         pretrain.run(tiny_pretrain(tmp_path / f"{size}", **more))
-        norms.append(json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        rows.append(json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text().splitlines()[0]))
+    for name in ("grad_norm", "busiest", "idlest", "load_0_0", "load_1_3"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3)
 
 
 def pretrain_run(config) -> None:
@@ -529,7 +530,7 @@ def pretrain_run(config) -> None:
 
 def test_two_processes_move_the_bias_of_one(tmp_path):
     """The loads that count are those of the whole batch."""
-    more = EXPERTS | {"balance": "bias", "balance_rate": 0.05, "z_weight": 0.0, "seq_len": 8, "steps": 6}
+    more = EXPERTS | {"balance": "bias", "balance_rate": 0.05, "z_weight": 0.0, "seq_len": 8, "steps": 5}
     one, two = (tiny_pretrain(tmp_path / name, **more) for name in ("one", "two"))
     pretrain.run(one)
     on_two_processes(tmp_path, pretrain_run, two)

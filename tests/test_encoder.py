@@ -518,6 +518,19 @@ def test_mistakes_of_fewer_texts_than_are_shown():
     assert shown.count("the model says") == 1 + 2 and "no, the model says yes (0.80): a" in shown
 
 
+def test_every_step_hides_other_words(tmp_path, monkeypatch):
+    seeds, original = [], encoder.mask_tokens
+
+    def noted(*args):
+        seeds.append(args[-1].initial_seed())
+        return original(*args)
+
+    monkeypatch.setattr(encoder, "mask_tokens", noted)
+    monkeypatch.setattr(encoder, "fill_in", lambda *args: {"val_loss": 0.0, "val_accuracy": 0.0})
+    encoder.run(tiny(tmp_path / "a", objective="mlm", epochs=1.0))
+    assert len(seeds) >= 6 and len(set(seeds)) == len(seeds)
+
+
 def test_a_seed_of_any_size(tmp_path):
     encoder.run(tiny(tmp_path, seed=2**62 + 5, epochs=0.2))
 

@@ -275,6 +275,7 @@ def test_a_router_decides_in_float32_under_autocast():
     plain, _ = route(moe.router(x[0]), 2), None
     with torch.autocast("cpu", dtype=torch.bfloat16), watch_routers(made) as seen:
         moe(x)
+        moe(x.bfloat16())  # from a layer whose output is that narrow
     assert seen[0][0].dtype == torch.float32
     assert torch.equal(route(seen[0][0], 2)[1], plain[1]) and plain[1].eq(torch.tensor([3, 2])).all()
 

@@ -19,8 +19,10 @@ all of them at work, over N tokens:
 
       L_balance = E Σ_e f_e P_e         k when all are equal;  f is a count and has no gradient, P has
 
-  It is taken over the tokens of all layers together, as Mixtral does. f is that of the micro-batch at hand, since that
-  of the batch is known too late: this one term depends on how a batch is divided.
+  Switch adds one such term for each layer, and so does pretrain.py. Mixtral in transformers counts the tokens of all
+  layers together (``--balance pooled``): an expert that is swamped in one layer and idle in the next then looks
+  balanced. f is that of the micro-batch at hand, since that of the batch is known too late: this one term depends on
+  how a batch is divided.
 * a bias without a loss (Wang et al. 2024; DeepSeek-V3). The k experts are chosen by p + b, while the weights stay
   those of p; after each step the bias of an expert with less than the mean load rises by u, that of one with more
   falls::
@@ -116,10 +118,11 @@ class MoE(nn.Module):
 def load_balancing_loss(
     router_logits: Tensor | list[Tensor], n_experts_per_token: int, mask: Tensor | None = None, score: str = "softmax"
 ) -> Tensor:
-    """``E Σ_e f_e P_e`` over the tokens of all layers: a scalar, k at perfect balance.
+    """``E Σ_e f_e P_e``: a scalar, k at perfect balance.
 
-    router_logits: (..., E) of one layer, or a list of them; mask: (...), 1 = a real token (the same for all layers):
-    padding counts neither in f nor in P.
+    router_logits: (..., E) of one layer, or a list of several whose tokens are counted together, as transformers does
+    for Mixtral, blind to an expert that is swamped in one layer and idle in another. mask: (...), 1 = a
+    real token (the same for all layers): padding counts neither in f nor in P.
 
     >>> load_balancing_loss(torch.tensor([[9.0, 0.0], [9.0, 0.0]]), 1)  # both to the first expert: E · 1 · 1
     tensor(1.9998)

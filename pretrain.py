@@ -90,10 +90,11 @@ class Config(RunConfig):
     """Blocks with experts, counted from 0 (None: all); the others stay dense."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's scores are made."""
-    balance: Literal["loss", "bias", "none"] = "loss"
-    """What keeps all experts at work."""
+    balance: Literal["loss", "pooled", "bias", "none"] = "loss"
+    """What keeps all experts at work: a loss for each layer (Switch), one for all layers together (as transformers has
+    it for Mixtral), or a bias."""
     balance_weight: float = 0.01
-    """Of the balancing loss."""
+    """Of the balancing loss, each layer's or the pooled one."""
     balance_rate: float = 1e-3
     """With --balance bias: what a step adds to the bias of an expert with too little to do."""
     z_weight: float = 1e-3
@@ -207,12 +208,12 @@ def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
 
 def balancing(seen: dict[int, list[Tensor]], config: Config) -> Tensor:
     """What is added to the loss of a part of the batch so that its routers stay balanced and calm."""
-    logits = [one for parts in seen.values() for one in parts]
-    extra = config.z_weight * router_z_loss(logits)
-    if config.balance == "loss":
-        extra = extra + config.balance_weight * load_balancing_loss(
-            logits, config.n_experts_per_token, score=config.router
-        )
+    layers = [torch.cat(parts) for parts in seen.values()]  # (N, E) each
+    extra = config.z_weight * router_z_loss(layers)
+    counted_together = {"loss": layers, "pooled": [layers]}.get(config.balance, [])
+    for logits in counted_together:  # of each layer, or all layers at once
+        term = load_balancing_loss(logits, config.n_experts_per_token, score=config.router)
+        extra = extra + config.balance_weight * term
     return extra
 
 

@@ -340,6 +340,29 @@ def test_descending_the_loss_balances_a_router():
     assert before > 2.5 and float(load_balancing_loss(x @ weight.T, 2)) < 2.1
 
 
+def test_each_layer_is_balanced_by_itself_unless_they_are_pooled():
+    """Layer 0 sends everything to the first expert and layer 1 to the second: together they look balanced."""
+    layers = [torch.tensor([[4.0, 0.0], [4.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 4.0]])]
+    seen = {0: [layers[0][:1], layers[0][1:]], 3: [layers[1]]}
+    p = float(layers[0][0].softmax(-1)[0])
+    fields = {"n_experts": 2, "n_experts_per_token": 1, "balance_weight": 0.5, "z_weight": 0.0}
+    for balance, wanted in (("loss", 0.5 * 2 * 2 * p), ("pooled", 0.5 * 1.0), ("bias", 0.0), ("none", 0.0)):
+        found = float(pretrain.balancing(seen, pretrain.Config(balance=balance, **fields)))
+        assert found == pytest.approx(wanted, abs=1e-6), balance
+
+
+def test_training_balances_each_layer(tmp_path):
+    """The busiest expert of any layer, after some steps with a heavy loss: of each layer, or pooled."""
+    busiest = {}
+    for balance in ("loss", "pooled"):
+        more = EXPERTS | {"balance": balance, "balance_weight": 1.0, "steps": 40, "eval_every": 40, "lr": 5e-3}
+        pretrain.run(tiny_pretrain(tmp_path / balance, **more))
+        rows = [json.loads(line) for line in (tmp_path / balance / "metrics.jsonl").read_text().splitlines()]
+        rows = [row["busiest"] for row in rows if "busiest" in row][-5:]
+        busiest[balance] = sum(rows) / len(rows)
+    assert busiest["loss"] < 1.3 and busiest["loss"] < busiest["pooled"] - 0.15, busiest
+
+
 def test_the_bias_moves_by_the_sign_of_the_missing_load():
     made = model(n_layers=1)
     moe = made.blocks[0].mlp

@@ -70,7 +70,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
 
 def one_query_attention(q: Tensor, k: Tensor, v: Tensor, length: int, mask: Tensor | None = None) -> Tensor:
     """The same output for a single new token (Tq = 1), as generation on a CPU needs it: with one row of scores there is
-    nothing to fuse, and two plain products of whole buffers are three times as fast as the fused kernel.
+    nothing to fuse, and two plain products of whole buffers are up to twice as fast as the fused kernel for a batch.
 
     q (B, H, 1, d); k and v (B, Hkv, R, d), of which the first ``length`` columns hold something; mask (B, 1, 1, length)
     boolean. Every query may attend to something. The query heads of a group stand in for the queries of their
@@ -140,9 +140,9 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0, far: 
     """cos and sin of ``p · θ^(-2i/d)`` for i = 0 .. d/2 - 1 (Su et al. 2021): integers (...) -> two float32 (...,
     head_dim/2).
 
-    Never in bfloat16, where position 257 would be 256. Float32 serves the lengths of training; far out it is off (by up
-    to 0.002 at position 50,000, and a long stream would slowly lose its distances), so ``far`` takes the angles in
-    float64 where the device has it.
+    Never in bfloat16, where position 257 would be 256. Float32 serves the lengths of training; far out it is off (by
+    0.001 to 0.003 at position 50,000, and a long stream would slowly lose its distances), so ``far`` takes the angles
+    in float64 where the device has it.
     """
     exact = torch.float64 if far and positions.device.type != "mps" else torch.float32
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim)

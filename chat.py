@@ -69,8 +69,12 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
 
 
 def check(config: Config) -> None:
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or not 0 <= config.min_p <= 1 or config.top_k < 0:
-        raise UserError("temperature and top_k start at 0; top_p lies between 0 and 1 (not 0), min_p between 0 and 1")
+    if config.temperature != 0 and not 1e-3 <= config.temperature <= 1e3:  # NaN too
+        raise UserError("temperature is 0 (always the likeliest token) or lies between 0.001 and 1000")
+    if not 0 < config.top_p <= 1 or not 0 <= config.min_p <= 1 or config.top_k < 0:
+        raise UserError("top_k starts at 0; top_p lies between 0 and 1 (not 0), min_p between 0 and 1")
+    if config.seed is not None and not 0 <= config.seed < 2**63:
+        raise UserError("seed lies between 0 and 2**63")
     if config.max_new_tokens < 1:
         raise UserError("max_new_tokens starts at 1")
     if (config.window is not None and config.window < 1) or config.sinks < 0:

@@ -265,11 +265,12 @@ def plain_texts(names: str, split: str, config: Config) -> Iterable[str]:
     may train on: most sentences of Rotten Tomatoes are in SST-2, so a model of the one cannot be tested on the other.)
     """
     skipped = Counter()
+    n = config.n_texts if split == "train" else None
     for name in names.split("+"):
         if name in LABELLED:
-            yield from load_labelled(name, split, config.data_dir, config.seed, config.n_texts)[0]
+            yield from load_labelled(name, split, config.data_dir, config.seed, n)[0]
         else:
-            for text in text_documents(name, split, config.data_dir, config.seed, config.n_texts):
+            for text in text_documents(name, split, config.data_dir, config.seed, n):
                 if isinstance(text, str) and text.strip():
                     yield text
                 else:
@@ -520,7 +521,6 @@ def run(config: Config) -> dict:
         with run.autocast(), run.eager():
             return fill_in(model, held, tokenizer, config.hide) if filling else judge(predictions(model, held), held)
 
-    finished = run.finished
     for step in run.steps(first, steps):
         rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
         tokens, real = train.batch(rows, run.device)
@@ -572,7 +572,7 @@ def run(config: Config) -> dict:
     with run.autocast(), run.eager():
         logps = predictions(model, test)
     accuracy = judge(logps, test)["val_accuracy"]
-    if not finished:
+    if not run.has_sample(steps):
         run.sample(steps, mistakes(logps, test, tokenizer, classes))
     run.close(
         f"test accuracy {accuracy:.3f} on {len(test):,} texts (validation {state['best']:.3f}, step {state['step']})"

@@ -44,7 +44,7 @@ from runtime.checkpoint import find_checkpoint, load_checkpoint, write_text
 from runtime.config import at_least, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
-from runtime.run import fingerprint, load_stage
+from runtime.run import load_stage, weights_id
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, token_logps
 from verify import extract_answer
@@ -269,7 +269,7 @@ def measure_pairs(path: str, config: Config) -> dict:
         if state["stage"] in ("dpo", "ipo", "kto", "ppo", "grpo", "gdpo"):
             start = state["lineage"][-1]
             reference, _, theirs = load_stage(start["path"], device=device)
-            if fingerprint(theirs["model"]) != start["weights"]:
+            if weights_id(theirs) != start["weights"]:
                 raise UserError(f"{start['path']} has other weights than when {path} started from it")
         found = torch.empty(2, len(rows))
         for first in tqdm(range(0, len(rows), 32), desc="pairs", leave=False):

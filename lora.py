@@ -40,13 +40,13 @@ import tyro
 from torch import Tensor
 
 from attention import at_least_float32
-from runtime.checkpoint import ADAPTERS, load_checkpoint, read_archive, save_checkpoint
+from runtime.checkpoint import ADAPTERS, find_checkpoint, load_checkpoint, read_archive, save_checkpoint
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.linear import linear
 from transformer import ModelConfig, Transformer, count_parameters
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ("*_proj",)  # all projections of a block: q, k, v, o, (gate,) up, down, those of each expert too
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,8 @@ def apply_adapters(weights: dict[str, Tensor], adapters: dict[str, Tensor], conf
     for name in dict.fromkeys(key.rpartition(".")[0] for key in adapters):
         A, B, magnitude = (adapters.get(f"{name}.{part}") for part in ("A", "B", "magnitude"))
         weight = weights.get(f"{name}.weight")
-        if weight is None or A is None or B is None or weight.shape != (len(B), A.shape[1]):
+        fits = weight is not None and A is not None and B is not None and A.dim() == B.dim() == 2
+        if not fits or weight.shape != (len(B), A.shape[1]) or B.shape[1] != len(A):
             raise ValueError(f"the base has no layer {name} of the adapter's shape")
         weights[f"{name}.weight"] = adapted_weight(weight, A, B, config.scale, magnitude)
     return weights
@@ -334,6 +335,7 @@ def apply_adapters(weights: dict[str, Tensor], adapters: dict[str, Tensor], conf
 def put_together(path: str | Path, base: str = "") -> dict:
     """The checkpoint that an ``adapters.pt`` and its base make, merged. The base is where it was when the run started
     from it, or in ``base``; its weights must be the very same."""
+    path = Path(path) / "adapters.pt" if Path(path).is_dir() else Path(path)
     state = read_archive(path)
     if state.get("magic") != ADAPTERS:
         raise UserError(f"{path} holds no adapters: a LoRA run leaves them as adapters.pt")
@@ -341,10 +343,17 @@ def put_together(path: str | Path, base: str = "") -> dict:
     missing = [name for name in ("lora", "adapters", *kept) if not state.get(name)]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    from runtime.run import fingerprint
+    from runtime.run import fingerprint, weights_id
 
-    start = state["lineage"][-1]
-    folder = base or start["path"]
+    try:
+        lora = LoRAConfig(**state["lora"] | {"targets": tuple(state["lora"]["targets"])})
+        start = state["lineage"][-1]
+        folder, wanted = base or start["path"], start["weights"]
+        name = fingerprint(state["adapters"], start=wanted)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    if find_checkpoint(folder).resolve() == path.resolve():
+        raise UserError(f"{path} names itself as its base")
     try:
         origin = load_checkpoint(folder)
     except UserError as error:
@@ -352,15 +361,14 @@ def put_together(path: str | Path, base: str = "") -> dict:
             f"{path} holds adapters and needs its base: {error} (python lora.py {path} --base FOLDER --out DIR takes "
             "it from elsewhere)"
         ) from None
-    if fingerprint(origin["model"]) != start["weights"]:
+    if weights_id(origin) != wanted:
         raise UserError(f"{folder} has other weights than those that the adapters in {path} were trained on")
-    lora = LoRAConfig(**state["lora"] | {"targets": tuple(state["lora"]["targets"])})
     try:
         weights = apply_adapters(origin["model"], state["adapters"], lora)
     except ValueError as error:
         raise UserError(f"{path} does not fit {folder}: {error}") from None
     plain = {name: origin[name] for name in ("magic", "model_config", "tokenizer")}
-    return plain | {name: state[name] for name in kept} | {"model": weights}
+    return plain | {name: state[name] for name in kept} | {"model": weights, "weights_id": name}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,7 +421,7 @@ class Apply:
     """``python lora.py adapters.pt --base BASE --out DIR``."""
 
     adapters: tyro.conf.Positional[str] = ""
-    """The adapters.pt of a LoRA run."""
+    """The adapters.pt of a LoRA run, or its folder."""
     base: str = ""
     """The run's folder or checkpoint that it started from. Default: where that was then."""
     out: str = ""

@@ -309,7 +309,8 @@ def context_of(body: Transformer) -> int:
 
 
 def prompts_with_room(policy: Transformer, judge: Transformer, rows: PairRows, config: Config) -> list[list[int]]:
-    """Those to which the policy can write an answer that the reward model's body can read."""
+    """The first of those to which the policy can write an answer that the reward model's body can read (of several
+    sources in ``--data`` they are the first one's)."""
     longest = min(policy.config.max_seq_len, context_of(judge)) - config.max_new_tokens
     prompts = [prompt for prompt in rows.prompts if len(prompt) <= longest][: config.normalize_on]
     if config.normalize_on and len(prompts) < 2:

@@ -283,7 +283,7 @@ class Transformer(nn.Module):
         """tokens (B, T) -> the stream after the final norm (B, T, D).
 
         * mask: (B, T), 1 = a real token; needed for padding on the left (what is padded on the right is never seen by
-          what stands before it).
+          what stands before it, unless the model is an encoder: that needs the mask for any padding).
         * segments: (B, T) integers, one number for each document of a row that holds several: a token sees its own
           document only, and positions restart.
         * positions: (B, T) or (T,); by default they count the real tokens of each document, or continue the cache's.

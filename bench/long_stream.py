@@ -115,6 +115,8 @@ def main() -> None:
     torch.set_num_threads(1)  # products of one row: a second thread has nothing to do
     model.eval()
     ids = text_to_read(tokenizer, chosen.data, chosen.tokens, chosen.data_dir)
+    if chosen.window + chosen.sinks > model.config.max_seq_len:
+        raise UserError(f"--window and --sinks: together at most the {model.config.max_seq_len} tokens of training")
     plain = dataclasses.replace(model.config, window=None, sinks=0)
     W, S = chosen.window, chosen.sinks
     kinds = {

@@ -163,7 +163,7 @@ class Run:
             "stage": state["stage"],
             "path": str(path),
             "step": state["step"],
-            "weights": fingerprint(state["model"]),
+            "weights": weights_id(state),
         }
         if self.lineage and self.lineage[-1].get("weights") != mine["weights"]:
             raise UserError(
@@ -327,6 +327,10 @@ class Run:
             with open(self.folder / "samples.txt", "a", encoding="utf-8", newline="") as file:
                 file.write(f"=== step {step} ===\n{text.rstrip()}\n\n")
 
+    def has_sample(self, step: int) -> bool:
+        path = self.folder / "samples.txt"
+        return path.exists() and f"=== step {step} ===\n" in path.read_text(encoding="utf-8")
+
     def should_save(self, step: int, steps: int) -> bool:
         return (step + 1) % self.config.save_every == 0 or step + 1 == steps or self._interrupted
 
@@ -451,9 +455,14 @@ def load_stage(path: str, command: str = "", device="cpu", scores: bool = False,
     return model.to(device), load_tokenizer(state["tokenizer"]), state
 
 
-def fingerprint(weights: dict) -> str:
-    """A short name for these very weights."""
-    crc = 0
+def weights_id(state: dict) -> str:
+    """A short name for a checkpoint's very weights. Adapters and their base, put together, are named after both parts:
+    the last digits of the sum depend on the processor that adds them up."""
+    return state.get("weights_id") or fingerprint(state["model"])
+
+
+def fingerprint(weights: dict, start: str = "0") -> str:
+    crc = int(start, 16)
     for tensor in weights.values():
         crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
     return f"{crc:08x}"

@@ -204,8 +204,8 @@ def test_an_answer_stops_where_the_context_ends(talk):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("min_p", -0.1), ("min_p", 2), ("top_k", -3),
-     ("max_new_tokens", 0)],
+    [("temperature", -1), ("temperature", "nan"), ("temperature", 1e-40), ("seed", 10**25), ("top_p", 0),
+     ("top_p", 1.5), ("min_p", -0.1), ("min_p", 2), ("top_k", -3), ("max_new_tokens", 0)],
 )  # fmt: skip
 def test_knobs_out_of_range_are_one_line(talk, flag, value):
     status, out, err = talk("--prompt", "x", f"--{flag}", value)

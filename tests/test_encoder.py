@@ -531,6 +531,45 @@ def test_every_step_hides_other_words(tmp_path, monkeypatch):
     assert len(seeds) >= 6 and len(set(seeds)) == len(seeds)
 
 
+def test_training_hides_words_behind_mask_and_examining_hides_none(tmp_path, monkeypatch):
+    """Never [CLS], never padding."""
+    seen, forward, tokenizer = [], Classifier.forward, ByteTokenizer()
+
+    def noted(self, tokens, mask):
+        seen.append((torch.is_grad_enabled(), tokens, mask))
+        return forward(self, tokens, mask)
+
+    monkeypatch.setattr(Classifier, "forward", noted)
+    encoder.run(tiny(tmp_path, hide=0.3))
+    hidden = words = 0
+    for training, tokens, mask in seen:
+        covered = tokens == encoder.mask_id_of(tokenizer)
+        assert (tokens[:, 0] == encoder.cls_id_of(tokenizer)).all() and not (covered & ~mask).any()
+        assert training or not covered.any()
+        if training:
+            hidden, words = hidden + int(covered.sum()), words + int(mask[:, 1:].sum())
+    assert sum(training for training, _, _ in seen) == 6 < len(seen)
+    assert abs(hidden - 0.3 * words) < 5 * (words * 0.3 * 0.7) ** 0.5 and words > 2000
+
+
+def test_the_list_of_mistakes_survives_a_death_behind_the_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "mistakes", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoder.run(tiny(tmp_path))
+    monkeypatch.undo()
+    for _ in range(2):
+        encoder.run(tiny(tmp_path))
+        assert (tmp_path / "samples.txt").read_text().count("most certain mistakes") == 1
+
+
+def test_fewer_training_texts_are_examined_on_all_the_others(tmp_path):
+    texts = [len(list(encoder.plain_texts("arith", split, tiny(tmp_path, n_texts=n)))) for split, n in TEXTS]
+    assert texts[0] == 3 and texts[1] == texts[2] > 100
+
+
+TEXTS = [("train", 3), ("validation", 3), ("validation", None)]
+
+
 def test_a_seed_of_any_size(tmp_path):
     encoder.run(tiny(tmp_path, seed=2**62 + 5, epochs=0.2))
 

@@ -52,7 +52,7 @@ from runtime.config import parse
 from runtime.device import can_compile
 from runtime.errors import UserError, run_main
 from runtime.linear import Linear
-from runtime.run import fingerprint, load_stage, start
+from runtime.run import fingerprint, load_stage, start, weights_id
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, flops_per_token, token_logps
 
@@ -277,17 +277,23 @@ def test_a_tied_head_is_refused_and_the_rest_of_such_a_model_is_not():
     assert model.head.weight is model.embed.weight
 
 
-def test_experts_that_are_no_linear_layers_and_a_router_are_left_alone():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up_proj = nn.Parameter(torch.randn(4, 8, 8))
-            self.router, self.q_proj = nn.Linear(8, 4), nn.Linear(8, 8)
-
-    model = add_lora(Experts(), 2, 2.0, "q_proj")
-    assert (
-        list(lora_layers(model)) == ["q_proj"] and not model.up_proj.requires_grad and type(model.router) is nn.Linear
-    )
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("targets", [TARGETS, ("*",)], ids=["default", "the router too"])
+def test_experts_have_adapters_that_merge_and_go_off(kind, targets):
+    config = replace(TINY, n_experts=4, n_experts_per_token=2, n_shared_experts=1, d_expert=16)
+    plain, tokens = Transformer(config), torch.randint(64, (3, 20))
+    model = add_lora(copy.deepcopy(plain), 2, 4.0, targets, **kind)
+    names = set(lora_layers(model))
+    assert {f"blocks.1.mlp.{part}.up_proj" for part in ("experts.0", "experts.3", "shared")} < names
+    assert ("blocks.1.mlp.router" in names) == (targets == ("*",))
+    train_a_little(model)
+    on = model(tokens)
+    with adapters_off(model):
+        assert torch.equal(model(tokens), plain(tokens)) and not torch.equal(on, plain(tokens))
+    merged = Transformer(config)
+    merged.load_state_dict(merged_weights(model))
+    close(merged(tokens), on, atol=1e-5, rtol=1e-4)
+    close(unload_lora(model)(tokens), on, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -367,8 +373,9 @@ def test_with_the_adapters_off_the_model_is_its_reference():
     with pytest.raises(KeyError), adapters_off(model):
         raise KeyError
     assert torch.equal(model(tokens), on)
+    alone = plain(tokens)
     with adapters_off(plain):
-        assert torch.equal(plain(tokens), Transformer.forward(plain, tokens))
+        assert torch.equal(plain(tokens), alone)
 
 
 def test_a_copy_and_generation():
@@ -542,8 +549,60 @@ def test_a_base_that_moved_or_changed(base, tuned, tmp_path, capsys):
     assert "damaged" in refusal(load_stage, str(path))
 
 
+def test_adapters_on_adapters_are_known_by_their_parts_not_by_the_last_digits_of_their_sum(
+    tuned, tmp_path, monkeypatch
+):
+    """Another processor adds base and adapters up to other last digits; the chain and a resume go on there."""
+    first = tmp_path / "first.pt"
+    first.write_bytes((tuned / "adapters.pt").read_bytes())
+    config = replace(tiny_sft(tmp_path / "second", str(first)), **RANK | {"epochs": 1.0})
+    sft.run(config)
+    assert weights_id(load_checkpoint(first)) != weights_id(load_checkpoint(tuned))  # two names for one model
+    merge = lora.adapted_weight
+    monkeypatch.setattr(lora, "adapted_weight", lambda *a: merge(*a) * (1 + 1e-6))
+    assert load_checkpoint(tmp_path / "second" / "adapters.pt")["stage"] == "sft"
+    sft.run(config)
+    state = torch.load(first, weights_only=True)  # other adapters are refused all the same
+    next(iter(state["adapters"].values())).add_(0.1)
+    torch.save(state, first)
+    assert "has other weights than those" in refusal(load_checkpoint, tmp_path / "second" / "adapters.pt")
+    assert "was started from other weights" in refusal(sft.run, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s["lora"].pop("targets"), "damaged"),
+        (lambda s: s["lora"].update(rank=0), "damaged"),
+        (lambda s: s["lora"].update(colour="red"), "damaged"),
+        (lambda s: s["lineage"][-1].pop("path"), "damaged"),
+        (lambda s: s["lineage"][-1].pop("weights"), "damaged"),
+        (lambda s: s.update(adapters=list(s["adapters"].values())), "damaged"),
+        (lambda s: s["adapters"].update({Q_A: s["adapters"][Q_A][0]}), "does not fit"),
+        (lambda s: s["adapters"].update({Q_A: s["adapters"][Q_A][:1]}), "does not fit"),
+        (lambda s: s["adapters"].pop(Q_A), "does not fit"),
+    ],
+    ids=range(9),
+)
+def test_a_wrong_file_is_refused_in_one_line(tuned, tmp_path, change, says):
+    state = torch.load(tuned / "adapters.pt", weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "adapters.pt")
+    assert says in refusal(load_checkpoint, tmp_path / "adapters.pt")
+
+
+Q_A = "blocks.0.attn.q_proj.A"
+
+
+def test_a_file_that_names_itself_as_its_base(tuned, tmp_path):
+    state = torch.load(tuned / "adapters.pt", weights_only=True)
+    state["lineage"][-1]["path"] = str(tmp_path / "adapters.pt")
+    torch.save(state, tmp_path / "adapters.pt")
+    assert "names itself" in refusal(load_checkpoint, tmp_path / "adapters.pt")
+
+
 def test_the_command_line_of_the_chapter(tuned, tmp_path, monkeypatch, capsys):
-    line = ["lora.py", str(tuned / "adapters.pt"), "--out", str(tmp_path / "out")]
+    line = ["lora.py", str(tuned), "--out", str(tmp_path / "out")]  # the folder means its adapters.pt
     monkeypatch.setattr(sys, "argv", line)
     runpy.run_path(lora.__file__, run_name="__main__")
     assert equal_weights(load_checkpoint(tmp_path / "out")["model"], load_checkpoint(tuned)["model"])

@@ -296,6 +296,26 @@ def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder):
         assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
+def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft_folder, monkeypatch):
+    """The first step's, from the scores of the weights at the start."""
+    seen, every = [], RewardModel.at_every_token
+
+    def noted(self, tokens, real):
+        seen.append((tokens, real, every(self, tokens, real)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(RewardModel, "at_every_token", noted)
+    more = {"margin": 0.5, "center": 0.1, "token_weight": 0.3, "n_sums": 0, "normalize_on": 0}
+    reward.run(tiny(tmp_path, sft_folder, **more))
+    tokens, real, scored = (x.detach() for x in seen[0])
+    chosen, rejected = scored[torch.arange(8), real.sum(dim=1) - 1].chunk(2)
+    whole = bradley_terry_loss(chosen, rejected, 0.5, 0.1)
+    of_tokens = token_loss(*scored.chunk(2), behind_the_difference(tokens, real))
+    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert logged == pytest.approx(float(0.7 * whole + 0.3 * of_tokens), rel=1e-5)
+    assert logged != pytest.approx(float(0.7 * bradley_terry_loss(chosen, rejected) + 0.3 * of_tokens), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

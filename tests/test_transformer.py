@@ -583,7 +583,7 @@ def test_token_logps_equal_naive(max_logits, temperature, where):
     logps = token_logps(model, tokens, temperature, where=where, max_logits=max_logits)
     expected = naive(reference, tokens, temperature) * counts
     assert logps.shape == (2, 5) and logps.dtype == torch.float64
-    close(logps, expected, atol=1e-7)  # but for the rotary angles, which are float32
+    close(logps, expected, atol=1e-12)
     (logps * weights).sum().backward()
     (expected * weights).sum().backward()
     for a, b in zip(model.parameters(), reference.parameters()):

@@ -10,7 +10,7 @@ cells = [
     "the work of a token alike | dense, four times as wide | d_ff=1408",
     "balancing | a loss for each layer | n_experts=8",
     "balancing | a loss over all layers | n_experts=8 balance=pooled",
-    "balancing | that, with weight 1 | n_experts=8 balance=pooled balance_weight=1.0",
+    "balancing | over all layers, weight 1 | n_experts=8 balance=pooled balance_weight=1.0",
     "balancing | a bias | n_experts=8 balance=bias",
     "balancing | none | n_experts=8 balance=none",
 ]

@@ -18,9 +18,10 @@ the stream over the real tokens, then ::
 
     logits = W₂ tanh(W₁ pool(h) + b₁) + b₂              L = - mean log softmax(logits)[label]
 
-A small model that has seen a few thousand labelled texts learns them by heart. Against that, training hides a share of
-the words behind [MASK] (``hide``), so that no single word can carry the verdict, and the checkpoint that was best
-on the validation split is the one that is tested.
+A small model that has seen a few thousand labelled texts learns them by heart. Against that, training leaves out a
+share of the words (``hide``; word dropout, Iyyer et al. 2015), so that no single one can carry the verdict. They are
+taken out and not put behind [MASK], since the texts that are judged later have no [MASK] either. And the checkpoint
+that was best on the validation split is the one that is tested.
 
     python encoder.py                                                      # embedded: will the story end with more?
     python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # the sentiment of film reviews
@@ -107,7 +108,7 @@ class Config(RunConfig):
     """What stands for the whole text."""
 
     hide: float = 0.15
-    """mlm: the share of tokens that is chosen. classify: the share hidden behind [MASK] in training."""
+    """mlm: the share of tokens that is chosen. classify: the share that is left out of a text in training."""
     batch_size: int = 32
     """Texts of one step, over all processes; they are of similar length."""
     micro_batch_size: int = 0
@@ -214,6 +215,21 @@ class Classifier(nn.Module):
         pooled = pool(at_least_float32(self.backbone.forward_hidden(tokens, mask=mask)), mask, self.pooling)  # (B, D)
         with torch.autocast(pooled.device.type, enabled=False):
             return self.score(torch.tanh(self.dense(pooled)))
+
+
+def leave_out(tokens: Tensor, keep: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """tokens (B, T) without those where ``keep`` (B, T) is False: the others move together, padding follows. Returns
+    the shorter rows (B, T') and which of their tokens are real.
+
+    >>> leave_out(torch.tensor([[7, 8, 9], [5, 6, 0]]), torch.tensor([[True, False, True], [True, False, False]]), 0)
+    (tensor([[7, 9],
+            [5, 0]]), tensor([[ True,  True],
+            [ True, False]]))
+    """
+    lengths = keep.sum(dim=1)
+    front = (~keep).int().argsort(dim=1, stable=True)[:, : int(lengths.max())]  # the kept ones first, in their order
+    real = keep.gather(1, front)
+    return tokens.gather(1, front).masked_fill(~real, pad_id), real
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,8 +547,9 @@ def run(config: Config) -> dict:
             inputs, chosen = mask_tokens(tokens, words, vocab, mask_id, config.hide, generator)
             count = max(1, int(chosen.sum()))  # of the whole batch
         else:
-            hidden = (torch.rand(tokens.shape, generator=generator) < config.hide).to(run.device) & words
-            inputs, labels, count = tokens.masked_fill(hidden, mask_id), train.labels_of(rows, run.device), len(rows)
+            left_out = (torch.rand(tokens.shape, generator=generator) < config.hide).to(run.device) & words
+            inputs, real = leave_out(tokens, real & ~left_out, tokenizer.pad_id)
+            labels, count = train.labels_of(rows, run.device), len(rows)
         mine = processes.my_share(torch.arange(len(rows), device=run.device))
         loss = right = torch.zeros((), device=run.device)
         for some in mine.split(config.micro_batch_size or len(mine)):

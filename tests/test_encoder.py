@@ -531,8 +531,8 @@ def test_every_step_hides_other_words(tmp_path, monkeypatch):
     assert len(seeds) >= 6 and len(set(seeds)) == len(seeds)
 
 
-def test_training_hides_words_behind_mask_and_examining_hides_none(tmp_path, monkeypatch):
-    """Never [CLS], never padding."""
+def test_training_leaves_words_out_and_examining_leaves_out_none(tmp_path, monkeypatch):
+    """Never [CLS]; and what is left stands together, before the padding."""
     seen, forward, tokenizer = [], Classifier.forward, ByteTokenizer()
 
     def noted(self, tokens, mask):
@@ -540,16 +540,25 @@ def test_training_hides_words_behind_mask_and_examining_hides_none(tmp_path, mon
         return forward(self, tokens, mask)
 
     monkeypatch.setattr(Classifier, "forward", noted)
-    encoder.run(tiny(tmp_path, hide=0.3))
-    hidden = words = 0
-    for training, tokens, mask in seen:
-        covered = tokens == encoder.mask_id_of(tokenizer)
-        assert (tokens[:, 0] == encoder.cls_id_of(tokenizer)).all() and not (covered & ~mask).any()
-        assert training or not covered.any()
-        if training:
-            hidden, words = hidden + int(covered.sum()), words + int(mask[:, 1:].sum())
-    assert sum(training for training, _, _ in seen) == 6 < len(seen)
-    assert abs(hidden - 0.3 * words) < 5 * (words * 0.3 * 0.7) ** 0.5 and words > 2000
+    config = tiny(tmp_path, hide=0.3)
+    encoder.run(config)
+    texts = to_classify(*load_labelled("arith", "train", n=config.n_texts), tokenizer, 256, False).ids
+    trained = [tokens[r, : int(mask[r].sum())].tolist() for t, tokens, mask in seen if t for r in range(len(tokens))]
+    for _, tokens, mask in seen:
+        assert (tokens[:, 0] == encoder.cls_id_of(tokenizer)).all() and (tokens[~mask] == tokenizer.pad_id).all()
+        assert mask.equal(torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)) and mask[:, -1].any()
+        assert not (tokens == encoder.mask_id_of(tokenizer)).any()
+    is_part = lambda row, text: all(word in rest for rest in [iter(text)] for word in row)  # noqa: E731, in order
+    assert len(trained) == len(texts) == 48 and all(any(is_part(row, text) for text in texts) for row in trained)
+    words, left = sum(len(text) - 1 for text in texts), sum(len(row) - 1 for row in trained)
+    assert abs(words - left - 0.3 * words) < 5 * (words * 0.3 * 0.7) ** 0.5 and words > 2000
+    examined = [int(mask.sum()) for training, _, mask in seen if not training]
+    whole = [len(ids) for split in ("validation", "validation", "test") for ids in arith_ids(split)]
+    assert sum(examined) == sum(whole)
+
+
+def arith_ids(split: str) -> list[list[int]]:
+    return to_classify(*load_labelled("arith", split), ByteTokenizer(), 256, False).ids
 
 
 def test_the_list_of_mistakes_survives_a_death_behind_the_last_checkpoint(tmp_path, monkeypatch):

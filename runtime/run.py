@@ -328,6 +328,7 @@ class Run:
                 file.write(f"=== step {step} ===\n{text.rstrip()}\n\n")
 
     def has_sample(self, step: int) -> bool:
+        """Whether samples.txt holds a text of that step."""
         path = self.folder / "samples.txt"
         return path.exists() and f"=== step {step} ===\n" in path.read_text(encoding="utf-8")
 
@@ -462,6 +463,7 @@ def weights_id(state: dict) -> str:
 
 
 def fingerprint(weights: dict, start: str = "0") -> str:
+    """A short name for these very tensors; with ``start``, for them behind what has that name."""
     crc = int(start, 16)
     for tensor in weights.values():
         crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)

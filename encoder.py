@@ -226,9 +226,9 @@ def leave_out(tokens: Tensor, keep: Tensor, pad_id: int) -> tuple[Tensor, Tensor
             [5, 0]]), tensor([[ True,  True],
             [ True, False]]))
     """
-    lengths = keep.sum(dim=1)
-    front = (~keep).int().argsort(dim=1, stable=True)[:, : int(lengths.max())]  # the kept ones first, in their order
-    real = keep.gather(1, front)
+    longest = int(keep.sum(dim=1).max())
+    front = (~keep).int().argsort(dim=1, stable=True)[:, :longest]  # (B, T'): the kept ones first, in their order
+    real = keep.gather(1, front)  # (B, T')
     return tokens.gather(1, front).masked_fill(~real, pad_id), real
 
 

@@ -45,12 +45,13 @@ import pretrain
 import probe
 import sft
 from data import encode_prompts, load_prompts
+from lora import load_state
 from rollout import Rollout, sample_answers, score
-from runtime.checkpoint import load_checkpoint, write_text
+from runtime.checkpoint import need_checkpoint, weights_id, write_text
 from runtime.config import as_dict, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
-from runtime.run import load_stage, need_checkpoint, weights_id
+from stages import load_stage
 from tokenizer import Tokenizer
 from transformer import Transformer
 
@@ -413,7 +414,7 @@ def check_same_study(config: Config) -> None:
     facts |= {f"start {line.split('|')[0].strip()}": line.split("|")[1].strip() for line in config.starts}
     facts |= {f"default {name}": value for name, value in defaults.items()}  # some have the name of a fact
     if config.stage != "pretrain":
-        facts["start"] = weights_id(load_checkpoint(config.init_from))
+        facts["start"] = weights_id(load_state(config.init_from))
     facts = json.loads(json.dumps(facts))
     stored = json.loads(path.read_text()) if path.exists() else {}
     changed = [

@@ -21,7 +21,7 @@ from generate import stream
 from runtime.config import parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
-from runtime.run import load_stage
+from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
 
 

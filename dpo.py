@@ -63,11 +63,13 @@ from preferences import (
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import examine
 from runtime import processes
+from runtime.checkpoint import need_checkpoint
 from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
-from runtime.run import Run, load_stage, need_checkpoint, start
+from runtime.run import Run, start
 from sft import answers
-from transformer import Transformer, token_logps
+from stages import load_stage
+from transformer import Transformer, model_size, token_logps
 
 # What suits a small model with short answers. The papers have 0.1 (DPO, IPO, KTO, ORPO) and 2 (SimPO): with those the
 # embedded task's policy learns to tell the answers apart, and forgets how to give one.
@@ -452,7 +454,7 @@ def run(config: Config) -> dict:
     if not run.finished:
         what = "answers" if kto else "pairs"
         run.banner(
-            model, steps, (1 if kto else 2) * per_step * config.max_length, config.max_length,
+            model_size(model, config.max_length), steps, (1 if kto else 2) * per_step * config.max_length,
             "eager (rows differ in length)", data=f"{config.data}: {len(rows):,} {what}, {len(held):,} held out",
             method=f"{config.method}, beta {config.beta:g}", starts=config.init_from,
         )  # fmt: skip

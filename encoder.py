@@ -53,15 +53,18 @@ from torch import Tensor
 import arithmetic
 from attention import at_least_float32
 from data import columns, epoch_batch, read_dataset, report_skipped, similar_lengths, text_documents
+from layers import ModelConfig, make_norm
+from lora import load_state
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from runtime import processes
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import load_checkpoint, load_weights, need_checkpoint
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.linear import Linear, linear
-from runtime.run import load_stage, load_weights, need_checkpoint, start
+from runtime.run import start
+from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
-from transformer import ModelConfig, Transformer, make_norm
+from transformer import Transformer, model_size
 
 
 @dataclass(frozen=True)
@@ -352,7 +355,7 @@ def to_fill_in(texts: Iterable[str], tokenizer: Tokenizer, length: int, lowercas
 
 def make_tokenizer(config: Config) -> Tokenizer:
     if config.init_from or config.tokenizer_from:
-        return load_tokenizer(load_checkpoint(config.init_from or config.tokenizer_from)["tokenizer"])
+        return load_tokenizer(load_state(config.init_from or config.tokenizer_from)["tokenizer"])
     if config.tokenizer != "bpe":
         return ByteTokenizer() if config.tokenizer == "bytes" else TiktokenTokenizer("r50k_base")
     sample, size = [], 0
@@ -527,8 +530,8 @@ def run(config: Config) -> dict:
     mean_length = sum(map(len, train.ids)) / len(train)
     if not run.finished:
         run.banner(
-            backbone, steps, int(config.batch_size * mean_length), int(mean_length),
-            "eager (texts differ in length)", words=config.hide if filling else 0.0,
+            model_size(backbone, int(mean_length), words=config.hide if filling else 0.0), steps,
+            int(config.batch_size * mean_length), "eager (texts differ in length)",
             data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held):,} held out",
             **({"starts": config.init_from} if config.init_from else {}),
         )  # fmt: skip

@@ -37,14 +37,15 @@ from tqdm import tqdm
 
 from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
 from dpo import answer_logps
+from lora import load_state
 from preferences import SOURCES, encode_pairs, load_pairs
 from reward import load_reward_model, scores
 from rollout import sample_answers, score
-from runtime.checkpoint import find_checkpoint, load_checkpoint, write_text
+from runtime.checkpoint import find_checkpoint, weights_id, write_text
 from runtime.config import at_least, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
-from runtime.run import load_stage, weights_id
+from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, token_logps
 from verify import extract_answer
@@ -255,7 +256,7 @@ def measure_pairs(path: str, config: Config) -> dict:
     (log π - log π_ref) of a policy that was trained from a reference (dpo, ipo, kto, and PPO, GRPO and GDPO too), found
     through its lineage; or log π per token (simpo, orpo, and models without a reference). A tie counts as wrong.
     """
-    device, state = pick_device(config.device), load_checkpoint(path)
+    device, state = pick_device(config.device), load_state(path)
     length = state["config"].get("max_length") or state["model_config"]["max_seq_len"]
     pairs = load_pairs(config.data, "test", config.data_dir, n=config.n)
     if state["stage"] == "reward":
@@ -287,7 +288,7 @@ def measure_pairs(path: str, config: Config) -> dict:
 def measure(path: str, config: Config) -> dict:
     """Everything that ``config.data`` allows to measure of one checkpoint, as a row of the table."""
     device = pick_device(config.device)
-    state = load_checkpoint(path)
+    state = load_state(path)
     row = {"stage": state["stage"], "path": str(path), "step": state["step"], "data": config.data}
     if state["stage"] == "reward" or config.data in SOURCES or config.data.endswith(".jsonl"):
         with autocast(device, pick_precision(config.precision, device)):

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from data import Prompt, encode_prompts, epoch_batch, load_prompts
-from lora import LoRARunConfig, adapters_off, check_lora, start_lora
+from lora import LoRARunConfig, adapters_off, check_lora, load_state, start_lora
 from ppo import minibatch_rows
 from pretrain import learning_rate, make_optimizers, update
 from rollout import (
@@ -69,11 +69,12 @@ from rollout import (
     warn,
 )
 from runtime import processes
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import need_checkpoint
 from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
-from runtime.run import Run, load_stage, need_checkpoint, start
-from transformer import Transformer, token_logps
+from runtime.run import Run, start
+from stages import load_stage
+from transformer import Transformer, model_size, token_logps
 from verify import overlong_penalty
 
 
@@ -498,7 +499,7 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
     """The loop: answers, rewards, advantages, updates. The three functions above are what ``gdpo.py`` replaces."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     need_checkpoint(config.init_from, "python sft.py")
-    context = load_checkpoint(config.init_from)["model_config"]["max_seq_len"]
+    context = load_state(config.init_from)["model_config"]["max_seq_len"]
     longest = context - config.max_new_tokens
     if longest < 1:
         raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
@@ -586,8 +587,9 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
 
     if not run.finished:
         run.banner(
-            model, config.steps, config.prompts_per_step * config.group_size * config.max_new_tokens,
-            model.config.max_seq_len, "eager (answers change shape every step)",
+            model_size(model, model.config.max_seq_len), config.steps,
+            config.prompts_per_step * config.group_size * config.max_new_tokens,
+            "eager (answers change shape every step)",
             data=f"{config.data}: {len(encoded[config.data][0]):,} prompts, {len(held):,} held-out questions",
             starts=config.init_from,
         )  # fmt: skip

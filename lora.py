@@ -40,7 +40,15 @@ import tyro
 from torch import Tensor
 
 from attention import at_least_float32
-from runtime.checkpoint import ADAPTERS, find_checkpoint, load_checkpoint, read_archive, save_checkpoint
+from runtime.checkpoint import (
+    ADAPTERS,
+    check_checkpoint,
+    find_checkpoint,
+    fingerprint,
+    read_archive,
+    save_checkpoint,
+    weights_id,
+)
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.linear import linear
@@ -68,6 +76,17 @@ class LoRAConfig:
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    # What a run asks of a model with adapters, by ``model.lora``, when it saves and when it goes on (runtime/run.py).
+
+    def merged_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return merged_weights(model)
+
+    def adapter_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        return adapter_weights(model)
+
+    def load_adapters(self, model: nn.Module, adapters: dict[str, Tensor]) -> None:
+        load_adapters(model, adapters)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,6 +351,13 @@ def apply_adapters(weights: dict[str, Tensor], adapters: dict[str, Tensor], conf
     return weights
 
 
+def load_state(path: str | Path) -> dict:
+    """The checkpoint in a file or a run's folder, checked; of an ``adapters.pt``, what it makes of its base."""
+    path = find_checkpoint(path)
+    state = read_archive(path)
+    return put_together(path) if state.get("magic") == ADAPTERS else check_checkpoint(state, path)
+
+
 def put_together(path: str | Path, base: str = "") -> dict:
     """The checkpoint that an ``adapters.pt`` and its base make, merged. The base is where it was when the run started
     from it, or in ``base``; its weights must be the very same."""
@@ -343,8 +369,6 @@ def put_together(path: str | Path, base: str = "") -> dict:
     missing = [name for name in ("lora", "adapters", *kept) if not state.get(name)]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
-    from runtime.run import fingerprint, weights_id
-
     try:
         lora = LoRAConfig(**state["lora"] | {"targets": tuple(state["lora"]["targets"])})
         start = state["lineage"][-1]
@@ -355,7 +379,7 @@ def put_together(path: str | Path, base: str = "") -> dict:
     if find_checkpoint(folder).resolve() == path.resolve():
         raise UserError(f"{path} names itself as its base")
     try:
-        origin = load_checkpoint(folder)
+        origin = load_state(folder)
     except UserError as error:
         raise UserError(
             f"{path} holds adapters and needs its base: {error} (python lora.py {path} --base FOLDER --out DIR takes "

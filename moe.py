@@ -50,8 +50,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import at_least_float32
+from layers import ModelConfig, make_feed_forward
 from runtime.linear import Linear
-from transformer import ModelConfig, make_feed_forward
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The layer

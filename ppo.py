@@ -57,10 +57,12 @@ from pretrain import learning_rate, make_optimizers, update
 from reward import context_of, load_reward_model, real_tokens
 from rollout import Rollout, examine, flat_groups, in_parts, render, report_start, sample_answers, score, warn
 from runtime import processes
+from runtime.checkpoint import need_checkpoint
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
-from runtime.run import Run, load_stage, need_checkpoint, start
-from transformer import Transformer, hidden_logps, token_logps
+from runtime.run import Run, start
+from stages import load_stage
+from transformer import Transformer, hidden_logps, model_size, token_logps
 
 
 @dataclass(frozen=True)
@@ -445,8 +447,8 @@ def run(config: Config) -> dict:
 
     if not run.finished:
         run.banner(
-            policy, config.steps, config.prompts_per_step * config.max_new_tokens, policy.config.max_seq_len,
-            "eager (answers change shape every step)",
+            model_size(policy, policy.config.max_seq_len), config.steps,
+            config.prompts_per_step * config.max_new_tokens, "eager (answers change shape every step)",
             data=f"{config.data}: {len(encoded):,} prompts, {len(held):,} held-out questions",
             reward=config.reward, starts=config.init_from,
         )  # fmt: skip

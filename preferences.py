@@ -43,7 +43,7 @@ from runtime.checkpoint import find_checkpoint, write_text
 from runtime.config import at_least, parse
 from runtime.device import pick_device
 from runtime.errors import UserError, run_main
-from runtime.run import load_stage
+from stages import load_stage
 from tokenizer import ByteTokenizer, Tokenizer, encode_chat
 from transformer import Transformer
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from data import TokenFile, bits_per_byte, prepare_tokens, train_tokenizer
 from generate import generate
+from layers import ModelConfig
 from moe import (
     expert_loads,
     load_balancing_loss,
@@ -36,7 +37,7 @@ from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from tokenizer import Tokenizer, load_tokenizer
-from transformer import ModelConfig, Transformer, token_logps
+from transformer import Transformer, model_size, token_logps
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ def run(config: Config) -> dict:
         work = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_step
         how = run.maybe_compile(model, config.steps, step_seconds=work / (1e11 if run.device.type == "cpu" else 1e14))
         run.banner(
-            model, config.steps, tokens_per_step, config.seq_len, how,
+            model_size(model, config.seq_len), config.steps, tokens_per_step, how,
             data=f"{config.data}: {len(file):,} tokens, {file.bytes_per_token['train']:.2f} bytes each",
         )  # fmt: skip
     for step in run.steps(first, config.steps):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from data import TokenFile
 from pretrain import make_optimizers
 from runtime.plots import read_metrics
-from runtime.run import load_stage
+from stages import load_stage
 from transformer import ModelConfig, Transformer, active_parameters, count_parameters, token_logps
 
 COLUMNS = {  # figures of the end of a run, with their names in words; any metric that pretrain.py logs may stand here

@@ -59,11 +59,13 @@ from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, w
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from rollout import sample_answers
 from runtime import processes
+from runtime.checkpoint import load_weights, need_checkpoint
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
-from runtime.run import Run, load_stage, load_weights, need_checkpoint, start
+from runtime.run import Run, start
+from stages import load_stage
 from tokenizer import Tokenizer
-from transformer import Transformer
+from transformer import Transformer, model_size
 
 DEFAULTS = {"arith": 8192}  # pairs
 
@@ -402,8 +404,8 @@ def run(config: Config) -> dict:
     first = run.resume(model, optimizers)
     if not run.finished:
         run.banner(
-            backbone, steps, 2 * config.batch_size * config.max_length, config.max_length,
-            "eager (rows differ in length)", words=0.0, starts=config.encoder or config.init_from,
+            model_size(backbone, config.max_length, words=0.0), steps, 2 * config.batch_size * config.max_length,
+            "eager (rows differ in length)", starts=config.encoder or config.init_from,
             data=f"{config.data}: {len(rows):,} pairs, {len(held):,} held out",
         )  # fmt: skip
 

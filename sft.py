@@ -32,13 +32,14 @@ from generate import generate
 from lora import TARGETS, LoRARunConfig, check_lora, start_lora
 from pretrain import check_batch, learning_rate, make_optimizers, update
 from runtime import processes
-from runtime.checkpoint import write_text
+from runtime.checkpoint import need_checkpoint, write_text
 from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_sweep
-from runtime.run import Run, load_stage, need_checkpoint, run_folder, start
+from runtime.run import Run, run_folder, start
+from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
-from transformer import Transformer, token_logps
+from transformer import Transformer, model_size, token_logps
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def run(config: Config) -> dict:
         how = run.maybe_compile(model, steps, step_seconds=work / (1e11 if run.device.type == "cpu" else 1e14))
         counted = int(rows.loss_mask.sum())
         run.banner(
-            model, steps, tokens_per_step, config.seq_len, how,
+            model_size(model, config.seq_len), steps, tokens_per_step, how,
             data=f"{config.data}: {len(chats):,} conversations in {len(rows):,} rows, {counted:,} tokens to learn",
             starts=config.init_from,
         )  # fmt: skip

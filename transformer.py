@@ -32,163 +32,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, SelfAttention, at_least_float32, may_attend, rope_cos_sin, sinusoidal_positions
+from layers import ModelConfig, make_feed_forward, make_norm
+from moe import MoE
 from runtime.linear import Linear, linear  # nn.Linear and F.linear, faster on some CPUs
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a model. Stored in every checkpoint, so a model can be rebuilt from the file alone."""
-
-    vocab_size: int = 512
-    d_model: int = 128  # width of the stream
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int | None = None  # None: as many as query heads
-    d_ff: int | None = (
-        None  # None: 4·d_model, or for SwiGLU (three matrices) 2/3 of that, rounded up to a multiple of 32
-    )
-    max_seq_len: int = 256
-    positions: str = "rope"  # rope | learned | sinusoidal
-    norm: str = "rmsnorm"  # rmsnorm | layernorm
-    mlp: str = "swiglu"  # swiglu | gelu (exact) | gelu_tanh (GPT-2) | relu
-    bias: bool = False  # biases in the linear layers
-    qk_norm: bool = False  # normalise queries and keys
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False  # one matrix reads tokens in and scores them on the way out
-    window: int | None = None  # each token sees the last `window` tokens, itself included; None: all
-    sinks: int = 0  # with a window: the first tokens that stay visible
-    n_experts: int = 0  # more than 0: feed-forward layers are mixtures of experts (moe.py)
-    n_experts_per_token: int = 2
-    n_shared_experts: int = 0  # experts that see every token, besides
-    d_expert: int | None = None  # width of one; None: so that a token's experts together are as wide as d_ff
-    expert_layers: tuple[int, ...] | None = None  # which blocks have experts; None: all
-    router: str = "softmax"  # softmax | sigmoid
-    causal: bool = True  # False: an encoder, whose tokens see the whole text
-    post_norm: bool = False  # normalise the sum after each half (BERT) instead of what the half reads
-
-    def __post_init__(self):
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if self.d_ff is None:
-            wide = 4 * self.d_model if self.mlp != "swiglu" else -(-int(2 * 4 * self.d_model / 3) // 32) * 32
-            object.__setattr__(self, "d_ff", wide)
-        if self.n_experts and self.d_expert is None:
-            active = self.n_experts_per_token + self.n_shared_experts
-            object.__setattr__(self, "d_expert", -(-self.d_ff // max(1, active)))
-        if self.expert_layers is not None:  # a checkpoint gives a list
-            object.__setattr__(self, "expert_layers", tuple(self.expert_layers))
-        problems = [
-            (self.d_model % self.n_heads, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}"),
-            (
-                self.n_heads % self.n_kv_heads,
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}",
-            ),
-            (
-                self.positions not in ("rope", "learned", "sinusoidal"),
-                f"positions {self.positions!r}: rope, learned or sinusoidal",
-            ),
-            (self.norm not in ("rmsnorm", "layernorm"), f"norm {self.norm!r}: rmsnorm or layernorm"),
-            (self.mlp not in ("swiglu", *ACTIVATIONS), f"mlp {self.mlp!r}: swiglu, {', '.join(ACTIVATIONS)}"),
-            (
-                self.positions == "rope" and self.head_dim % 2,
-                f"rope turns pairs: the head width {self.head_dim} must be even",
-            ),
-            (self.n_experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
-            (
-                self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts,
-                f"{self.n_experts_per_token} of {self.n_experts} experts cannot be chosen for a token",
-            ),
-            (self.d_ff < 1, f"d_ff {self.d_ff}: a feed-forward layer is at least 1 wide"),
-            (self.n_experts and self.d_expert < 1, "an expert is at least 1 wide"),
-            (self.expert_layers == (), "expert_layers names no block: leave n_experts out"),
-            (
-                not self.n_experts and (self.n_shared_experts or self.d_expert or self.expert_layers is not None),
-                "n_shared_experts, d_expert and expert_layers want n_experts",
-            ),
-            (
-                any(not 0 <= layer < self.n_layers for layer in self.expert_layers or ()),
-                f"expert_layers {self.expert_layers}: the blocks are 0 to {self.n_layers - 1}",
-            ),
-            (self.router not in ("softmax", "sigmoid"), f"router {self.router!r}: softmax or sigmoid"),
-            (self.window is not None and self.window < 1, "a window holds at least the token itself"),
-            (self.sinks < 0, f"sinks {self.sinks}: at least 0"),
-            (self.sinks and self.window is None, "sinks need a window"),
-            (self.window is not None and not self.causal, "a window looks back: it needs causal attention"),
-        ]
-        for wrong, why in problems:
-            if wrong:
-                raise ValueError(why)
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
-
-
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts
-
-
-class RMSNorm(nn.Module):
-    """``x / rms(x) · weight``, rms(x) = √(mean(x²) + eps) over the last dimension (Zhang and Sennrich 2019).
-
-    The statistics are taken in float32 and the result is cast back before the weight multiplies it, as Llama does.
-    """
-
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
-
-
-class FeedForward(nn.Module):
-    """Two matrices with a nonlinearity between them: ``down(act(up(x)))``."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.bias)
-        self.activation = ACTIVATIONS[config.mlp]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(x)))
-
-
-class SwiGLU(nn.Module):
-    """A third matrix opens and closes each hidden unit: ``down(silu(gate(x)) ⊙ up(x))`` (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_proj = Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-def make_feed_forward(config: ModelConfig) -> nn.Module:
-    return SwiGLU(config) if config.mlp == "swiglu" else FeedForward(config)
+# The block
 
 
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
+    """The second half of block ``layer``: a mixture of experts where ``config`` wants one, or one network."""
     if config.n_experts and (config.expert_layers is None or layer in config.expert_layers):
-        from moe import MoE  # the next chapter
-
         return MoE(config)
     return make_feed_forward(config)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
 class Block(nn.Module):
@@ -477,6 +333,23 @@ def flops_per_token(model: Transformer, seq_len: int, words: float = 1.0) -> flo
     frozen = active_parameters(model, lambda name, p: share(name) * (p.dim() == 2 and not p.requires_grad))
     keys = min(seq_len / 2 if c.causal else seq_len, math.inf if c.window is None else c.window + c.sinks)
     return 6.0 * used - 2.0 * frozen + 12.0 * c.n_layers * c.d_model * keys
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the start of a run says of its model."""
+
+    parameters: int
+    active: int  # of them, those that one token meets
+    trained: int  # of them, those that learn
+    flops_per_token: float  # of one training token
+
+
+def model_size(model: Transformer, seq_len: int, words: float = 1.0) -> ModelSize:
+    """The size of a model that trains on rows of ``seq_len`` tokens; ``words`` as in ``flops_per_token``."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = flops_per_token(model, seq_len, words)
+    return ModelSize(count_parameters(model), active_parameters(model), trained, flops)
 
 
 def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_activation: int = 4) -> dict[str, float]:

@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from layers import ModelConfig, SwiGLU  # noqa: E402
 from moe import MoE, route  # noqa: E402
 from runtime.device import keep_freed_memory  # noqa: E402
-from transformer import ModelConfig, SwiGLU  # noqa: E402
 
 N, D, E, K = 4096, 256, 8, 2
 

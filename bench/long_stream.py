@@ -39,7 +39,7 @@ from generate import cache_for  # noqa: E402
 from runtime.checkpoint import write_text  # noqa: E402
 from runtime.errors import UserError, run_main  # noqa: E402
 from runtime.plots import plot_lines  # noqa: E402
-from runtime.run import load_stage  # noqa: E402
+from stages import load_stage  # noqa: E402
 from transformer import Transformer  # noqa: E402
 
 BLOCK = 1000  # tokens of a row

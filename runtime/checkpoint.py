@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from runtime.errors import UserError
 
 MAGIC = "alignbook checkpoint 1"
-ADAPTERS = "alignbook adapters 1"  # the magic word of adapters alone (lora.py)
+ADAPTERS = "alignbook adapters 1"  # the magic word of an adapters.pt
 FIELDS = ("model", "model_config", "tokenizer", "stage", "config", "step", "lineage")
 
 
@@ -79,14 +80,15 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """Read and check a checkpoint; one clear line for every way in which it can be wrong. Of an ``adapters.pt`` what it
-    makes of its base."""
+    """Read and check a checkpoint; one clear line for every way in which it can be wrong."""
     path = find_checkpoint(path)
-    state = read_archive(path, map_location)
-    if state.get("magic") == ADAPTERS:
-        from lora import put_together
+    return check_checkpoint(read_archive(path, map_location), path)
 
-        return put_together(path)
+
+def check_checkpoint(state: dict, path: str | Path) -> dict:
+    """``state`` itself, if it is a whole checkpoint; ``path`` is where it was read, for the error."""
+    if state.get("magic") == ADAPTERS:
+        raise UserError(f"{path} holds adapters without their base, not a whole checkpoint")
     if state.get("magic") != MAGIC:
         raise UserError(f"{path} is not an alignbook checkpoint")
     missing = [name for name in FIELDS if name not in state]
@@ -115,3 +117,40 @@ def read_archive(path: str | Path, map_location="cpu") -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path} is not an alignbook checkpoint")
     return state
+
+
+def load_weights(model, weights: dict, where) -> None:
+    """``load_state_dict``, with one line if the shapes are not the model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = [line.strip() for line in str(error).splitlines()[1:2]]
+        raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
+
+
+def need_checkpoint(path: str, command: str = "") -> None:
+    """Refuse a stage to start from that is not there; ``command`` is what makes it."""
+    if not find_checkpoint(path).exists():
+        preset = "" if str(path).startswith("out/arith/") else " and its preset (configs/), or name another"
+        raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
+
+
+def weights_id(state: dict) -> str:
+    """A short name for a checkpoint's very weights. Adapters and their base, put together, are named after both parts:
+    the last digits of the sum depend on the processor that adds them up."""
+    return state.get("weights_id") or fingerprint(state["model"])
+
+
+def fingerprint(weights: dict, start: str = "0") -> str:
+    """A short name for these very tensors; with ``start``, for them behind what has that name."""
+    crc = int(start, 16)
+    for tensor in weights.values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def plain(value):
+    """As it comes back from a checkpoint or JSON: tuples as lists."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

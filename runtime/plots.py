@@ -6,6 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.checkpoint import write_atomically
+from runtime.config import parse
+from runtime.errors import UserError, run_main
+
 _HIDDEN = {"step", "time", "lr", "mfu", "tokens_per_second"}
 
 
@@ -46,8 +50,6 @@ def _draw(axis, steps, values, label=None) -> None:
 
 def _save(figure, path: Path) -> None:
     import matplotlib.pyplot as plt
-
-    from runtime.checkpoint import write_atomically
 
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=90, format="png"))
     plt.close(figure)
@@ -203,9 +205,6 @@ class Config:
 
 def main() -> None:
     """``python -m runtime.plots --runs out/a out/b --curves score correct --write picture.png``"""
-    from runtime.config import parse
-    from runtime.errors import UserError
-
     config = parse(Config)
     for run in config.runs:
         if not (Path(run) / "metrics.jsonl").exists():
@@ -218,6 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from runtime.errors import run_main
-
     run_main(main)

@@ -17,15 +17,24 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from runtime import processes
-from runtime.checkpoint import ADAPTERS, find_checkpoint, load_checkpoint, save_checkpoint, write_atomically, write_text
+from runtime.checkpoint import (
+    ADAPTERS,
+    load_checkpoint,
+    load_weights,
+    plain,
+    save_checkpoint,
+    weights_id,
+    write_atomically,
+    write_text,
+)
 from runtime.config import FREE_FIELDS, as_dict, at_least
 from runtime.device import (
     autocast,
@@ -97,7 +106,7 @@ class Run:
                 raise UserError(f"{folder} holds a {self.state['stage']} run; choose another --out_dir")
             stored = self.state["config"]
             changed = [
-                k for k in config if k not in FREE_FIELDS and k in stored and _plain(config[k]) != _plain(stored[k])
+                k for k in config if k not in FREE_FIELDS and k in stored and plain(config[k]) != plain(stored[k])
             ]
             if changed:
                 what = ", ".join(f"{k}={stored[k]!r}, now {config[k]!r}" for k in changed)
@@ -141,9 +150,7 @@ class Run:
             kind = "adapters" if "adapters" in self.state else "whole weights"
             raise UserError(f"{self.folder} holds a run that trains {kind}: choose another --out_dir, or --fresh")
         if "adapters" in self.state:  # the model is the base, as at the run's start
-            from lora import load_adapters
-
-            load_adapters(model, self.state["adapters"])
+            model.lora.load_adapters(model, self.state["adapters"])
         else:
             load_weights(model, self.state["model"], self.folder)
         for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
@@ -202,20 +209,15 @@ class Run:
         """
         return torch.compiler.set_stance("force_eager")
 
-    def banner(
-        self, model, steps: int, tokens_per_step: int, seq_len: int, how: str = "eager", words: float = 1.0, **more
-    ) -> None:
-        """``words``: the share of tokens at which one is predicted; a score or a class asks nothing of the head."""
-        from lora import share_trained
-        from transformer import active_parameters, count_parameters, flops_per_token
-
-        n, active = count_parameters(model), active_parameters(model)
-        self._model_flops = flops_per_token(model, seq_len, words)
+    def banner(self, size, steps: int, tokens_per_step: int, how: str = "eager", **more) -> None:
+        """Say what the run will do. size: the model's ``ModelSize`` (transformer.py); more: further lines, by name."""
+        self._model_flops = size.flops_per_token
+        n, active, trained = size.parameters, size.active, size.trained
         facts = {
             "device": f"{self.device}, {self.precision}, {how}"
             + (f", {self.world} processes" if self.world > 1 else ""),
             "model": f"{n:,} parameters" + (f", {active:,} of them for one token" if active < n else ""),
-            **({} if all(p.requires_grad for p in model.parameters()) else {"learns": share_trained(model)}),
+            **({"learns": f"{trained:,} of {n:,} parameters ({100 * trained / n:.3g} %)"} if trained < n else {}),
             "work": f"{steps:,} steps of {tokens_per_step:,} tokens",
             **more,
             "writes": str(self.folder),
@@ -357,13 +359,13 @@ class Run:
         if better:
             self.best = float(metric)
         if self.is_main:
-            plain, adapters = self._weights(model, step)
+            weights, adapters = self._weights(model, step)
             state = {
-                "model": plain,
+                "model": weights,
                 "model_config": as_dict(model.config),
                 "tokenizer": tokenizer.state(),
                 "stage": self.stage,
-                "config": _plain(as_dict(self.config)),
+                "config": plain(as_dict(self.config)),
                 "step": step + 1,
                 "finished": step + 1 == steps,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -385,13 +387,11 @@ class Run:
         """
         if getattr(model, "lora", None) is None:
             return model.state_dict(), {}
-        from lora import adapter_weights, merged_weights
-
-        adapters = {"lora": _plain(as_dict(model.lora)), "adapters": adapter_weights(model)}
-        facts = {"stage": self.stage, "config": _plain(as_dict(self.config)), "step": step + 1, "lineage": self.lineage}
+        adapters = {"lora": plain(as_dict(model.lora)), "adapters": model.lora.adapter_weights(model)}
+        facts = {"stage": self.stage, "config": plain(as_dict(self.config)), "step": step + 1, "lineage": self.lineage}
         alone = {"magic": ADAPTERS, **facts, **adapters}
         write_atomically(self.folder / "adapters.pt", lambda temporary: torch.save(alone, temporary))
-        return merged_weights(model), adapters
+        return model.lora.merged_weights(model), adapters
 
     # ------------------------------------------------------------------------------------------------------------------
     # After the loop
@@ -416,70 +416,7 @@ def start(config, stage: str) -> Run:
     return run
 
 
-def load_weights(model, weights: dict, where) -> None:
-    """``load_state_dict``, with one line if the shapes are not the model's."""
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        detail = [line.strip() for line in str(error).splitlines()[1:2]]
-        raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
-
-
-def need_checkpoint(path: str, command: str = "") -> None:
-    """Refuse a stage to start from that is not there; ``command`` is what makes it."""
-    if not find_checkpoint(path).exists():
-        preset = "" if str(path).startswith("out/arith/") else " and its preset (configs/), or name another"
-        raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
-
-
-def load_stage(path: str, command: str = "", device="cpu", scores: bool = False, encoders: bool = False):
-    """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it.
-
-    Of a policy with a value head, the policy. A reward model has a body but no words: only with ``scores``; an encoder
-    cannot write: only with ``encoders``.
-    """
-    from tokenizer import load_tokenizer
-    from transformer import ModelConfig, Transformer
-
-    need_checkpoint(path, command)
-    state = load_checkpoint(path)
-    try:
-        model = Transformer(ModelConfig(**state["model_config"]))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} describes a model this version does not know: {error}") from None
-    if state["stage"] == "reward" and not scores:
-        raise UserError(f"{path} holds a reward model: it scores answers and writes none")
-    if not model.config.causal and not encoders and not scores:
-        raise UserError(f"{path} holds an encoder: it reads texts and writes none")
-    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
-    load_weights(model, weights or state["model"], path)
-    return model.to(device), load_tokenizer(state["tokenizer"]), state
-
-
-def weights_id(state: dict) -> str:
-    """A short name for a checkpoint's very weights. Adapters and their base, put together, are named after both parts:
-    the last digits of the sum depend on the processor that adds them up."""
-    return state.get("weights_id") or fingerprint(state["model"])
-
-
-def fingerprint(weights: dict, start: str = "0") -> str:
-    """A short name for these very tensors; with ``start``, for them behind what has that name."""
-    crc = int(start, 16)
-    for tensor in weights.values():
-        crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
-
-
-def _plain(value):
-    """As it comes back from a checkpoint or JSON: tuples as lists."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def _in_main_thread() -> bool:
-    import threading
-
     return threading.current_thread() is threading.main_thread()
 
 

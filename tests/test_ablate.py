@@ -22,7 +22,7 @@ from data import encode_prompts, load_prompts
 from rollout import sample_answers, score
 from runtime.config import parse
 from runtime.errors import UserError
-from runtime.run import load_stage
+from stages import load_stage
 from transformer import Transformer
 
 ROOT = Path(__file__).parent.parent

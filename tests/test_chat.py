@@ -13,7 +13,7 @@ import chat
 import pretrain
 from chat import pieces
 from runtime.errors import run_main
-from runtime.run import load_stage
+from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer, encode_chat
 
 ROOT = Path(__file__).parent.parent

@@ -460,7 +460,7 @@ def test_the_preferred_letter_becomes_likelier_and_with_the_preference_negated_r
 def test_the_report_ranks_pairs_by_the_methods_own_reward(tmp_path, sft_folder, method):
     """Against the reference for DPO, per token for SimPO, each recomputed here one answer at a time."""
     import evaluate
-    from runtime.run import load_stage
+    from stages import load_stage
 
     dpo.run(tiny(tmp_path / method, sft_folder, method=method, lr=5e-3))
     path = tmp_path / "pairs.jsonl"

@@ -35,7 +35,7 @@ from encoder import (
 from generate import generate
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
-from runtime.run import load_stage
+from stages import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer
 

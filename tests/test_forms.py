@@ -18,7 +18,7 @@ import pretrain
 import reward
 import sft
 from runtime.checkpoint import load_checkpoint
-from runtime.run import load_stage
+from stages import load_stage
 
 FORMS = {
     "experts": {"n_experts": 4, "d_expert": 16},

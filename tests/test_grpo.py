@@ -27,7 +27,7 @@ from pretrain import learning_rate
 from rollout import in_parts
 from runtime.config import read_preset
 from runtime.errors import UserError
-from runtime.run import load_stage
+from stages import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, token_logps
 

@@ -39,6 +39,7 @@ from lora import (
     add_lora,
     apply,
     load_adapters,
+    load_state,
     lora_layers,
     merge_lora,
     merged_weights,
@@ -47,14 +48,15 @@ from lora import (
     unload_lora,
     unmerge_lora,
 )
-from runtime.checkpoint import load_checkpoint
+from runtime.checkpoint import fingerprint, load_checkpoint, weights_id
 from runtime.config import parse
 from runtime.device import can_compile
 from runtime.errors import UserError, run_main
 from runtime.linear import Linear
-from runtime.run import fingerprint, load_stage, start, weights_id
+from runtime.run import start
+from stages import load_stage
 from tokenizer import ByteTokenizer
-from transformer import ModelConfig, Transformer, flops_per_token, token_logps
+from transformer import ModelConfig, Transformer, flops_per_token, model_size, token_logps
 
 PEFT = load_npz("peft_lora_dora")
 SCALE = load_json("peft_lora_dora.meta.json")
@@ -477,7 +479,7 @@ def test_a_run_leaves_merged_weights_and_its_adapters(base, tuned):
 
 
 def test_adapters_alone_are_applied_to_their_base_wherever_a_checkpoint_is_loaded(tuned, monkeypatch, capsys):
-    merged, alone = load_checkpoint(tuned), load_checkpoint(tuned / "adapters.pt")
+    merged, alone = load_checkpoint(tuned), load_state(tuned / "adapters.pt")
     assert equal_weights(merged["model"], alone["model"])
     for name in ("model_config", "tokenizer", "stage", "config", "step", "lineage"):
         assert merged[name] == alone[name]
@@ -560,12 +562,12 @@ def test_adapters_on_adapters_are_known_by_their_parts_not_by_the_last_digits_of
     assert weights_id(load_checkpoint(first)) != weights_id(load_checkpoint(tuned))  # two names for one model
     merge = lora.adapted_weight
     monkeypatch.setattr(lora, "adapted_weight", lambda *a: merge(*a) * (1 + 1e-6))
-    assert load_checkpoint(tmp_path / "second" / "adapters.pt")["stage"] == "sft"
+    assert load_state(tmp_path / "second" / "adapters.pt")["stage"] == "sft"
     sft.run(config)
     state = torch.load(first, weights_only=True)  # other adapters are refused all the same
     next(iter(state["adapters"].values())).add_(0.1)
     torch.save(state, first)
-    assert "has other weights than those" in refusal(load_checkpoint, tmp_path / "second" / "adapters.pt")
+    assert "has other weights than those" in refusal(load_state, tmp_path / "second" / "adapters.pt")
     assert "was started from other weights" in refusal(sft.run, config)
 
 
@@ -588,7 +590,7 @@ def test_a_wrong_file_is_refused_in_one_line(tuned, tmp_path, change, says):
     state = torch.load(tuned / "adapters.pt", weights_only=True)
     change(state)
     torch.save(state, tmp_path / "adapters.pt")
-    assert says in refusal(load_checkpoint, tmp_path / "adapters.pt")
+    assert says in refusal(load_state, tmp_path / "adapters.pt")
 
 
 Q_A = "blocks.0.attn.q_proj.A"
@@ -598,7 +600,7 @@ def test_a_file_that_names_itself_as_its_base(tuned, tmp_path):
     state = torch.load(tuned / "adapters.pt", weights_only=True)
     state["lineage"][-1]["path"] = str(tmp_path / "adapters.pt")
     torch.save(state, tmp_path / "adapters.pt")
-    assert "names itself" in refusal(load_checkpoint, tmp_path / "adapters.pt")
+    assert "names itself" in refusal(load_state, tmp_path / "adapters.pt")
 
 
 def test_the_command_line_of_the_chapter(tuned, tmp_path, monkeypatch, capsys):
@@ -669,7 +671,7 @@ def test_a_stage_starts_from_a_lora_run_and_trains_new_adapters(stage, tuned, tm
     assert changed == {name for name in one["model"] if "q_proj" in name}
     assert [row["stage"] for row in one["lineage"]] == ["pretrain", "sft"]
     assert {tuple(value.shape)[0] for name, value in one["adapters"].items() if name.endswith(".A")} == {3}
-    assert equal_weights(load_checkpoint(tmp_path / "b" / "adapters.pt")["model"], one["model"])  # a chain of two
+    assert equal_weights(load_state(tmp_path / "b" / "adapters.pt")["model"], one["model"])  # a chain of two
 
 
 def test_stages_without_adapters_start_from_a_lora_run(tuned, tmp_path):
@@ -932,5 +934,5 @@ def test_the_work_of_a_step_leaves_out_the_gradients_of_frozen_matrices(tmp_path
     thin = 2 * 2 * (4 * (D + D) + 2 * 3 * (D + w))  # A and B of rank 2, in two blocks
     assert flops_per_token(model, 16) == before + 6 * thin - 2 * frozen
     run = start(sft.Config(out_dir=str(tmp_path), device="cpu"), "sft")
-    run.banner(model, 1, 1, 16)
+    run.banner(model_size(model, 16), 1, 1)
     assert run._model_flops == before + 6 * thin - 2 * frozen

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from attention import make_cache
+from layers import ModelConfig, SwiGLU
 from moe import (
     MoE,
     expert_layers,
@@ -30,8 +31,8 @@ from pretrain import make_optimizers
 from runtime.checkpoint import load_checkpoint
 from runtime.config import parse
 from runtime.errors import UserError
-from runtime.run import load_stage
-from transformer import ModelConfig, SwiGLU, Transformer, active_parameters, count_parameters, flops_per_token
+from stages import load_stage
+from transformer import Transformer, active_parameters, count_parameters, flops_per_token
 
 MIXTRAL = load_npz("moe_mixtral")
 

@@ -27,7 +27,8 @@ from ppo import (
 )
 from rollout import sample_answers
 from runtime.errors import UserError
-from runtime.run import load_stage, start
+from runtime.run import start
+from stages import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, token_logps
 

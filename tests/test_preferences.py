@@ -27,7 +27,7 @@ from preferences import (
     with_own_pairs,
 )
 from runtime.errors import UserError
-from runtime.run import load_stage
+from stages import load_stage
 from tokenizer import ByteTokenizer, encode_chat
 
 T = ByteTokenizer()

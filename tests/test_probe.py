@@ -12,7 +12,7 @@ import pretrain
 import probe
 from data import TokenFile
 from probe import gradient_norms, in_spans, loss_by_position, validation_windows
-from runtime.run import load_stage
+from stages import load_stage
 from transformer import ModelConfig, Transformer
 
 SHAPE = ModelConfig(vocab_size=19, d_model=16, n_layers=3, n_heads=2, max_seq_len=32)

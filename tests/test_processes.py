@@ -30,7 +30,7 @@ from preferences import Judged, encode_judged
 from rollout import join
 from runtime import processes
 from runtime.errors import UserError
-from runtime.run import load_stage
+from stages import load_stage
 from transformer import ModelConfig, Transformer, token_logps
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,8 @@ from reward import (
 )
 from rollout import sample_answers
 from runtime.errors import UserError
-from runtime.run import load_stage, start
+from runtime.run import start
+from stages import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer
 

@@ -13,8 +13,9 @@ import pretrain
 import sft
 from data import load_chats, pack
 from runtime.errors import UserError
-from runtime.run import Run, load_stage
+from runtime.run import Run
 from sft import sft_loss
+from stages import load_stage
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer, token_logps
 

@@ -12,12 +12,8 @@ from conftest import load_npz
 from torch import nn
 
 from attention import KVCache
+from layers import ACTIVATIONS, FeedForward, ModelConfig, RMSNorm, SwiGLU
 from transformer import (
-    ACTIVATIONS,
-    FeedForward,
-    ModelConfig,
-    RMSNorm,
-    SwiGLU,
     Transformer,
     count_parameters,
     estimate_memory,

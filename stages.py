@@ -1,0 +1,65 @@
+"""What a stage leaves behind, loaded again: its model, its tokenizer, and everything else in its checkpoint.
+
+A checkpoint holds the shape of its model and its tokenizer beside the weights, so a folder or a file is all that the
+next stage, ``evaluate.py`` or ``chat.py`` need::
+
+    model, tokenizer, state = load_stage("out/arith/sft")
+    print(state["stage"], state["step"], [before["stage"] for before in state["lineage"]])
+
+An ``adapters.pt`` (lora.py) is loaded like any other, as the merged model that it makes of its base.
+
+Run ``python stages.py`` to see what a checkpoint holds.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from layers import ModelConfig
+from lora import load_state
+from runtime.checkpoint import load_weights, need_checkpoint, save_checkpoint
+from runtime.errors import UserError
+from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from transformer import Transformer
+
+
+def load_stage(
+    path: str, command: str = "", device="cpu", scores: bool = False, encoders: bool = False
+) -> tuple[Transformer, Tokenizer, dict]:
+    """(model, tokenizer, state) of a finished or unfinished stage; if it is missing, ``command`` is what makes it.
+
+    Of a policy with a value head, the policy. A reward model has a body but no words: only with ``scores``; an encoder
+    cannot write: only with ``encoders``.
+    """
+    need_checkpoint(path, command)
+    state = load_state(path)
+    try:
+        model = Transformer(ModelConfig(**state["model_config"]))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} describes a model this version does not know: {error}") from None
+    if state["stage"] == "reward" and not scores:
+        raise UserError(f"{path} holds a reward model: it scores answers and writes none")
+    if not model.config.causal and not encoders and not scores:
+        raise UserError(f"{path} holds an encoder: it reads texts and writes none")
+    weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
+    load_weights(model, weights or state["model"], path)
+    return model.to(device), load_tokenizer(state["tokenizer"]), state
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    demo, shape = ByteTokenizer(), ModelConfig(vocab_size=ByteTokenizer().vocab_size, d_model=32, n_layers=1, n_heads=2)
+    state = {
+        "model": Transformer(shape).state_dict(), "model_config": vars(shape), "tokenizer": demo.state(),
+        "stage": "pretrain", "config": {"seed": 0}, "step": 100, "lineage": [],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), state)
+        model, tokenizer, loaded = load_stage(folder)
+    for name, value in loaded.items():
+        if name == "model":
+            print(f"{name:13} {len(value)} tensors, {sum(p.numel() for p in model.parameters()):,} parameters")
+        else:
+            print(f"{name:13} {str(value)[:90]}")
+    print(f"{type(model).__name__} and {type(tokenizer).__name__}: from the file alone")

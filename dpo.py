@@ -49,6 +49,7 @@ from tqdm import tqdm
 
 from data import encode_prompts, epoch_batch, load_prompts
 from lora import LoRARunConfig, check_lora, start_lora
+from optim import learning_rate, make_optimizers, update
 from preferences import (
     JudgedRows,
     PairRows,
@@ -60,7 +61,7 @@ from preferences import (
     load_pairs,
     with_own_pairs,
 )
-from pretrain import check_batch, learning_rate, make_optimizers, update
+from pretrain import check_batch
 from rollout import examine
 from runtime import processes
 from runtime.checkpoint import need_checkpoint

@@ -55,7 +55,8 @@ from attention import at_least_float32
 from data import columns, epoch_batch, read_dataset, report_skipped, similar_lengths, text_documents
 from layers import ModelConfig, make_norm
 from lora import load_state
-from pretrain import check_batch, learning_rate, make_optimizers, update
+from optim import learning_rate, make_optimizers, update
+from pretrain import check_batch
 from runtime import processes
 from runtime.checkpoint import load_checkpoint, load_weights, need_checkpoint
 from runtime.config import RunConfig, at_least, parse

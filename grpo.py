@@ -53,8 +53,8 @@ from torch import Tensor
 
 from data import Prompt, encode_prompts, epoch_batch, load_prompts
 from lora import LoRARunConfig, adapters_off, check_lora, load_state, start_lora
+from optim import learning_rate, make_optimizers, update
 from ppo import minibatch_rows
-from pretrain import learning_rate, make_optimizers, update
 from rollout import (
     Rollout,
     examine,

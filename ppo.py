@@ -53,7 +53,7 @@ from torch import Tensor
 
 from attention import at_least_float32
 from data import encode_prompts, epoch_batch, load_prompts
-from pretrain import learning_rate, make_optimizers, update
+from optim import learning_rate, make_optimizers, update
 from reward import context_of, load_reward_model, real_tokens
 from rollout import Rollout, examine, flat_groups, in_parts, render, report_start, sample_answers, score, warn
 from runtime import processes

@@ -5,21 +5,19 @@ Take a stretch of text, and at every position ask for the token that follows. Th
     L = - 1/N  Σ log p(token t+1 | tokens ≤ t)
 
 Nothing else happens in this stage, and everything the later ones shape comes from it. What is taught here and used by
-all of them: the optimizer with its two groups of weights, the learning rate's rise and fall, the clipping of
-gradients, their accumulation, and the validation loss as bits per byte, which unlike the loss does not depend on the
-tokenizer.
+all of them: a step with its accumulated gradients, and the validation loss as bits per byte, which unlike the loss does
+not depend on the tokenizer. (The optimizer and the learning rate's schedule are those of ``optim.py``.)
 
     python pretrain.py                                            # the embedded task, two minutes on a laptop
     python pretrain.py configs/pretrain_tinystories_cpu.py --data_dir DIR
     python pretrain.py --optimizer adamw --lr 2e-3 --steps 2000
 """
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import TokenFile, bits_per_byte, prepare_tokens, train_tokenizer
 from generate import generate
@@ -32,6 +30,7 @@ from moe import (
     router_z_loss,
     watch_routers,
 )
+from optim import learning_rate, make_optimizers, update
 from runtime import processes
 from runtime.config import RunConfig, at_least, parse
 from runtime.errors import UserError, run_main
@@ -131,76 +130,6 @@ class Config(RunConfig):
     """Windows of a validation, spread evenly over the split."""
     sample_prompt: str = "Tom has 4 apples. Mia gives Tom 3 more."
     """What the model continues at each validation."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimisation, as every later stage uses it
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int, final: float = 0.1) -> float:
-    """Linear rise over ``warmup`` steps, then half a cosine down to ``final`` of the peak. ``step`` counts from 0.
-
-    The rate is that at the end of the step, so the first is not 0 and wastes no batch.
-
-    >>> [round(learning_rate(s, steps=6, peak=1.0, warmup=2, final=0.0), 3) for s in range(6)]
-    [0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
-    """
-    done = step + 1
-    if done < warmup:
-        return peak * done / warmup
-    progress = (done - warmup) / max(1, steps - warmup)
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizers(
-    model: nn.Module, lr: float, weight_decay: float = 0.0, beta2: float = 0.95, kind: str = "adamw"
-) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019) in two groups: matrices are pulled towards zero, vectors (norms, biases) are
-    not. With kind="muon", the matrices inside the blocks go to Muon (Jordan et al. 2024), which makes each update
-    nearly orthogonal; its step is scaled to AdamW's, so one learning rate serves both.
-
-    A weight that two modules share is listed once, so it is updated and decayed once.
-    """
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in parameters if kind == "muon" and p.dim() == 2 and "blocks." in name]
-    chosen = {id(p) for p in hidden}
-    rest = [p for _, p in parameters if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = []
-    if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True))
-    if hidden:
-        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
-
-
-def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, clip: float) -> float:
-    """Sum the gradients of all processes, clip their length, take a step, clear them. Returns the length before
-    clipping.
-
-    A gradient that is not finite changes nothing: the step is left out and said aloud. (With fp16 this is routine:
-    the scaler multiplied the loss so that small gradients survive, and now lowers its factor.)
-    """
-    parameters = list(model.parameters())
-    processes.sum_gradients(parameters)  # before unscaling: then every process sees the same infinities
-    for optimizer in optimizers:
-        run.scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
-    if math.isfinite(norm):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            run.scaler.step(optimizer)
-    elif not run.scaler.is_enabled():
-        run.print("the gradient is not finite: this step was left out. If it happens again, lower --lr or --clip")
-    run.scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------

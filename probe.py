@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from data import TokenFile
-from pretrain import make_optimizers
+from optim import make_optimizers
 from runtime.plots import read_metrics
 from stages import load_stage
 from transformer import ModelConfig, Transformer, active_parameters, count_parameters, token_logps

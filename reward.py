@@ -55,8 +55,9 @@ from torch import Tensor
 from attention import at_least_float32
 from data import epoch_batch, similar_lengths
 from encoder import load_encoder, pool
+from optim import learning_rate, make_optimizers, update
 from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, with_own_pairs
-from pretrain import check_batch, learning_rate, make_optimizers, update
+from pretrain import check_batch
 from rollout import sample_answers
 from runtime import processes
 from runtime.checkpoint import load_weights, need_checkpoint

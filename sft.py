@@ -30,7 +30,8 @@ from torch import Tensor
 from data import PackedRows, epoch_batch, load_chats, pack
 from generate import generate
 from lora import TARGETS, LoRARunConfig, check_lora, start_lora
-from pretrain import check_batch, learning_rate, make_optimizers, update
+from optim import learning_rate, make_optimizers, update
+from pretrain import check_batch
 from runtime import processes
 from runtime.checkpoint import need_checkpoint, write_text
 from runtime.config import at_least, parse

@@ -37,7 +37,7 @@ import trl  # noqa: E402
 from training_step import llama  # noqa: E402
 
 import grpo  # noqa: E402
-from pretrain import make_optimizers, update  # noqa: E402
+from optim import make_optimizers, update  # noqa: E402
 from rollout import sample_answers  # noqa: E402
 from runtime.run import start  # noqa: E402
 from transformer import ModelConfig, Transformer, count_parameters  # noqa: E402

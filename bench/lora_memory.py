@@ -25,7 +25,7 @@ from logps_memory import peak  # noqa: E402
 import grpo  # noqa: E402
 import sft  # noqa: E402
 from lora import adapters_off, add_lora, share_trained  # noqa: E402
-from pretrain import make_optimizers, update  # noqa: E402
+from optim import make_optimizers, update  # noqa: E402
 from rollout import Rollout  # noqa: E402
 from runtime.run import start  # noqa: E402
 from transformer import ModelConfig, Transformer, token_logps  # noqa: E402

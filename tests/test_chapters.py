@@ -19,8 +19,8 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "arithmetic", "verify",
-    "data", "pretrain", "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate",
-    "chat", "probe", "ablate", "pipeline",
+    "data", "optim", "pretrain", "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo",
+    "evaluate", "chat", "probe", "ablate", "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
@@ -62,6 +62,7 @@ EXAMPLES = {
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
+    "optim": ["lr 0.001000", "Muon, weight decay 0.1: [(8, 8)]"],
     "rollout": ["finished", "counts, log p"],
     "probe": ["learned positions", "rope positions", "before training", "after"],
     "preferences": ["pairs of arith", "a pair as two rows", "padding"],
@@ -107,7 +108,7 @@ def test_the_examples_in_docstrings_are_true(name):
     torch.set_printoptions(profile="default")  # a worked example may have chosen its own
     failed, tried = doctest.testmod(importlib.import_module(name))
     assert failed == 0
-    if name in ("attention", "pretrain", "sft", "grpo", "evaluate", "generate", "verify", "tokenizer"):
+    if name in ("attention", "optim", "sft", "grpo", "evaluate", "generate", "verify", "tokenizer"):
         assert tried
 
 

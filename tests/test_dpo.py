@@ -8,6 +8,7 @@ from conftest import load_json, load_npz
 from tiny import assert_exact_resume, llama_tiny, tiny_pretrain, tiny_sft
 
 import dpo
+import optim
 import pretrain
 import sft
 from dpo import (
@@ -428,7 +429,7 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
     rows = encode_judged(judged, T, 32) if kto else encode_pairs(pairs, T, 32)
     ref = reference_logps(model, rows.batch, len(rows))
     other = reference_logps(model, rows.mismatched, len(rows)) if kto else None
-    optimizers = pretrain.make_optimizers(model, 3e-3)
+    optimizers = optim.make_optimizers(model, 3e-3)
     test = encode_pairs([Pair(({"role": "user", "content": "u"},), "a", "b")], T, 32)
     gaps = []
     for step in range(20):
@@ -444,7 +445,7 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
             words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
             loss, _ = pair_loss(config, model, rows, ref, some, words, run)
         loss.backward()
-        pretrain.update(run, model, optimizers, 3e-3, 1.0)
+        optim.update(run, model, optimizers, 3e-3, 1.0)
     return gaps[0], gaps[-1]
 
 

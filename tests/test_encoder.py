@@ -12,6 +12,7 @@ from tiny import assert_exact_resume, tiny_pretrain, tiny_sft
 import arithmetic
 import chat
 import encoder
+import optim
 import ppo
 import pretrain
 import reward
@@ -639,7 +640,7 @@ def test_a_reward_model_on_an_encoder(tmp_path, monkeypatch, policy):
 def test_its_gradient_reaches_the_body_and_rises_the_margin(policy):
     body, tokenizer, _ = load_encoder(str(policy / "mlm"))
     judge = reward.RewardModel(body)
-    optimizers = pretrain.make_optimizers(judge, 3e-3)
+    optimizers = optim.make_optimizers(judge, 3e-3)
     tokens, mask = torch.randint(250, (8, 10)), torch.ones(8, 10)
     margins = []
     for _ in range(10):

@@ -23,7 +23,7 @@ from grpo import (
     loss_normalizer,
     sample_answers,
 )
-from pretrain import learning_rate
+from optim import learning_rate
 from rollout import in_parts
 from runtime.config import read_preset
 from runtime.errors import UserError

@@ -10,6 +10,7 @@ from tiny import tiny_pretrain, tiny_sft
 import evaluate
 import gdpo
 import grpo
+import optim
 import pretrain
 import sft
 from gdpo import gdpo_advantages
@@ -31,7 +32,7 @@ def practise(tmp_path, sign: float, form: dict | None = None, **settings) -> tup
         model.head.weight[ord("b")] = 0.3
     config = Config(out_dir=str(tmp_path / f"{sign}"), device="cpu", max_new_tokens=6, micro_batch_size=64, **settings)
     run = start(config, "grpo")
-    optimizers = pretrain.make_optimizers(model, 5e-3)
+    optimizers = optim.make_optimizers(model, 5e-3)
     prompts = [[ord(c)] for c in "wxyz"]
     shares = []
     for step in range(25):
@@ -42,7 +43,7 @@ def practise(tmp_path, sign: float, form: dict | None = None, **settings) -> tup
         old = None
         for _ in range(config.updates_per_rollout):
             old, _ = accumulate_gradients(run, model, rollout, advantages, config, old)
-            pretrain.update(run, model, optimizers, 5e-3, 1.0)
+            optim.update(run, model, optimizers, 5e-3, 1.0)
     return shares[0], shares[-1]
 
 
@@ -100,7 +101,7 @@ def test_gdpo_raises_both_of_two_rewards_and_with_both_negated_lowers_them(tmp_p
             model.head.weight[ord("a")] = model.head.weight[ord("b")] = 0.3
         config = Config(out_dir=str(tmp_path / f"{sign}"), device="cpu", max_new_tokens=6)
         run = start(config, "gdpo")
-        optimizers = pretrain.make_optimizers(model, 5e-3)
+        optimizers = optim.make_optimizers(model, 5e-3)
         means = []
         for step in range(30):
             rollout = sample_answers(model, tokenizer, [[ord(c)] for c in "wxyz"], 16, 6, 1.0, seed=step)
@@ -108,7 +109,7 @@ def test_gdpo_raises_both_of_two_rewards_and_with_both_negated_lowers_them(tmp_p
             means.append(torch.tensor(rewards).mean(dim=0))
             advantages = gdpo_advantages(sign * torch.tensor(rewards), 16, lengths=lengths)
             accumulate_gradients(run, model, rollout, advantages, config)
-            pretrain.update(run, model, optimizers, 5e-3, 1.0)
+            optim.update(run, model, optimizers, 5e-3, 1.0)
         before, after = torch.stack(means[:3]).mean(dim=0), torch.stack(means[-3:]).mean(dim=0)
         assert ((after > before + 0.25) if sign > 0 else (after < 0.25 * before)).all(), (sign, before, after)
 

@@ -23,6 +23,7 @@ import evaluate
 import gdpo
 import grpo
 import lora
+import optim
 import ppo
 import pretrain
 import reward
@@ -227,7 +228,7 @@ def test_only_the_adapters_learn(kind):
     learns = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learns == {f"{name}.{part}" for name in lora_layers(model) for part in parts} and len(learns) >= 28
     before = copy.deepcopy(model.state_dict())
-    optimizers = pretrain.make_optimizers(model, 1e-2, weight_decay=0.1)
+    optimizers = optim.make_optimizers(model, 1e-2, weight_decay=0.1)
     held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}  # no moments for what is frozen
     for _ in range(2):  # while B is 0, A has no gradient
@@ -821,7 +822,7 @@ def test_grpo_on_adapters_raises_a_reward_and_lowers_it_when_it_is_negated(tmp_p
         add_lora(model, 4, 16.0, dora=dora)
         config = grpo.Config(out_dir=str(tmp_path / f"{sign}"), device="cpu", max_new_tokens=6, micro_batch_size=64)
         run = start(config, "grpo")
-        optimizers = pretrain.make_optimizers(model, 2e-2)
+        optimizers = optim.make_optimizers(model, 2e-2)
         shares = []
         for step in range(25):
             rollout = sample_answers(model, tokenizer, [[ord(c)] for c in "wxyz"], 16, 6, 1.0, seed=step)
@@ -832,7 +833,7 @@ def test_grpo_on_adapters_raises_a_reward_and_lowers_it_when_it_is_negated(tmp_p
                 advantages = group_advantages(sign * share, 16)
                 old, statistics = accumulate_gradients(run, model, rollout, advantages, config, old)
                 assert old is None or statistics["sampler_gap"] < 1e-4
-                pretrain.update(run, model, optimizers, 2e-2, 1.0)
+                optim.update(run, model, optimizers, 2e-2, 1.0)
         with adapters_off(model):
             assert all(torch.equal(value, before[name]) for name, value in plain_part(model).items())
         found[sign] = shares[0], shares[-1]
@@ -856,7 +857,7 @@ def test_a_frozen_head_cannot_tell_tokens_apart_whose_rows_are_alike():
         with torch.no_grad():
             model.head.weight.mul_(30)  # as far apart as those of a trained head
             model.head.weight[ord("c")] = model.head.weight[ord("b")]
-        optimizers = pretrain.make_optimizers(add_lora(model, 4, 16.0, targets), 1e-2)
+        optimizers = optim.make_optimizers(add_lora(model, 4, 16.0, targets), 1e-2)
         for _ in range(60):
             loss = -token_logps(model, lesson)[0, ::2].mean()  # of "b"
             loss.backward()

@@ -27,7 +27,7 @@ from moe import (
     router_z_loss,
     watch_routers,
 )
-from pretrain import make_optimizers
+from optim import make_optimizers
 from runtime.checkpoint import load_checkpoint
 from runtime.config import parse
 from runtime.errors import UserError

@@ -7,6 +7,7 @@ import torch
 from conftest import load_json, load_npz
 from tiny import assert_exact_resume, tiny_pretrain, tiny_sft
 
+import optim
 import ppo
 import pretrain
 import reward
@@ -337,7 +338,7 @@ def practise(run, sign: float) -> tuple[float, float]:
         model.backbone.head.weight[ord("a")] = 0.3
         model.backbone.head.weight[ord("b")] = 0.3
     config = Config(max_new_tokens=6, epochs=2, minibatches=2)
-    optimizers = pretrain.make_optimizers(model, 5e-3)
+    optimizers = optim.make_optimizers(model, 5e-3)
     shares = []
     for step in range(25):
         prompts = [[ord(c)] for c in "wxyz" * 16]
@@ -349,7 +350,7 @@ def practise(run, sign: float) -> tuple[float, float]:
         for epoch in range(2):
             for rows in minibatch_rows(64, 2, step, epoch, 0):
                 learn(run, model, batch, rows, config, first)
-                pretrain.update(run, model, optimizers, 5e-3, 1.0)
+                optim.update(run, model, optimizers, 5e-3, 1.0)
                 first = False
     return shares[0], shares[-1]
 

@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_pretrain
 
 import ablate
+import optim
 import pretrain
 import probe
 from data import TokenFile
@@ -117,7 +118,7 @@ def test_a_step_is_one_of_the_optimizer_that_the_run_had(run, monkeypatch):
     folder, _, _ = run
     model, _, state = load_stage(str(folder))
     made = []
-    monkeypatch.setattr(probe, "make_optimizers", lambda *args: made.extend(pretrain.make_optimizers(*args)) or made)
+    monkeypatch.setattr(probe, "make_optimizers", lambda *args: made.extend(optim.make_optimizers(*args)) or made)
     probe.step_seconds(model, state["config"] | {"weight_decay": 0.25, "beta2": 0.5}, torch.randint(200, (2, 33)), n=1)
     adamw, muon = made
     assert isinstance(muon, torch.optim.Muon) and muon.param_groups[0]["lr"] == 0

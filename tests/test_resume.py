@@ -19,6 +19,7 @@ import torch
 from tiny import tiny_pretrain, tiny_sft
 
 import grpo
+import optim
 import pretrain
 import runtime.run
 import sft
@@ -55,7 +56,7 @@ def child(stage: str, config, pause: float, dies_in_save: int, dies_behind_save:
     meets the run and not its end; dies_in_save: which writing of a checkpoint ends half-way in kill -9;
     dies_behind_save: which one is its last deed."""
     torch.set_num_threads(1)
-    module, real_update, real_save = STAGES[stage], pretrain.update, torch.save
+    module, real_update, real_save = STAGES[stage], optim.update, torch.save
     real_save_checkpoint = runtime.run.save_checkpoint
     saves = 0
 

@@ -8,6 +8,7 @@ from conftest import load_json, load_npz
 from tiny import NAMES, assert_exact_resume, tiny_pretrain, tiny_sft
 
 import arithmetic
+import optim
 import pretrain
 import reward
 import sft
@@ -346,7 +347,7 @@ def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(t
         better, worse = ("a" * k + "b" * (6 - k) for k in n)
         pairs.append(Pair(prompt, better, worse))
     rows = encode_pairs(pairs, tokenizer, 32)
-    optimizers = pretrain.make_optimizers(model, 5e-3)
+    optimizers = optim.make_optimizers(model, 5e-3)
     run = start(Config(out_dir=str(tmp_path / "r"), device="cpu"), "reward")
     for step in range(30):
         tokens, _, real = rows.batch(list(range(step * 5, step * 5 + 5)))
@@ -356,7 +357,7 @@ def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(t
             every = model.at_every_token(tokens, real).chunk(2)[::sign]
             loss = token_loss(*every, behind_the_difference(tokens, real))
         loss.backward()
-        pretrain.update(run, model, optimizers, 5e-3, 1.0)
+        optim.update(run, model, optimizers, 5e-3, 1.0)
     with torch.no_grad():
         tokens, _, real = rows.batch(list(range(150, 200)))
         chosen, rejected = model(tokens, real).chunk(2)

@@ -46,13 +46,12 @@ import probe
 import sft
 from data import encode_prompts, load_prompts
 from lora import load_state
-from rollout import Rollout, sample_answers, score
+from rollout import Rollout, answer_greedily, sample_answers, score
 from runtime.checkpoint import need_checkpoint, weights_id, write_text
 from runtime.config import as_dict, at_least, parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
 from stages import load_stage
-from tokenizer import Tokenizer
 from transformer import Transformer
 
 STAGES = {"grpo": grpo, "gdpo": gdpo, "pretrain": pretrain}
@@ -233,18 +232,9 @@ def measure(folder: str, start: str, config: Config) -> dict:
         tokens += int(lengths.sum())
     row = {name: value / len(ids) for name, value in sums.items()} | {"entropy": sums["entropy"] / tokens}
     for name, which in {"accuracy": model, "start": reference}.items():
-        row[name] = greedy_accuracy(which, tokenizer, ids, golds, max_new)
+        row[name] = answer_greedily(which, tokenizer, ids, golds, max_new)["accuracy"]
     curves = read_metrics(Path(folder) / "metrics.jsonl")
     return row | {"steps_90": steps_to(*curves["accuracy"]), "answers": sum(curves["answers"][1])}
-
-
-def greedy_accuracy(model: Transformer, tokenizer: Tokenizer, ids: list, golds: list, max_new: int) -> float:
-    right = 0.0
-    for first in range(0, len(ids), 128):
-        some = slice(first, first + 128)
-        rollout = sample_answers(model, tokenizer, ids[some], 1, max_new, 0.0, seed=0)
-        right += float(score(rollout.texts, golds[some], rollout.finished)[0].sum())
-    return right / len(ids)
 
 
 def distributions(model: Transformer, reference: Transformer, rollout: Rollout) -> tuple[Tensor, Tensor]:

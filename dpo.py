@@ -62,7 +62,7 @@ from preferences import (
     with_own_pairs,
 )
 from pretrain import check_batch
-from rollout import examine
+from rollout import greedy_accuracy
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
 from runtime.config import at_least, parse
@@ -70,7 +70,7 @@ from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from sft import answers
 from stages import load_stage
-from transformer import Transformer, model_size, token_logps
+from transformer import Transformer, answer_logps, model_size, token_logps
 
 # What suits a small model with short answers. The papers have 0.1 (DPO, IPO, KTO, ORPO) and 2 (SimPO): with those the
 # embedded task's policy learns to tell the answers apart, and forgets how to give one.
@@ -229,11 +229,6 @@ def orpo_loss(chosen_avg: Tensor, rejected_avg: Tensor, chosen_nll: Tensor, beta
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From rows to losses
-
-
-def answer_logps(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities of the answers that ``mask`` (N, T-1) marks, and their lengths: (N,) each."""
-    return token_logps(model, tokens, where=mask).sum(dim=1), mask.sum(dim=1)
 
 
 @torch.no_grad()
@@ -465,7 +460,7 @@ def run(config: Config) -> dict:
             how = judged_validation if isinstance(held, JudgedRows) else validation
             figures = how(run, model, held, held_ref, config)
             if ids:
-                figures["val_questions"] = examine(run, model, tokenizer, ids, prompts, 48)
+                figures["val_questions"] = greedy_accuracy(run, model, tokenizer, ids, prompts, 48)
             run.sample(step, answers(run, model, tokenizer, liked))
         run.evaluation(step, **figures)
         return figures

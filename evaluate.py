@@ -36,18 +36,17 @@ import tyro
 from tqdm import tqdm
 
 from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
-from dpo import answer_logps
 from lora import load_state
 from preferences import SOURCES, encode_pairs, load_pairs
 from reward import load_reward_model, scores
-from rollout import sample_answers, score
+from rollout import answer_greedily, sample_answers, score
 from runtime.checkpoint import find_checkpoint, weights_id, write_text
 from runtime.config import at_least, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
-from transformer import Transformer, token_logps
+from transformer import Transformer, answer_logps, token_logps
 from verify import extract_answer
 
 
@@ -158,35 +157,27 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
     max_new = min(max_new, model.config.max_seq_len // 2)
     prompts = load_prompts(config.data, "test", config.data_dir, n=config.n)
     ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
-    n, right, cut, unread, tokens = len(ids), 0, 0, 0, 0
+    n, golds = len(ids), [prompt.gold for prompt in prompts]
+    figures = answer_greedily(model, tokenizer, ids, golds, max_new, config.batch_size, show=True)
     passes, majority = {k: 0.0 for k in config.ks if k <= config.samples}, 0
     order = sorted(range(n), key=lambda i: len(ids[i]))  # prompts of like length together: less padding
     per_batch = max(1, config.batch_size // max(1, config.samples))
-    for first in tqdm(range(0, n, config.batch_size), desc="greedy", leave=False):
-        batch = order[first : first + config.batch_size]
-        rollout = sample_answers(model, tokenizer, [ids[i] for i in batch], 1, max_new, 0.0, seed=0)
-        correct, formed = score(rollout.texts, [prompts[i].gold for i in batch], rollout.finished)
-        right += int(correct.sum())
-        cut += int((~rollout.finished).sum())
-        unread += int((formed == 0).sum())
-        tokens += int(rollout.mask.sum())
     for first in tqdm(range(0, n, per_batch), desc="sampling", leave=False) if config.samples else ():
         batch = order[first : first + per_batch]
         rollout = sample_answers(
             model, tokenizer, [ids[i] for i in batch], config.samples, max_new, config.temperature, config.seed + first,
             top_p=config.top_p,
         )  # fmt: skip
-        golds = [prompts[i].gold for i in batch for _ in range(config.samples)]
-        counts = score(rollout.texts, golds, rollout.finished)[0].view(-1, config.samples).sum(dim=1)
+        asked = [golds[i] for i in batch for _ in range(config.samples)]
+        counts = score(rollout.texts, asked, rollout.finished)[0].view(-1, config.samples).sum(dim=1)
         for j, (i, c) in enumerate(zip(batch, counts.tolist())):
             for k in passes:
                 passes[k] += pass_at_k(config.samples, int(c), k) / n
             mine = slice(j * config.samples, (j + 1) * config.samples)
             read = [extract_answer(t) if ok else None for t, ok in zip(rollout.texts[mine], rollout.finished[mine])]
-            majority += majority_vote(read) == prompts[i].gold
-    low, high = wilson_interval(right, n)
-    result = {"accuracy": right / n, "low": low, "high": high, "n": n, "cut_off": cut / n, "unreadable": unread / n}
-    result["tokens"] = tokens / n
+            majority += majority_vote(read) == golds[i]
+    low, high = wilson_interval(round(figures["accuracy"] * n), n)
+    result = {"accuracy": figures.pop("accuracy"), "low": low, "high": high, "n": n} | figures
     result |= {f"pass@{k}": value for k, value in passes.items()}
     if config.samples:
         result[f"maj@{config.samples}"] = majority / n

@@ -54,19 +54,15 @@ from torch import Tensor
 from data import Prompt, encode_prompts, epoch_batch, load_prompts
 from lora import LoRARunConfig, adapters_off, check_lora, load_state, start_lora
 from optim import learning_rate, make_optimizers, update
-from ppo import minibatch_rows
 from rollout import (
     Rollout,
-    examine,
-    flat_groups,
-    in_parts,
+    greedy_accuracy,
     join,
-    kept_apart,
-    render,
-    report_start,
+    micro_batches,
+    minibatches,
+    policy_logps,
     sample_answers,
     score,
-    warn,
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
@@ -76,6 +72,17 @@ from runtime.run import Run, start
 from stages import load_stage
 from transformer import Transformer, model_size, token_logps
 from verify import overlong_penalty
+from watch import (
+    assert_same_policy,
+    describe,
+    flat_groups,
+    kept_apart,
+    mean_over_answers,
+    render,
+    report_start,
+    update_sums,
+    warn,
+)
 
 
 @dataclass(frozen=True)
@@ -318,53 +325,8 @@ def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -
     return group_advantages(total_reward(rewards, weights_of(config)), config.group_size, config.scale)
 
 
-def describe(rollout: Rollout, rewards: dict[str, Tensor], weights: dict[str, float]) -> dict[str, float]:
-    """Means over answers: each reward, their weighted sum, the share that ended by themselves, tokens, the sampled
-    estimate of the entropy (of a whole answer); and how many answers there are."""
-    means = {name: float(values.mean()) for name, values in rewards.items()}
-    means["reward"] = float(total_reward(rewards, weights).mean())
-    means["finished"] = float(rollout.finished.float().mean())
-    means["length"] = float(rollout.mask.sum()) / len(rollout)
-    means["entropy"] = -float(rollout.sampled_logps.sum()) / len(rollout)
-    return means | {"answers": float(len(rollout))}
-
-
-def mean_over_answers(figures: dict[str, float]) -> dict[str, float]:
-    """The figures of ``describe`` over the answers of all processes, which may have sampled differently many."""
-    n = figures["answers"]
-    sums = torch.tensor([n * value for name, value in figures.items() if name != "answers"] + [n], dtype=torch.float64)
-    *sums, n = processes.sum_over_processes(sums).tolist()
-    names = [name for name in figures if name != "answers"]
-    return {name: value / n for name, value in zip(names, sums)} | {"answers": n}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The update
-
-
-def logps_in_parts(
-    run: Run, model: Transformer, rollout: Rollout, config: Config, wanted: Tensor | None = None
-) -> Tensor:
-    """(N, T-1) log-probabilities of the answers' tokens at the sampling temperature, without gradient; 0 in rows that
-    are not wanted."""
-    rows = torch.arange(len(rollout), device=run.device) if wanted is None else wanted.nonzero().squeeze(1)
-    logps = torch.zeros_like(rollout.sampled_logps)
-    for part, width in in_parts(rollout.mask, rows, config.micro_batch_size):
-        tokens, mask = rollout.tokens[part, : width + 1], rollout.mask[part, :width]
-        with torch.no_grad(), run.autocast():
-            logps[part, :width] = token_logps(model, tokens, config.temperature, where=mask)
-    return logps
-
-
-def assert_same_policy(run: Run, gap: float) -> None:
-    """``gap``: how far, on average, the log-probabilities that training begins with lie from those of sampling."""
-    if gap != gap:
-        raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
-    if not gap < (1e-3 if run.precision == "fp32" else 0.1):
-        raise AssertionError(
-            f"the policy that trains is not the policy that sampled: log-probabilities differ by {gap:.4f} on "
-            "average before the first update"
-        )
 
 
 def accumulate_gradients(
@@ -391,7 +353,7 @@ def accumulate_gradients(
     # stays counted.
     useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
     sums = dict.fromkeys(("loss", "tokens", "pushed", "clipped", "moved", "kl", "gap"), 0.0)
-    for rows, width in in_parts(rollout.mask, useful.nonzero().squeeze(1), config.micro_batch_size):
+    for rows, width in micro_batches(rollout.mask, useful.nonzero().squeeze(1), config.micro_batch_size):
         tokens, mask = rollout.tokens[rows, : width + 1], counts[rows, :width]
         with run.autocast():
             logps = token_logps(model, tokens, config.temperature, where=mask)  # (b, width)
@@ -405,22 +367,15 @@ def accumulate_gradients(
         )  # fmt: skip
         run.scaler.scale(loss).backward()
 
-        with torch.no_grad():
-            change = logps - old
-            if config.ratio_level == "sequence":
-                change = (change * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-            too_high, too_low = change.exp() > 1 + config.clip_high, change.exp() < 1 - config.clip_low
-            up, down = advantages[rows, None] > 0, advantages[rows, None] < 0
-            outside = (up & too_high) | (down & too_low)
-            outside = (up | down) & too_high if config.loss_type == "cispo" else outside  # it has no lower bound
-            sums["loss"] += float(loss)
-            sums["tokens"] += float(mask.sum())
-            sums["pushed"] += float(((up | down) & mask).sum())
-            sums["clipped"] += float((outside & mask).sum())
-            sums["moved"] += float((kl_estimate(old, logps, "k3") * mask).sum())
-            sums["gap"] += float(((old - rollout.sampled_logps[rows, :width]).abs() * mask).sum())
-            if in_loss:
-                sums["kl"] += float((kl_estimate(logps, ref, "k3") * mask).sum())
+        found = update_sums(
+            logps, old, advantages[rows], mask, config.clip_low, config.clip_high,
+            config.ratio_level == "sequence", lower_bound=config.loss_type != "cispo",
+        )  # fmt: skip
+        gap = ((old - rollout.sampled_logps[rows, :width]).abs() * mask).sum()
+        found |= {"loss": float(loss.detach()), "gap": float(gap)}
+        if in_loss:
+            found["kl"] = float((kl_estimate(logps.detach(), ref, "k3") * mask).sum())
+        sums = {name: value + found.get(name, 0.0) for name, value in sums.items()}
     total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     sums = dict(zip(sums, total))
     n = max(sums["tokens"], 1.0)
@@ -568,7 +523,7 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
                     alive |= (values.view(-1, G) != values.view(-1, G)[:, :1]).any(dim=1).cpu()  # (P,)
             if int(alive.sum()) >= share:
                 break
-        figures = describe(rollout, rewards, weights_of(config))
+        figures = describe(rollout, rewards | {"reward": total_reward(rewards, weights_of(config))})
         groups = torch.argsort(~alive, stable=True)[:share].sort().values  # the live ones first; in the order drawn
         groups = groups if config.draws > 1 else torch.arange(share)
         rows = (groups[:, None] * G + torch.arange(G)).flatten()
@@ -597,7 +552,7 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         rollout, rewards, asked, figures = collect(0)
         flat = compare(rollout, rewards)[1]["flat_groups"]
         report_start(run, rollout, rewards["correct"], mean_over_answers(figures), flat, asked[0])
-        accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+        accuracy = greedy_accuracy(run, model, tokenizer, held_ids, held, config.max_new_tokens)
         run.evaluation(0, accuracy=accuracy)
     silent = 0  # steps in a row from which nothing could be learned
     for step in run.steps(first, config.steps):
@@ -609,9 +564,9 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         ref_logps = None
         if reference is not None:
             with adapters_off(reference):
-                ref_logps = logps_in_parts(run, reference, rollout, config)
+                ref_logps = policy_logps(run, reference, rollout, config)
         if config.beta and config.kl_in == "reward":
-            current = logps_in_parts(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
+            current = policy_logps(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
             rewards["kl"] = (kl_estimate(current, ref_logps, config.kl) * rollout.mask).sum(dim=1)
         everyone, teaching = compare(rollout, rewards)
         advantages = processes.my_share(everyone)
@@ -620,10 +575,10 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         # 2. One or several updates on them.
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
         useful = None if in_loss else advantages != 0
-        old_logps = logps_in_parts(run, model, rollout, config, useful) if config.minibatches > 1 else None
+        old_logps = policy_logps(run, model, rollout, config, useful) if config.minibatches > 1 else None
         updates = []
         for epoch in range(config.updates_per_rollout):
-            for rows in minibatch_rows(len(rollout), config.minibatches, step, epoch, config.seed):
+            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
                 rows = rows.to(run.device) if config.minibatches > 1 else torch.arange(len(rollout), device=run.device)
                 part = rollout.rows(rows)
                 old, statistics = accumulate_gradients(
@@ -655,12 +610,12 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
 
         accuracy = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+            accuracy = greedy_accuracy(run, model, tokenizer, held_ids, held, config.max_new_tokens)
             run.evaluation(step + 1, accuracy=accuracy)
             run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, config.group_size)))
         if accuracy is not None or run.should_save(step, config.steps):
             run.save(step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
-    accuracy = examine(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+    accuracy = greedy_accuracy(run, model, tokenizer, held_ids, held, config.max_new_tokens)
     hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
     return {"accuracy": accuracy}

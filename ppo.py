@@ -55,7 +55,7 @@ from attention import at_least_float32
 from data import encode_prompts, epoch_batch, load_prompts
 from optim import learning_rate, make_optimizers, update
 from reward import context_of, load_reward_model, real_tokens
-from rollout import Rollout, examine, flat_groups, in_parts, render, report_start, sample_answers, score, warn
+from rollout import Rollout, greedy_accuracy, micro_batches, minibatches, sample_answers, score
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
 from runtime.config import RunConfig, at_least, parse
@@ -63,6 +63,7 @@ from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from stages import load_stage
 from transformer import Transformer, hidden_logps, model_size, token_logps
+from watch import assert_same_policy, flat_groups, render, report_start, update_sums, warn
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ def prepare(
     tokens, mask = rollout.tokens, rollout.mask
     logps, values, ref_logps = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
     with torch.no_grad(), run.autocast():
-        for part, width in in_parts(mask, torch.arange(len(tokens), device=mask.device), config.micro_batch_size):
+        for part, width in micro_batches(mask, torch.arange(len(tokens), device=mask.device), config.micro_batch_size):
             some, counts = tokens[part, : width + 1], mask[part, :width]
             logps[part, :width], values[part, :width] = model(some, counts, config.temperature)
             if reference is not None:
@@ -322,16 +323,8 @@ def prepare(
     batch = Batch(tokens, mask, logps, values, whiten(raw, mask), returns)
     kl = (logps - ref_logps) * mask if reference is not None else torch.zeros_like(logps)
     gap = ((logps - rollout.sampled_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
-    limit = 1e-3 if run.precision == "fp32" else 0.1
-    if not float(gap) < limit:
-        raise AssertionError(f"the policy that trains is not the policy that sampled: {float(gap):.4f} per token")
+    assert_same_policy(run, float(gap))
     return batch, {"kl_ref": float(kl.sum()), "explained_variance": explained_variance(values, returns, mask)}
-
-
-def minibatch_rows(n: int, minibatches: int, step: int, epoch: int, seed: int) -> list[Tensor]:
-    """The rows of each minibatch, reshuffled in every epoch; a function of its arguments alone."""
-    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + epoch) % 2**63)
-    return list(torch.randperm(n, generator=generator).tensor_split(minibatches))
 
 
 def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Config, first: bool) -> dict:
@@ -339,7 +332,7 @@ def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Conf
     1."""
     n_tokens = processes.sum_over_processes(batch.mask[rows].sum()).clamp(min=1)
     sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "value_clipped", "moved", "strayed"), 0.0)
-    for some, width in in_parts(batch.mask, rows.to(batch.mask.device), config.micro_batch_size):
+    for some, width in micro_batches(batch.mask, rows.to(batch.mask.device), config.micro_batch_size):
         mask, tokens = batch.mask[some, :width], batch.tokens[some, : width + 1]
         old, old_values, advantages, returns = (
             x[some, :width] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
@@ -349,15 +342,13 @@ def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Conf
         policy = ppo_policy_loss(logps, old, advantages, mask, config.clip_ratio, n_tokens)
         value = ppo_value_loss(values, old_values, returns, mask, config.clip_value, n_tokens)
         run.scaler.scale(policy + config.value_weight * value).backward()
+        found = update_sums(logps, old, advantages, mask, config.clip_ratio, config.clip_ratio)
         with torch.no_grad():
-            ratio = (logps - old).exp()
-            outside = torch.where(advantages > 0, ratio > 1 + config.clip_ratio, ratio < 1 - config.clip_ratio)
-            sums["policy_loss"] += float(policy)
-            sums["value_loss"] += float(value)
-            sums["clipped"] += float((outside & mask).sum() / n_tokens)
-            sums["value_clipped"] += float((((values - old_values).abs() > config.clip_value) & mask).sum() / n_tokens)
-            sums["moved"] += float((((ratio - 1) - (logps - old)) * mask).sum() / n_tokens)  # k3 of π_old and π
-            sums["strayed"] += float(((ratio - 1).abs() * mask).sum() / n_tokens)
+            found["value_clipped"] = float((((values - old_values).abs() > config.clip_value) & mask).sum())
+            found["strayed"] = float((((logps - old).exp() - 1).abs() * mask).sum())
+        found = {name: value / float(n_tokens) for name, value in found.items()}
+        found |= {"policy_loss": float(policy.detach()), "value_loss": float(value.detach())}
+        sums = {name: value + found[name] for name, value in sums.items()}
     total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
     sums = dict(zip(sums, total))
     if first and not sums["strayed"] < (1e-3 if run.precision == "fp32" else 0.1):
@@ -457,7 +448,7 @@ def run(config: Config) -> dict:
         flat = float(flat_groups(processes.gather(scores), config.prompts_per_step))
         figures = {"correct": correct.mean(), "formatted": formed.mean(), "finished": rollout.finished.float().mean()}
         report_start(run, rollout, correct, figures, flat, asked)
-        run.evaluation(0, accuracy=examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens))
+        run.evaluation(0, accuracy=greedy_accuracy(run, policy, tokenizer, held_ids, held, config.max_new_tokens))
     silent = 0
     for step in run.steps(first, config.steps):
         # 1. Answers, what they earn, and how that compares with what the critic foresaw.
@@ -470,7 +461,7 @@ def run(config: Config) -> dict:
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
         updates: list[dict] = []
         for epoch in range(config.epochs):
-            for rows in minibatch_rows(len(rollout), config.minibatches, step, epoch, config.seed + processes.rank()):
+            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed + processes.rank()):
                 figures = learn(run, model, batch, rows.to(run.device), config, first=not updates)
                 updates.append(figures | {"grad_norm": update(run, model, optimizers, lr, config.clip)})
 
@@ -504,7 +495,7 @@ def run(config: Config) -> dict:
 
         accuracy = None
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            accuracy = examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
+            accuracy = greedy_accuracy(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
             run.evaluation(step + 1, accuracy=accuracy)
             run.sample(step + 1, render(asked, rollout, correct, n=1))
         if accuracy is not None or run.should_save(step, config.steps):
@@ -512,7 +503,7 @@ def run(config: Config) -> dict:
                 step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False,
                 extra={"beta": beta},
             )  # fmt: skip
-    accuracy = examine(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
+    accuracy = greedy_accuracy(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
     hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
     return {"accuracy": accuracy}

@@ -15,16 +15,15 @@ columns of ``mask`` and of the log-probabilities agree with those of ``token_log
 Run ``python rollout.py`` to see the rows of two answers.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from data import Prompt
 from generate import generate
-from runtime import processes
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, token_logps
@@ -97,17 +96,6 @@ def sample_answers(
     return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
 
 
-def in_parts(mask: Tensor, rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
-    """Micro-batches of ``size`` of the given rows, those of similar length together, each with its width: the columns
-    after its longest answer are padding and need not be computed. In the embedded task this saves a fifth of the work.
-
-    mask: (N, T-1), with at least one token in each row; rows: (n,), indices.
-    """
-    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)  # (N,): one past the last token
-    rows = rows[ends[rows].argsort(stable=True)]
-    return [(part, int(ends[part].max())) for part in rows.split(size) if len(part)]
-
-
 def score(texts: Sequence[str], golds: Sequence, finished: Tensor, verifier: str = "strict") -> tuple[Tensor, Tensor]:
     """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither.
 
@@ -123,89 +111,73 @@ def score(texts: Sequence[str], golds: Sequence, finished: Tensor, verifier: str
     return torch.tensor(correct, device=finished.device), torch.tensor(formed, device=finished.device)
 
 
-def examine(
+@torch.no_grad()
+def answer_greedily(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[list[int]], golds: Sequence, max_new: int,
+    batch_size: int = 128, show: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """What the model's greedy answers to encoded questions are like: "accuracy", "cut_off" and "unreadable" as shares
+    of the questions, "tokens" as the mean of an answer; judged by the strict verifier. show: with a progress bar.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of similar length together: no padding
+    right = cut = unread = tokens = 0
+    for first in tqdm(range(0, len(order), batch_size), desc="greedy", leave=False, disable=not show):
+        rows = order[first : first + batch_size]
+        rollout = sample_answers(model, tokenizer, [prompts[i] for i in rows], 1, max_new, 0.0, seed=0)
+        correct, formed = score(rollout.texts, [golds[i] for i in rows], rollout.finished)
+        right += int(correct.sum())
+        cut += int((~rollout.finished).sum())
+        unread += int((formed == 0).sum())
+        tokens += int(rollout.mask.sum())
+    n = len(order)
+    return {"accuracy": right / n, "cut_off": cut / n, "unreadable": unread / n, "tokens": tokens / n}
+
+
+def greedy_accuracy(
     run: Run, model: Transformer, tokenizer: Tokenizer, ids: list, prompts: list[Prompt], max_new: int
 ) -> float:
-    """Greedy accuracy on held-out questions (``evaluate.py`` adds intervals and more)."""
-    right = 0.0
-    for first in range(0, len(ids), 128):
-        with run.autocast(), run.eager():
-            rollout = sample_answers(model, tokenizer, ids[first : first + 128], 1, max_new, 0.0, seed=0)
-        golds = [prompt.gold for prompt in prompts[first : first + 128]]
-        right += float(score(rollout.texts, golds, rollout.finished)[0].sum())
-    return right / len(ids)
+    """The share of held-out questions that a run's model answers right (``evaluate.py`` adds intervals and more)."""
+    with run.autocast(), run.eager():
+        return answer_greedily(model, tokenizer, ids, [prompt.gold for prompt in prompts], max_new)["accuracy"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reinforcement learning fails in silence: what to look at before and while it runs
+# The rows of an update
 
 
-def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """The share of groups whose rewards are all equal: between equals nothing can be learned."""
-    groups = rewards.view(-1, group_size)
-    return (groups == groups[:, :1]).all(dim=1).float().mean()
-
-
-def kept_apart(rewards: Tensor, advantages: Tensor, group_size: int) -> float:
-    """How many different advantages there are for each different row of rewards, in groups that are not flat. Below 1,
-    answers that earned different things were treated as equals: their sum forgot the difference (gdpo.py).
-
-    rewards: (N, K), advantages: (N,).
-
-    >>> rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
-    >>> round(kept_apart(rewards, torch.tensor([0.5, 0.5, -1.5, 0.5]), group_size=4), 3)
-    0.667
+def minibatches(n: int, count: int, step: int, epoch: int, seed: int) -> list[Tensor]:
+    """The rows of each of ``count`` minibatches of n answers, reshuffled in every epoch; a function of its arguments
+    alone.
     """
-    combinations = distinct = 0
-    for rows, values in zip(rewards.split(group_size), advantages.split(group_size)):
-        n = len({tuple(row) for row in rows.tolist()})
-        if n > 1:
-            combinations += n
-            distinct += len({round(value, 4) for value in values.tolist()})
-    return distinct / combinations if combinations else 1.0
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + epoch) % 2**63)
+    return list(torch.randperm(n, generator=generator).tensor_split(count))
 
 
-def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str:
-    """A question and the first ``n`` answers to it, for a human eye."""
-    lines = [f"question: {prompt.messages[-1]['content']}", f"gold:     {prompt.gold}"]
-    for text, ok, done in list(zip(rollout.texts, correct.tolist(), rollout.finished.tolist()))[:n]:
-        lines.append(f"{'right' if ok else 'wrong'}{'' if done else ', cut off'}: {text}")
-    return "\n".join(lines)
+def micro_batches(mask: Tensor, rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
+    """Micro-batches of ``size`` of the given rows, those of similar length together, each with its width: the columns
+    after its longest answer are padding and need not be computed. In the embedded task this saves a fifth of the work.
 
-
-def report_start(run: Run, rollout: Rollout, correct: Tensor, figures: dict, flat: float, asked: Prompt) -> None:
-    """What the policy can do before the first step: if it never succeeds, it has nothing to learn from.
-
-    figures: the means of "correct", "formatted" and "finished" over this process's answers; correct: (N,), of the
-    answers that are shown; flat: the share of flat groups, of all processes.
+    mask: (N, T-1), with at least one token in each row; rows: (n,), indices.
     """
-    mine = torch.tensor([figures[name] for name in ("correct", "formatted", "finished")], dtype=torch.float64)
-    solved, shaped, finished = (processes.sum_over_processes(mine) / processes.world_size()).tolist()
-    run.print(
-        f"  start      pass@1 {solved:.3f}, well-formed {shaped:.3f}, "
-        f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
-    )
-    run.print("             " + render(asked, rollout, correct, n=1).replace("\n", "\n             "))
-    if flat == 1:
-        run.print(
-            "WARNING: all rewards are equal, so nothing can be learned: start from a better model, or raise "
-            "--temperature (grpo.py also has --group_size and --arith_warmup)"
-        )
-    if finished == 0:
-        run.print("WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that can end")
+    ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)  # (N,): one past the last token
+    rows = rows[ends[rows].argsort(stable=True)]
+    return [(part, int(ends[part].max())) for part in rows.split(size) if len(part)]
 
 
-def warn(run: Run, silent: int, figures: dict, norm: float) -> None:
-    """Say loudly when a run learns nothing. ``silent``: how many steps in a row have taught nothing."""
-    if silent and silent % 10 == 0:
-        run.print(
-            f"WARNING: {silent} steps in a row taught nothing (flat groups: {figures['flat_groups']:.2f}, "
-            f"gradient {norm:.1e}): raise --temperature (grpo.py also has --group_size), or change the prompts"
-        )
-    if figures["finished"] == 0:
-        run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
-    if not math.isfinite(norm) and not run.scaler.is_enabled():  # the scaler of fp16 looks for its factor like this
-        run.print("WARNING: the gradient is not finite: lower --lr")
+@torch.no_grad()
+def policy_logps(run: Run, model: Transformer, rollout: Rollout, config, wanted: Tensor | None = None) -> Tensor:
+    """(N, T-1) log-probabilities of the answers' tokens under ``model``, at the temperature that sampled them, without
+    gradient; 0 where the mask is False, and in rows that are not ``wanted``, (N,) boolean.
+
+    config: the stage's, for its ``temperature`` and ``micro_batch_size``.
+    """
+    rows = torch.arange(len(rollout), device=run.device) if wanted is None else wanted.nonzero().squeeze(1)
+    logps = torch.zeros_like(rollout.sampled_logps)
+    for part, width in micro_batches(rollout.mask, rows, config.micro_batch_size):
+        tokens, mask = rollout.tokens[part, : width + 1], rollout.mask[part, :width]
+        with run.autocast():
+            logps[part, :width] = token_logps(model, tokens, config.temperature, where=mask)
+    return logps
 
 
 if __name__ == "__main__":

@@ -296,6 +296,11 @@ def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
     return -F.cross_entropy(logits, targets, reduction="none")  # log_softmax, then the target's entry
 
 
+def answer_logps(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed log-probabilities of the answers that ``mask`` (N, T-1) marks, and their lengths: (N,) each."""
+    return token_logps(model, tokens, where=mask).sum(dim=1), mask.sum(dim=1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Sizes
 

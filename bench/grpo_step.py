@@ -105,7 +105,7 @@ class Ours:
         assert int(rollout.mask.sum()) == PROMPTS * GROUP * self.config.max_new_tokens
         reward = lambda: torch.tensor([even(text) for text in rollout.texts])  # noqa: E731
         advantages = grpo.group_advantages(clock.time("reward", reward)(), GROUP)
-        ref = clock.time("reference", grpo.logps_in_parts)(self.run, self.reference, rollout, self.config)
+        ref = clock.time("reference", grpo.policy_logps)(self.run, self.reference, rollout, self.config)
 
         def learn():
             grpo.accumulate_gradients(self.run, self.model, rollout, advantages, self.config, None, ref)

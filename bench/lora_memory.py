@@ -60,7 +60,7 @@ def measure(stage: str, way: str, width: int) -> None:
                 sampled = torch.zeros(N, T - 1)
                 rollout = Rollout(tokens, mask, sampled, [""] * N, torch.ones(N, dtype=torch.bool))
                 with adapters_off(reference):
-                    ref_logps = grpo.logps_in_parts(run, reference, rollout, config)
+                    ref_logps = grpo.policy_logps(run, reference, rollout, config)
                 advantages = torch.tensor([1.0, -1.0]).repeat(N // 2)
                 grpo.accumulate_gradients(run, model, rollout, advantages, config, None, ref_logps)
             held = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)

@@ -217,14 +217,15 @@ class Run:
             "device": f"{self.device}, {self.precision}, {how}"
             + (f", {self.world} processes" if self.world > 1 else ""),
             "model": f"{n:,} parameters" + (f", {active:,} of them for one token" if active < n else ""),
-            **({"learns": f"{trained:,} of {n:,} parameters ({100 * trained / n:.3g} %)"} if trained < n else {}),
+            "learns": f"trained {trained:,} of {n:,} parameters ({100 * trained / n:.3g} %)" if trained < n else "",
             "work": f"{steps:,} steps of {tokens_per_step:,} tokens",
             **more,
             "writes": str(self.folder),
         }
         self.print(f"\n{self.stage}")
         for name, value in facts.items():
-            self.print(f"  {name:10} {value}")
+            if value:
+                self.print(f"  {name:10} {value}")
 
     def print(self, text: str) -> None:
         if self.is_main:

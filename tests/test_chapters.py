@@ -19,8 +19,8 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "arithmetic", "verify",
-    "data", "optim", "pretrain", "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo",
-    "evaluate", "chat", "probe", "ablate", "pipeline",
+    "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "ppo", "grpo",
+    "gdpo", "evaluate", "chat", "probe", "ablate", "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
@@ -64,6 +64,7 @@ EXAMPLES = {
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
     "optim": ["lr 0.001000", "Muon, weight decay 0.1: [(8, 8)]"],
     "rollout": ["finished", "counts, log p"],
+    "watch": ["flat groups 0.50", "clipped 0 of 9 tokens", "the same policy", "differ by 0.0500"],
     "probe": ["learned positions", "rope positions", "before training", "after"],
     "preferences": ["pairs of arith", "a pair as two rows", "padding"],
 }

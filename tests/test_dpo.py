@@ -13,7 +13,6 @@ import pretrain
 import sft
 from dpo import (
     Config,
-    answer_logps,
     batch_kl,
     dpo_loss,
     ipo_loss,
@@ -30,7 +29,7 @@ from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import start
 from tokenizer import ByteTokenizer
-from transformer import ModelConfig, Transformer
+from transformer import ModelConfig, Transformer, answer_logps
 
 DPO, KTO, ODDS, E2E = (load_npz(name) for name in ("trl_dpo", "trl_kto", "trl_orpo_simpo", "dpo_e2e_llama"))
 DPO_CASES = {case["name"]: case for case in load_json("trl_dpo.meta.json")["cases"]}

@@ -14,9 +14,9 @@ import gdpo
 import grpo
 from gdpo import Config, condition, gdpo_advantages, group_sums
 from grpo import accumulate_gradients, group_advantages
-from rollout import kept_apart
 from runtime.errors import UserError
 from runtime.run import Run
+from watch import kept_apart
 
 NUMBERS = load_npz("advantages_grpo_gdpo")
 SETS = {meta["name"]: meta["G"] for meta in load_json("advantages_grpo_gdpo.meta.json")["sets"]}

@@ -24,7 +24,7 @@ from grpo import (
     sample_answers,
 )
 from optim import learning_rate
-from rollout import in_parts
+from rollout import micro_batches
 from runtime.config import read_preset
 from runtime.errors import UserError
 from stages import load_stage
@@ -378,15 +378,15 @@ def test_parts_hold_every_wanted_row_once_and_no_needless_column(policy):
         policy.head.weight[TOKENIZER.eot_id] = policy.head.weight.mean(0) + 0.5
     rollout = rollout_of(policy)
     wanted = torch.arange(12) % 3 != 1
-    parts = in_parts(rollout.mask, wanted.nonzero().squeeze(1), 3)
+    parts = micro_batches(rollout.mask, wanted.nonzero().squeeze(1), 3)
     rows = torch.cat([rows for rows, _ in parts])
     assert sorted(rows.tolist()) == wanted.nonzero().squeeze(1).tolist() and rows.tolist() != sorted(rows.tolist())
     widths = [width for _, width in parts]
     assert widths == sorted(widths) and widths[0] < widths[-1]
     for some, width in parts:
         assert rollout.mask[some, width - 1].any() and not rollout.mask[some, width:].any()
-    assert in_parts(rollout.mask, torch.zeros(0, dtype=torch.long), 3) == []
-    logps = grpo.logps_in_parts(StubRun(), policy, rollout, Config(temperature=0.7, micro_batch_size=5), wanted)
+    assert micro_batches(rollout.mask, torch.zeros(0, dtype=torch.long), 3) == []
+    logps = grpo.policy_logps(StubRun(), policy, rollout, Config(temperature=0.7, micro_batch_size=5), wanted)
     torch.testing.assert_close(logps[wanted], rollout.sampled_logps[wanted], rtol=0, atol=1e-5)
     assert not logps[~wanted].any()
 
@@ -525,7 +525,7 @@ def spied(monkeypatch, correct_of, formed_of=lambda draw, i, g: 0.0) -> dict:
     monkeypatch.setattr(grpo, "sample_answers", sampled)
     monkeypatch.setattr(grpo, "score", scored)
     monkeypatch.setattr(grpo, "accumulate_gradients", accumulated)
-    monkeypatch.setattr(grpo, "examine", lambda *args: seen.update({"from": len(seen["prompts"])}) or 0.0)
+    monkeypatch.setattr(grpo, "greedy_accuracy", lambda *args: seen.update({"from": len(seen["prompts"])}) or 0.0)
     return seen
 
 
@@ -587,7 +587,7 @@ def test_rates_seeds_figures_and_the_best_checkpoint(tmp_path, start, monkeypatc
     monkeypatch.setattr(grpo, "update", lambda *args: rates.append(args[3]) or update(*args))
     monkeypatch.setattr(grpo, "sample_answers", lambda *args: drawn.append((args[-1], sample(*args))) or drawn[-1][1])
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
-    monkeypatch.setattr(grpo, "examine", lambda *args: next(accuracies))
+    monkeypatch.setattr(grpo, "greedy_accuracy", lambda *args: next(accuracies))
     grpo.run(tiny_grpo(tmp_path / "0", start, eval_every=1, warmup=2, lr=1e-3, final_lr=0.5, steps=2))
     assert rates == [pytest.approx(learning_rate(step, 2, 1e-3, 2, 0.5)) for step in range(2)] and rates[0] < rates[1]
     for row, (_, rollout) in zip(steps_of(tmp_path / "0"), drawn[1:]):
@@ -595,7 +595,7 @@ def test_rates_seeds_figures_and_the_best_checkpoint(tmp_path, start, monkeypatc
         assert row["entropy"] == pytest.approx(entropy, rel=1e-4) and entropy > 0
     best = torch.load(tmp_path / "0" / "best.pt", weights_only=True)
     assert best["step"] == 1  # 0.9, not 0.4
-    monkeypatch.setattr(grpo, "examine", lambda *args: 0.0)
+    monkeypatch.setattr(grpo, "greedy_accuracy", lambda *args: 0.0)
     grpo.run(tiny_grpo(tmp_path / "1", start, eval_every=1, steps=2, seed=1))
     seeds = [seed for seed, _ in drawn]  # the report on the start has the seed of the first step
     assert seeds[0] == seeds[1] and len(set(seeds[1:3] + seeds[4:])) == 4
@@ -622,7 +622,7 @@ def test_what_belongs_to_an_answer_goes_with_it_into_its_minibatch(tmp_path, sta
     sample, accumulate = grpo.sample_answers, grpo.accumulate_gradients
     monkeypatch.setattr(grpo, "sample_answers", lambda *args: whole.append(sample(*args)) or whole[-1])
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0).square(), torch.zeros(16)))
-    monkeypatch.setattr(grpo, "examine", lambda *args: 0.0)
+    monkeypatch.setattr(grpo, "greedy_accuracy", lambda *args: 0.0)
 
     def accumulated(run, model, rollout, advantages, config, old_logps, ref_logps):
         parts.append((rollout, advantages, old_logps, ref_logps))

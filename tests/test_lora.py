@@ -560,7 +560,7 @@ def test_adapters_on_adapters_are_known_by_their_parts_not_by_the_last_digits_of
     first.write_bytes((tuned / "adapters.pt").read_bytes())
     config = replace(tiny_sft(tmp_path / "second", str(first)), **RANK | {"epochs": 1.0})
     sft.run(config)
-    assert weights_id(load_checkpoint(first)) != weights_id(load_checkpoint(tuned))  # two names for one model
+    assert weights_id(load_state(first)) != weights_id(load_checkpoint(tuned))  # two names for one model
     merge = lora.adapted_weight
     monkeypatch.setattr(lora, "adapted_weight", lambda *a: merge(*a) * (1 + 1e-6))
     assert load_state(tmp_path / "second" / "adapters.pt")["stage"] == "sft"
@@ -706,15 +706,15 @@ def test_grpo_keeps_no_second_model_and_its_reference_is_the_start(base, tmp_pat
         raise AssertionError("a second model")
 
     monkeypatch.setattr(grpo, "copy", SimpleNamespace(deepcopy=no_copy))
-    seen, real = [], grpo.logps_in_parts
+    seen, real = [], grpo.policy_logps
 
-    def logps_in_parts(run, model, rollout, config, wanted=None):
+    def policy_logps(run, model, rollout, config, wanted=None):
         found = real(run, model, rollout, config, wanted)
         if any(layer.off for layer in lora_layers(model).values()):
             seen.append((rollout, found))
         return found
 
-    monkeypatch.setattr(grpo, "logps_in_parts", logps_in_parts)
+    monkeypatch.setattr(grpo, "policy_logps", policy_logps)
     grpo.run(of_stage("grpo", tmp_path, base, save_every=100, eval_every=100, updates_per_rollout=2, minibatches=2))
     monkeypatch.undo()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

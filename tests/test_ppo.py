@@ -19,14 +19,13 @@ from ppo import (
     explained_variance,
     gae,
     learn,
-    minibatch_rows,
     ppo_policy_loss,
     ppo_value_loss,
     prepare,
     token_rewards,
     whiten,
 )
-from rollout import sample_answers
+from rollout import minibatches, sample_answers
 from runtime.errors import UserError
 from runtime.run import start
 from stages import load_stage
@@ -218,10 +217,10 @@ def test_explained_variance_by_hand():
 
 
 def test_minibatches_are_reshuffled_in_each_epoch_and_cover_it():
-    epochs = [torch.cat(minibatch_rows(10, 3, step=4, epoch=e, seed=1)) for e in (0, 1)]
+    epochs = [torch.cat(minibatches(10, 3, step=4, epoch=e, seed=1)) for e in (0, 1)]
     assert all(sorted(rows.tolist()) == list(range(10)) for rows in epochs)
     assert not torch.equal(*epochs)
-    assert torch.equal(torch.cat(minibatch_rows(10, 3, 4, 0, 1)), epochs[0])
+    assert torch.equal(torch.cat(minibatches(10, 3, 4, 0, 1)), epochs[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def practise(run, sign: float) -> tuple[float, float]:
         batch, _ = prepare(run, model, None, rollout, sign * share, 0.0, config)
         first = True
         for epoch in range(2):
-            for rows in minibatch_rows(64, 2, step, epoch, 0):
+            for rows in minibatches(64, 2, step, epoch, 0):
                 learn(run, model, batch, rows, config, first)
                 optim.update(run, model, optimizers, 5e-3, 1.0)
                 first = False

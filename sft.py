@@ -36,8 +36,9 @@ from runtime import processes
 from runtime.checkpoint import need_checkpoint, write_text
 from runtime.config import at_least, parse
 from runtime.errors import UserError, run_main
+from runtime.folder import run_folder
 from runtime.plots import plot_sweep
-from runtime.run import Run, run_folder, start
+from runtime.run import Run, start
 from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, model_size, token_logps

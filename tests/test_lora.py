@@ -936,4 +936,4 @@ def test_the_work_of_a_step_leaves_out_the_gradients_of_frozen_matrices(tmp_path
     assert flops_per_token(model, 16) == before + 6 * thin - 2 * frozen
     run = start(sft.Config(out_dir=str(tmp_path), device="cpu"), "sft")
     run.banner(model_size(model, 16), 1, 1)
-    assert run._model_flops == before + 6 * thin - 2 * frozen
+    assert run.metrics.flops_per_token == before + 6 * thin - 2 * frozen

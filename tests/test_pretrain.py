@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import optim
 import pretrain
 from optim import learning_rate, make_optimizers
 from runtime.errors import UserError
+from runtime.progress import Progress
 from runtime.run import Run
 from transformer import ModelConfig, Transformer
 
@@ -86,7 +88,8 @@ def test_muon_gets_the_matrices_of_the_blocks_and_nothing_else():
 
 def test_a_gradient_that_is_not_finite_changes_nothing(capsys):
     run = Run.__new__(Run)
-    run.scaler, run.is_main = torch.amp.GradScaler("cpu", enabled=False), True
+    run.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run.progress = Progress("pretrain", Path(), world=1, is_main=True)
     layer = torch.nn.Linear(2, 2)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.full((2, 2), float("nan"))

@@ -24,7 +24,6 @@ is that of the differences, and two cells are told apart if it does not hold 0.
 
 import concurrent.futures
 import contextlib
-import io
 import json
 import math
 import multiprocessing
@@ -48,7 +47,7 @@ from data import encode_prompts, load_prompts
 from lora import load_state
 from rollout import Rollout, answer_greedily, sample_answers, score
 from runtime.checkpoint import need_checkpoint, weights_id, write_text
-from runtime.config import as_dict, at_least, parse
+from runtime.config import Count, CountOrZero, as_dict, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
 from stages import load_stage
@@ -78,13 +77,13 @@ class Config:
     """The start of all other cells; pretraining has none."""
     pretrained: str = "out/arith/pretrain"
     """What the starts are made from."""
-    seeds: int = 3
+    seeds: Count = 3
     """Runs of each cell. More may be added later."""
-    jobs: int = 0
+    jobs: CountOrZero = 0
     """Runs at a time, one thread each (0: one for each core)."""
-    questions: int = 512
+    questions: Count = 512
     """Held-out questions that each run is measured on at its end."""
-    length_limit: int = 26
+    length_limit: Count = 26
     """Up to so many tokens an answer is short; counted for every run, whether it is rewarded or not."""
     columns: tuple[str, ...] = ()
     """Of the table; NAME-first is the difference to the part's first cell, seed by seed. Default: some for the
@@ -159,10 +158,9 @@ def read_cells(config: Config) -> list[Cell]:
         start = dict(cell.settings).get("start")
         if start is not None and start not in known:
             raise UserError(f"start={start}: --starts has {', '.join(sorted(known)) or 'none'}")
-        made = stage_config(config, cell, 0)
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it also gives advice
-                STAGES[config.stage].check(made)
+            made = stage_config(config, cell, 0)
+            STAGES[config.stage].check(made)
         except UserError as error:
             raise UserError(f"{cell.key}: {error}") from None
     return cells
@@ -364,7 +362,7 @@ def run(config: Config) -> list[dict]:
 
 def checked_cells(config: Config) -> list[Cell]:
     """Refuse what cannot work, before anything runs; the cells."""
-    at_least(config, seeds=1, jobs=0, questions=1, length_limit=1)
+    validate(config)
     cells = read_cells(config)
     if config.stage != "pretrain":
         need_checkpoint(config.init_from, "python sft.py")

@@ -40,7 +40,7 @@ log-probabilities are computed once, before the first step.
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,10 @@ from preferences import (
     load_pairs,
     with_own_pairs,
 )
-from pretrain import check_batch
 from rollout import greedy_accuracy
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
-from runtime.config import at_least, parse
+from runtime.config import Above, AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from sft import answers
@@ -88,51 +87,36 @@ class Config(LoRARunConfig):
     """
     eval_data: str = ""
     """Where held-out pairs come from, and questions, if it is arith. Default: the same data; for own, arith."""
-    n_pairs: int | None = None
+    n_pairs: CountOrNone = None
     """Use only so many (None: 2048 of arith, all of the others)."""
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    max_length: int = 256
+    max_length: Annotated[int, AtLeast(8)] = 256
     """Tokens of a row; a longer one loses the beginning of its prompt."""
-    beta: float | None = None
+    beta: Annotated[float | None, Above(0)] = None
     """How strongly the loss reacts to a difference; in DPO, IPO and KTO also how much it costs to leave the reference.
     Default: dpo and kto 0.5, ipo 5, simpo 10, orpo 0.1.
     """
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, AtLeast(0, below=0.5)] = 0.0
     """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO)."""
     ipo_average: bool = True
     """ipo: log-probabilities per token instead of sums."""
-    gamma: float = 1.0
+    gamma: NotNegative = 1.0
     """simpo: the margin by which the better answer should win (the paper's γ; β times its "gamma_beta_ratio")."""
-    desirable_weight: float = 1.0
+    desirable_weight: NotNegative = 1.0
     """kto: weight of answers with a thumb up. With n_D and n_U answers of either kind, the paper wants
     desirable_weight · n_D / (undesirable_weight · n_U) between 1 and 4/3.
     """
-    undesirable_weight: float = 1.0
+    undesirable_weight: NotNegative = 1.0
     """kto: weight of answers with a thumb down."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Pairs of one step, over all processes; for kto twice as many single answers."""
-    micro_batch_size: int = 0
-    """Pairs at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the data."""
-    lr: float = 1e-4
-    """Peak learning rate."""
-    final_lr: float = 0.1
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 10
-    """Steps of linear rise."""
-    weight_decay: float = 0.0
-    """Of matrices."""
-    clip: float = 1.0
-    """Longest gradient."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 50
-    """Steps between two validations."""
-    eval_pairs: int = 512
+    lr: NotNegative = 1e-4
+    eval_pairs: Count = 512
     """Held-out pairs of a validation."""
-    eval_prompts: int = 128
+    eval_prompts: Count = 128
     """Held-out questions answered at each validation, if the data is the embedded task."""
 
 
@@ -385,15 +369,11 @@ def judged_validation(run: Run, model: Transformer, rows: JudgedRows, ref: Tenso
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    at_least(config, n_pairs=1, max_length=8, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
-    at_least(config, eval_pairs=1, eval_prompts=1, beta=1e-9, label_smoothing=0.0, gamma=0.0)
-    at_least(config, desirable_weight=0.0, undesirable_weight=0.0)
-    if config.label_smoothing >= 0.5:
-        raise UserError(f"label_smoothing is {config.label_smoothing}: with half of the labels flipped nothing is left")
+    validate(config)
     if config.label_smoothing and config.method != "dpo":
         raise UserError("label_smoothing belongs to --method dpo")
     check_lora(config)
-    check_batch(config.batch_size, config.micro_batch_size, config.device)
+    check_shared("batch_size", config.batch_size)
 
 
 def run(config: Config) -> dict:

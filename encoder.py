@@ -43,7 +43,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -56,10 +56,20 @@ from data import columns, epoch_batch, read_dataset, report_skipped, similar_len
 from layers import ModelConfig, make_norm
 from lora import load_state
 from optim import learning_rate, make_optimizers, update
-from pretrain import check_batch
 from runtime import processes
 from runtime.checkpoint import load_checkpoint, load_weights, need_checkpoint
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import (
+    Above,
+    AtLeast,
+    Count,
+    CountOrNone,
+    CountOrZero,
+    NotNegative,
+    TrainConfig,
+    check_shared,
+    parse,
+    validate,
+)
 from runtime.errors import UserError, run_main
 from runtime.linear import Linear, linear
 from runtime.run import start
@@ -69,12 +79,12 @@ from transformer import Transformer, model_size
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     objective: Literal["classify", "mlm"] = "classify"
     """classify: learn the labels. mlm: learn to fill in hidden words, without labels."""
     data: str = "arith"
     """arith, imdb, sst2, rotten_tomatoes. For mlm also several joined by "+", and the corpora of pretrain.py."""
-    n_texts: int | None = None
+    n_texts: CountOrNone = None
     """Use only so many training texts of each source (None: all; of arith 4096 to classify)."""
     init_from: str = ""
     """A masked language model to start from: its tokenizer and its shape are taken over. Empty: from scratch."""
@@ -87,11 +97,11 @@ class Config(RunConfig):
     lowercase: bool = False
     """Read all text in small letters."""
 
-    d_model: int = 128
+    d_model: Count = 128
     """Width of the model."""
-    n_layers: int = 3
+    n_layers: Count = 3
     """Blocks."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Attention heads."""
     d_ff: int | None = None
     """Width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
@@ -105,34 +115,25 @@ class Config(RunConfig):
     """The feed-forward layer."""
     bias: bool = False
     """Biases in the linear layers."""
-    max_seq_len: int | None = None
+    max_seq_len: Annotated[int | None, AtLeast(4)] = None
     """Tokens of a text, [CLS] included; to classify a longer one, its beginning and its end are kept (None: 256, or
     what ``init_from`` has; rotary positions may also go on)."""
     pooling: Literal["mean", "cls"] = "mean"
     """What stands for the whole text."""
 
-    hide: float = 0.15
+    hide: Annotated[float, AtLeast(0, below=1)] = 0.15
     """mlm: the share of tokens that is chosen. classify: the share that is left out of a text in training."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Texts of one step, over all processes; they are of similar length."""
-    micro_batch_size: int = 0
-    """Texts at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, Above(0)] = None
     """Passes over the texts (None: 6 to classify, 2 for mlm)."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: for the matrices inside the blocks."""
-    lr: float = 2e-3
-    """Peak learning rate."""
-    final_lr: float = 0.0
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 50
-    """Steps of linear rise."""
-    weight_decay: float = 0.1
-    """Of matrices."""
-    clip: float = 1.0
-    """Longest gradient."""
-    eval_every: int = 100
-    """Steps between two validations."""
+    lr: NotNegative = 2e-3
+    final_lr: NotNegative = 0.0
+    warmup: CountOrZero = 50
+    weight_decay: NotNegative = 0.1
+    eval_every: Count = 100
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,10 +434,7 @@ def mistakes(logps: Tensor, texts: Texts, tokenizer: Tokenizer, classes: Sequenc
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    at_least(config, n_texts=1, d_model=1, n_layers=1, n_heads=1, max_seq_len=4, epochs=1e-9, warmup=0, clip=1e-9)
-    at_least(config, eval_every=1, save_every=1, log_every=1, hide=0.0)
-    if not config.hide < 1:
-        raise UserError(f"hide is {config.hide}: a share below 1")
+    validate(config)
     if config.objective == "mlm" and config.hide == 0:
         raise UserError("mlm hides some tokens: --hide above 0")
     if config.objective == "classify" and config.data not in ("arith", *LABELLED):
@@ -451,7 +449,7 @@ def check(config: Config) -> None:
         model_config(config, config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_batch(config.batch_size, config.micro_batch_size, config.device)
+    check_shared("batch_size", config.batch_size)
 
 
 def model_config(config: Config, vocab_size: int) -> ModelConfig:
@@ -526,6 +524,7 @@ def run(config: Config) -> dict:
         model = MaskedLM(backbone).to(run.device)
     else:
         model = Classifier(backbone, len(classes), config.pooling).to(run.device)
+    backbone.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
     mean_length = sum(map(len, train.ids)) / len(train)

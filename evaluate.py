@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -41,7 +41,7 @@ from preferences import SOURCES, encode_pairs, load_pairs
 from reward import load_reward_model, scores
 from rollout import answer_greedily, sample_answers, score
 from runtime.checkpoint import find_checkpoint, weights_id, write_text
-from runtime.config import at_least, parse
+from runtime.config import Above, AtLeast, Count, CountOrZero, Positive, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from stages import load_stage
@@ -60,21 +60,21 @@ class Config:
     """
     data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
     """A local mirror of datasets, looked in before the hub."""
-    n: int = 512
+    n: Count = 512
     """Questions, references or documents."""
-    max_new_tokens: int = 0
+    max_new_tokens: CountOrZero = 0
     """An answer that does not end by then is cut off (0: 48 for arith, else 256, and never more than the context
     allows).
     """
-    samples: int = 0
+    samples: CountOrZero = 0
     """Also sample so many answers to each question, for pass@k and the majority vote."""
-    ks: tuple[int, ...] = (1, 4, 16)
+    ks: Annotated[tuple[int, ...], AtLeast(1)] = (1, 4, 16)
     """The k of pass@k; those above ``samples`` are left out."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the sampled answers."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Above(0, most=1)] = 1.0
     """Of the sampled answers."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Rows at a time."""
     seed: int = 0
     """Of the sampled answers."""
@@ -342,9 +342,6 @@ STAGES = (
 
 def main() -> None:
     config = parse(Config)
-    at_least(config, n=1, max_new_tokens=0, samples=0, temperature=1e-9, top_p=1e-9, batch_size=1)
-    if any(k < 1 for k in config.ks):
-        raise UserError("the k of pass@k starts at 1")
     paths = config.checkpoints or tuple(
         path for stage in STAGES if find_checkpoint(path := f"out/arith/{stage}").exists()
     )

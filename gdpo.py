@@ -33,7 +33,7 @@ A reward of NaN is unknown (TRL): it enters no statistic and adds nothing; NVlab
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ import grpo
 from grpo import group_advantages, total_reward, train
 from rollout import Rollout
 from runtime import processes
-from runtime.config import at_least, parse
+from runtime.config import Count, Finite, parse
 from runtime.errors import UserError, run_main
 from verify import integer_reward, length_reward
 
@@ -51,13 +51,13 @@ from verify import integer_reward, length_reward
 class Config(grpo.Config):
     combine: Literal["gdpo", "sum"] = "gdpo"
     """Normalise each reward, then add (GDPO); or add, then normalise (GRPO)."""
-    format_weight: float = 1.0
+    format_weight: Annotated[float, Finite()] = 1.0
     """Weight of the strict form, whatever the number."""
-    length_weight: float = 1.0
+    length_weight: Annotated[float, Finite()] = 1.0
     """Weight of an answer of at most length_limit tokens."""
-    length_limit: int = 26
+    length_limit: Count = 26
     """Tokens, the end-of-text among them. Half of the fine-tuned model's answers are longer."""
-    integer_weight: float = 0.0
+    integer_weight: Annotated[float, Finite()] = 0.0
     """Weight of an answer that is a whole number."""
     conditioned: bool = True
     """A short answer counts as short only if it is right (eq. 8). Otherwise answers are easiest to shorten by
@@ -183,11 +183,7 @@ def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     grpo.check(config)
-    grpo.refuse_infinite(config, "length_weight", "integer_weight")
-    at_least(config, length_limit=1)
-    weights = (config.correct_weight, config.format_weight, config.length_weight, config.integer_weight)
-    n = sum(bool(weight) for weight in weights) + bool(config.overlong_buffer)
-    if n == 0:
+    if not rewards_that_count(config):
         raise UserError("all weights are 0: there is nothing to learn")
     if config.combine == "gdpo" and config.scale != "group":
         raise UserError("GDPO divides each reward by its std in the group: --scale is for --combine sum")
@@ -195,16 +191,29 @@ def check(config: Config) -> None:
         raise UserError("GDPO would normalise a KL in the reward like any other reward: use --kl_in loss")
     if config.combine == "sum" and config.batch_over == "tokens":
         raise UserError("--combine sum has no step over the batch: --batch_over is for GDPO")
-    if config.combine == "gdpo" and n == 1 and processes.rank() == 0:
-        print(
+
+
+def notes(config: Config) -> list[str]:
+    """What is possible, but perhaps not what was meant."""
+    found = grpo.notes(config)
+    if config.combine == "gdpo" and rewards_that_count(config) == 1:
+        found.append(
             "note: with one reward GDPO is GRPO but for its last step: the advantages are also divided by their std "
             "over the batch, so they grow when many groups are flat (grpo.py leaves them as they are)"
         )
+    return found
+
+
+def rewards_that_count(config: Config) -> int:
+    """The number of rewards with a weight."""
+    weights = (config.correct_weight, config.format_weight, config.length_weight, config.integer_weight)
+    return sum(bool(weight) for weight in weights) + bool(config.overlong_buffer)
 
 
 def run(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
     check(config)
+    processes.print_once(*notes(config))
     return train(config, "gdpo", judge, weights_of, advantages_of)
 
 

@@ -41,12 +41,11 @@ temperature: the policy that samples is the policy that trains. The first update
 """
 
 import copy
-import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +55,7 @@ from lora import LoRARunConfig, adapters_off, check_lora, load_state, start_lora
 from optim import learning_rate, make_optimizers, update
 from rollout import (
     Rollout,
+    RolloutConfig,
     greedy_accuracy,
     join,
     micro_batches,
@@ -66,7 +66,7 @@ from rollout import (
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
-from runtime.config import at_least, parse
+from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from stages import load_stage
@@ -86,44 +86,30 @@ from watch import (
 
 
 @dataclass(frozen=True)
-class Config(LoRARunConfig):
-    data: Literal["arith", "gsm8k", "svamp"] = "arith"
-    """Where the prompts come from."""
-    n_prompts: int | None = None
-    """Use only so many of them (None: 4096 of arith, all of the others)."""
-    arith_warmup: int = 0
+class Config(RolloutConfig, LoRARunConfig):
+    arith_warmup: CountOrZero = 0
     """Draw the prompts of the first steps from the embedded task: a weak model finds no reward in GSM8K to begin
     with.
     """
-    arith_fade: int = 0
+    arith_fade: CountOrZero = 0
     """Then let the share of its prompts fall to 0 over so many steps."""
-    init_from: str = ""
-    """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    steps: int = 45
-    """Rollouts."""
-    prompts_per_step: int = 64
+    prompts_per_step: Count = 64
     """Prompts of one rollout, over all processes."""
-    group_size: int = 4
+    group_size: Annotated[int, AtLeast(2)] = 4
     """Answers for each prompt. The papers have 8 to 64; with few answers in all, more questions teach more."""
-    max_new_tokens: int = 48
-    """An answer that does not end by then is cut off."""
-    temperature: float = 1.0
-    """Of sampling, and of every log-probability."""
     verifier: Literal["strict", "last", "any"] = "strict"
     """What counts as right: the strict form; or a lax rule, the text's last number or any of them (to see it
     outwitted). Examinations are always strict.
     """
-    correct_weight: float = 1.0
+    correct_weight: Annotated[float, Finite()] = 1.0
     """Reward for the right answer. Negative: the policy should unlearn; a test of the signs."""
-    format_weight: float = 0.1
-    """Reward for the strict form, whatever the number."""
-    overlong_buffer: int = 0
+    overlong_buffer: CountOrZero = 0
     """Reward falls by up to 1 over the last so many tokens before max_new_tokens (DAPO: 4096 of 20480). 0: never."""
     mask_truncated: bool = False
     """Answers that were cut off are not learned from; they stay in the mean of their group (DAPO's overlong
     filtering).
     """
-    draws: int = 1
+    draws: Count = 1
     """Groups in which no reward differs between the answers are replaced by those of other prompts, drawn up to so many
     times (DAPO's dynamic sampling; then whatever there is fills the batch). 1: never.
     """
@@ -133,11 +119,11 @@ class Config(LoRARunConfig):
     """How tokens are weighed; see above."""
     ratio_level: Literal["token", "sequence"] = "token"
     """One ratio for each token, or one for the answer (GSPO)."""
-    clip_low: float = 0.2
+    clip_low: NotNegative = 0.2
     """Ratios below 1 - clip_low are clipped. GSPO: 3e-4 and 4e-4."""
-    clip_high: float = 0.2
+    clip_high: NotNegative = 0.2
     """Ratios above 1 + clip_high are clipped. DAPO: 0.28; CISPO, in TRL: 4."""
-    beta: float = 0.0
+    beta: NotNegative = 0.0
     """Weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: no reference
     is kept.
     """
@@ -149,31 +135,9 @@ class Config(LoRARunConfig):
     """
     kl_times_ratio: bool = False
     """Weigh k1 or k3 in the loss by the ratio, which makes its gradient that of the KL (TRL's default since 1.16)."""
-    updates_per_rollout: int = 2
+    updates_per_rollout: Count = 2
     """Passes over the same answers; from the second update on, ratios differ from 1 and clipping acts."""
-    minibatches: int = 2
-    """Updates in each pass, on so many disjoint parts of the answers. DAPO: 16."""
-    micro_batch_size: int = 32
-    """Answers at a time in each process, those of similar length together; gradients accumulate."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    final_lr: float = 0.1
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 5
-    """Steps of linear rise."""
-    weight_decay: float = 0.0
-    """Of matrices."""
-    beta2: float = 0.99
-    """AdamW's memory of squared gradients: longer than pretraining's 0.95, because gradients of few answers are
-    noisy."""
-    clip: float = 1.0
-    """Longest gradient."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 15
-    """Steps between two examinations on held-out questions, greedy."""
-    eval_prompts: int = 128
-    """Questions of an examination."""
+    lr: NotNegative = 2e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,38 +355,18 @@ def accumulate_gradients(
 # The stage
 
 
-def refuse_infinite(config, *names: str) -> None:
-    for name in names:
-        if not math.isfinite(getattr(config, name)):
-            raise UserError(f"{name} is {getattr(config, name)}: it must be a number")
-
-
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    _, world, _ = processes.setup_processes(config.device)
-    at_least(config, steps=1, prompts_per_step=1, max_new_tokens=1, updates_per_rollout=1, micro_batch_size=1, warmup=0)
-    at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, clip=1e-9, draws=1)
-    at_least(config, arith_warmup=0, arith_fade=0, overlong_buffer=0, minibatches=1, beta=0.0, clip_low=0.0)
-    at_least(config, clip_high=0.0, lr=0.0, final_lr=0.0, weight_decay=0.0)
-    refuse_infinite(config, "temperature", "beta", "lr", "final_lr", "weight_decay", "correct_weight", "format_weight")
+    validate(config)
     check_lora(config)
-    if not 0 <= config.beta2 < 1:
-        raise UserError(f"beta2 is {config.beta2}: a memory lies between 0 and 1")
-    if config.group_size < 2:
-        raise UserError("group_size starts at 2: an answer is compared with its siblings")
-    if config.prompts_per_step % world:
-        raise UserError(f"prompts_per_step {config.prompts_per_step} cannot be shared evenly by {world} processes")
-    answers = config.prompts_per_step * config.group_size // world
+    check_shared("prompts_per_step", config.prompts_per_step)
+    answers = config.prompts_per_step * config.group_size // processes.launched()[1]
     if answers < config.minibatches:
         raise UserError(f"{answers} answers do not make {config.minibatches} minibatches per process")
     if config.data == "arith" and (config.arith_warmup or config.arith_fade):
         raise UserError("arith_warmup and arith_fade lead from the embedded task to another one: choose --data")
     if config.arith_warmup >= config.steps and config.data != "arith":
         raise UserError(f"arith_warmup {config.arith_warmup} leaves no step of {config.steps} for {config.data}")
-    if config.temperature <= 0:
-        raise UserError(
-            "temperature must be positive: greedy answers are all the same, and a group of equals teaches nothing"
-        )
     if config.overlong_buffer > config.max_new_tokens:
         raise UserError(f"overlong_buffer {config.overlong_buffer} is longer than max_new_tokens")
     if config.beta and config.kl == "k1" and config.kl_in == "loss" and not config.kl_times_ratio:
@@ -433,13 +377,21 @@ def check(config: Config) -> None:
         raise UserError(
             "kl_times_ratio weighs the KL of a token by the ratio of that token: it wants --ratio_level token"
         )
-    if config.beta and config.kl_in == "reward" and config.scale == "group" and processes.rank() == 0:
-        print(
+
+
+def notes(config: Config) -> list[str]:
+    """What is possible, but perhaps not what was meant."""
+    found = []
+    if config.beta and config.kl_in == "reward" and config.scale == "group":
+        found.append(
             "note: in a group whose answers earned the same, the std is that of the KL alone, so the KL pushes in full "
             "however small --beta is; --scale none keeps it small"
         )
-    if config.loss_type == "dr_grpo" and config.scale == "group" and processes.rank() == 0:
-        print("note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method")
+    if config.loss_type == "dr_grpo" and config.scale == "group":
+        found.append(
+            "note: Dr. GRPO also drops the division by the group's std; add --scale none for the paper's method"
+        )
+    return found
 
 
 def run(config: Config) -> dict:
@@ -447,6 +399,7 @@ def run(config: Config) -> dict:
     check(config)
     if not (config.correct_weight or config.format_weight or config.overlong_buffer or config.beta):
         raise UserError("all weights are 0: there is nothing to learn")
+    processes.print_once(*notes(config))
     return train(config, "grpo", judge, weights_of, advantages_of)
 
 

@@ -49,7 +49,7 @@ from runtime.checkpoint import (
     save_checkpoint,
     weights_id,
 )
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import CountOrZero, Positive, TrainConfig, parse
 from runtime.errors import UserError, run_main
 from runtime.linear import linear
 from transformer import ModelConfig, Transformer, count_parameters
@@ -400,13 +400,13 @@ def put_together(path: str | Path, base: str = "") -> dict:
 
 
 @dataclass(frozen=True)
-class LoRARunConfig(RunConfig):
+class LoRARunConfig(TrainConfig):
     """The configuration of a stage that can train adapters."""
 
-    lora_rank: int = 0
+    lora_rank: CountOrZero = 0
     """Train adapters of this rank instead of the weights (0: the weights). They want a higher --lr: on the embedded
     task 3e-3 in SFT, where weights want 5e-4, and 1e-3 in GRPO, where weights have 2e-4."""
-    lora_alpha: float = 16.0
+    lora_alpha: Positive = 16.0
     """The adapters' update is multiplied by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = TARGETS
     """The linear layers that get adapters: the last part of their name, the whole name, or a pattern of either."""
@@ -418,9 +418,6 @@ class LoRARunConfig(RunConfig):
 
 def check_lora(config: LoRARunConfig) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    at_least(config, lora_rank=0)
-    if not 0 < config.lora_alpha < math.inf:
-        raise UserError(f"lora_alpha is {config.lora_alpha}: a positive number")
     if (config.dora or config.rslora) and not config.lora_rank:
         raise UserError(f"--{'dora' if config.dora else 'rslora'} is a kind of adapter: it wants a --lora_rank")
     if not config.lora_targets:

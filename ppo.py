@@ -45,7 +45,7 @@ import copy
 import os
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated
 
 import torch
 import torch.nn as nn
@@ -55,10 +55,10 @@ from attention import at_least_float32
 from data import encode_prompts, epoch_batch, load_prompts
 from optim import learning_rate, make_optimizers, update
 from reward import context_of, load_reward_model, real_tokens
-from rollout import Rollout, greedy_accuracy, micro_batches, minibatches, sample_answers, score
+from rollout import Rollout, RolloutConfig, greedy_accuracy, micro_batches, minibatches, sample_answers, score
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from stages import load_stage
@@ -67,73 +67,38 @@ from watch import assert_same_policy, flat_groups, render, report_start, update_
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
-    data: Literal["arith", "gsm8k", "svamp"] = "arith"
-    """Where the prompts come from."""
-    n_prompts: int | None = None
-    """Use only so many of them (None: 4096 of arith, all of the others)."""
-    init_from: str = ""
-    """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
+class Config(RolloutConfig):
     reward: str = "verifier"
     """Where the score comes from: "verifier" (verify.py), or the folder of a reward model (reward.py)."""
-    correct_weight: float = 1.0
+    correct_weight: Annotated[float, Finite()] = 1.0
     """verifier: reward for the right answer in the strict form. Negative: the policy should unlearn."""
-    format_weight: float = 0.1
-    """verifier: reward for the strict form, whatever the number."""
-    unfinished_penalty: float = 1.0
+    unfinished_penalty: Annotated[float, Finite()] = 1.0
     """Taken off the score of an answer that was cut off."""
-    steps: int = 45
-    """Rollouts."""
-    prompts_per_step: int = 256
+    prompts_per_step: Annotated[int, AtLeast(2)] = 256
     """Prompts of one rollout, over all processes, with one answer each."""
-    max_new_tokens: int = 48
-    """An answer that does not end by then is cut off."""
-    temperature: float = 1.0
-    """Of sampling, and of every log-probability."""
-    epochs: int = 2
+    epochs: Count = 2
     """Passes over each rollout."""
-    minibatches: int = 2
-    """Updates in one pass."""
-    micro_batch_size: int = 32
-    """Answers at a time in each process, those of similar length together; gradients accumulate."""
-    gamma: float = 1.0
+    gamma: Annotated[float, AtLeast(0, most=1)] = 1.0
     """Discount of what comes later."""
-    lam: float = 1.0
+    lam: Annotated[float, AtLeast(0, most=1)] = 1.0
     """GAE's λ. TRL and the papers have 0.95, for longer answers and a critic that has had time to learn."""
-    clip_ratio: float = 0.2
+    clip_ratio: Positive = 0.2
     """Ratios outside 1 ± clip_ratio are clipped."""
-    clip_value: float = 0.2
+    clip_value: Positive = 0.2
     """Values farther than this from what they were at sampling are clipped."""
-    value_weight: float = 0.1
+    value_weight: NotNegative = 0.1
     """Weight of the critic's loss."""
-    beta: float = 0.02
+    beta: NotNegative = 0.02
     """Cost of straying from the reference, per nat of KL. 0: no reference is kept."""
-    kl_target: float | None = None
+    kl_target: Annotated[float | None, Above(0)] = None
     """Adapt beta so that the KL of an answer stays near this many nats (Ziegler et al. 2019: 6). None: beta is
     fixed."""
-    kl_horizon: int = 10_000
+    kl_horizon: Count = 10_000
     """An adapting beta changes by at most a fifth in so many answers."""
     whiten_rewards: bool = False
     """Give the tokens' rewards standard deviation 1, around the mean they had (lm-human-preferences does, TRL does
     not)."""
-    lr: float = 3e-4
-    """Peak learning rate."""
-    final_lr: float = 0.1
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 5
-    """Rollouts of linear rise."""
-    weight_decay: float = 0.0
-    """Of matrices."""
-    beta2: float = 0.99
-    """AdamW's memory of squared gradients."""
-    clip: float = 1.0
-    """Longest gradient."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 15
-    """Rollouts between two examinations on held-out questions, greedy."""
-    eval_prompts: int = 128
-    """Questions of an examination."""
+    lr: NotNegative = 3e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,22 +329,10 @@ def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Conf
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    _, world, _ = processes.setup_processes(config.device)
-    at_least(
-        config, steps=1, prompts_per_step=2, max_new_tokens=1, epochs=1, minibatches=1, micro_batch_size=1, warmup=0
-    )
-    at_least(config, eval_every=1, save_every=1, log_every=1, eval_prompts=1, n_prompts=1, clip=1e-9, beta=0.0)
-    at_least(
-        config, gamma=0.0, lam=0.0, clip_ratio=1e-9, clip_value=1e-9, value_weight=0.0, kl_horizon=1, kl_target=1e-9
-    )
-    if config.prompts_per_step % world:
-        raise UserError(f"prompts_per_step {config.prompts_per_step} cannot be shared evenly by {world} processes")
-    if config.prompts_per_step // world < config.minibatches:
+    validate(config)
+    check_shared("prompts_per_step", config.prompts_per_step)
+    if config.prompts_per_step // processes.launched()[1] < config.minibatches:
         raise UserError(f"{config.prompts_per_step} prompts do not make {config.minibatches} minibatches per process")
-    if config.temperature <= 0:
-        raise UserError("temperature must be positive: greedy answers explore nothing")
-    if not (config.gamma <= 1 and config.lam <= 1):
-        raise UserError("gamma and lam end at 1")
     if config.kl_target is not None and config.prompts_per_step > config.kl_horizon:
         raise UserError(f"kl_horizon {config.kl_horizon} is less than one step of {config.prompts_per_step} answers")
     if config.kl_target is not None and not config.beta:

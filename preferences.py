@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from data import Prompt, columns, dialogue, encode_prompts, load_prompts, read_d
 from rollout import sample_answers, score
 from runtime import processes
 from runtime.checkpoint import find_checkpoint, write_text
-from runtime.config import at_least, parse
+from runtime.config import AtLeast, Count, CountOrNone, parse
 from runtime.device import pick_device
 from runtime.errors import UserError, run_main
 from stages import load_stage
@@ -409,7 +409,7 @@ class Config:
     """Which part."""
     data_dir: str = ""
     """A local mirror of datasets, looked in before the hub."""
-    n: int | None = None
+    n: CountOrNone = None
     """At most so many pairs; with --policy, so many questions (None: 4096 of arith, all of the others)."""
     seed: int = 0
     """Of the embedded pairs, and of the sampling."""
@@ -417,9 +417,9 @@ class Config:
     """Write them to this JSONL file."""
     policy: str = ""
     """Make pairs of this model's own answers: a run's folder or a checkpoint."""
-    samples: int = 4
+    samples: Annotated[int, AtLeast(2)] = 4
     """With --policy: answers to each question."""
-    max_new_tokens: int = 48
+    max_new_tokens: Count = 48
     """With --policy: an answer that does not end by then is passed over."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -429,7 +429,6 @@ def collect(config: Config) -> list[Pair]:
     """The pairs that ``config`` asks for."""
     if not config.policy:
         return load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
-    at_least(config, samples=2, max_new_tokens=1, n=1)
     policy, tokenizer, _ = load_stage(config.policy, device=pick_device(config.device))
     if policy.config.max_seq_len <= config.max_new_tokens:
         raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {policy.config.max_seq_len} tokens")

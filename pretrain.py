@@ -14,7 +14,7 @@ not depend on the tokenizer. (The optimizer and the learning rate's schedule are
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,17 @@ from moe import (
 )
 from optim import learning_rate, make_optimizers, update
 from runtime import processes
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import (
+    AtLeast,
+    Count,
+    CountOrNone,
+    CountOrZero,
+    NotNegative,
+    TrainConfig,
+    check_shared,
+    parse,
+    validate,
+)
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from tokenizer import Tokenizer, load_tokenizer
@@ -40,23 +50,23 @@ from transformer import Transformer, model_size, token_logps
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     data: str = "arith"
     """arith, tinystories, pile, books, or the path of a text file or of a folder with .txt files."""
-    max_documents: int | None = None
+    max_documents: CountOrNone = None
     """Read only so many documents of each split (None: all)."""
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
     """bpe is trained on the data; r50k is GPT-2's."""
     vocab_size: int = 512
     """Of the BPE, special tokens included."""
 
-    d_model: int = 128
+    d_model: Count = 128
     """Width of the model."""
-    n_layers: int = 4
+    n_layers: Count = 4
     """Blocks."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Query heads."""
-    n_kv_heads: int = 2
+    n_kv_heads: Count = 2
     """Key/value heads, each shared by n_heads / n_kv_heads query heads."""
     d_ff: int | None = None
     """Width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
@@ -78,11 +88,11 @@ class Config(RunConfig):
     """Sliding-window attention (None: full)."""
     sinks: int = 0
     """With a window: the first tokens that stay visible."""
-    n_experts: int = 0
+    n_experts: CountOrZero = 0
     """More than 0: the feed-forward layers are mixtures of so many experts (moe.py)."""
     n_experts_per_token: int = 2
     """Experts that each token goes to."""
-    n_shared_experts: int = 0
+    n_shared_experts: CountOrZero = 0
     """Experts that every token goes to, besides."""
     d_expert: int | None = None
     """Width of an expert (None: a token's experts together are as wide as d_ff)."""
@@ -93,40 +103,29 @@ class Config(RunConfig):
     balance: Literal["loss", "pooled", "bias", "none"] = "loss"
     """What keeps all experts at work: a loss for each layer (Switch), one for all layers together (as transformers has
     it for Mixtral), or a bias."""
-    balance_weight: float = 0.01
+    balance_weight: NotNegative = 0.01
     """Of the balancing loss, each layer's or the pooled one."""
-    balance_rate: float = 1e-3
+    balance_rate: NotNegative = 1e-3
     """With --balance bias: what a step adds to the bias of an expert with too little to do."""
-    z_weight: float = 1e-3
+    z_weight: NotNegative = 1e-3
     """Of the router z-loss."""
 
-    seq_len: int = 128
+    seq_len: Count = 128
     """Tokens of a training window."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Windows of one step, over all processes."""
-    micro_batch_size: int = 0
-    """Windows at a time in each process; gradients accumulate (0: all at once)."""
-    steps: int = 800
+    steps: Count = 800
     """Updates."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: for the matrices inside the blocks; everything else stays with AdamW. adamw: for all."""
-    lr: float = 4e-3
+    lr: NotNegative = 4e-3
     """Peak learning rate. With adamw alone, half of this is a better start."""
-    final_lr: float = 0.1
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 50
-    """Steps of linear rise."""
-    weight_decay: float = 0.1
-    """Of matrices; vectors are not decayed."""
-    beta2: float = 0.95
+    warmup: CountOrZero = 50
+    weight_decay: NotNegative = 0.1
+    beta2: Annotated[float, AtLeast(0, below=1)] = 0.95
     """AdamW's memory of squared gradients."""
-    clip: float = 1.0
-    """Longest gradient."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 200
-    """Steps between two validations."""
-    eval_windows: int = 128
+    eval_every: Count = 200
+    eval_windows: Count = 128
     """Windows of a validation, spread evenly over the split."""
     sample_prompt: str = "Tom has 4 apples. Mia gives Tom 3 more."
     """What the model continues at each validation."""
@@ -172,9 +171,7 @@ def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    at_least(config, steps=1, seq_len=1, n_heads=1, n_kv_heads=1, n_layers=1, d_model=1, warmup=0, clip=1e-9)
-    at_least(config, max_documents=1, eval_every=1, eval_windows=1, save_every=1, log_every=1, final_lr=0.0)
-    at_least(config, n_experts=0, n_shared_experts=0, balance_weight=0.0, balance_rate=0.0, z_weight=0.0)
+    validate(config)
     if config.seq_len > config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than max_seq_len {config.max_seq_len}")
     if config.seq_len == config.max_seq_len and config.positions != "rope":  # a window has a last token to predict
@@ -187,15 +184,7 @@ def check(config: Config) -> None:
         model_config(config, config.vocab_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_batch(config.batch_size, config.micro_batch_size, config.device)
-
-
-def check_batch(batch_size: int, micro_batch_size: int, device: str) -> None:
-    _, world, _ = processes.setup_processes(device)
-    if batch_size % world:
-        raise UserError(f"batch_size {batch_size} cannot be shared evenly by {world} processes")
-    if micro_batch_size < 0 or batch_size < 1:
-        raise UserError("batch_size starts at 1, micro_batch_size at 0")
+    check_shared("batch_size", config.batch_size)
 
 
 def model_config(config: Config, vocab_size: int) -> ModelConfig:

@@ -45,7 +45,7 @@ import math
 import os
 import random
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -57,11 +57,21 @@ from data import epoch_batch, similar_lengths
 from encoder import load_encoder, pool
 from optim import learning_rate, make_optimizers, update
 from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, with_own_pairs
-from pretrain import check_batch
 from rollout import sample_answers
 from runtime import processes
 from runtime.checkpoint import load_weights, need_checkpoint
-from runtime.config import RunConfig, at_least, parse
+from runtime.config import (
+    AtLeast,
+    Count,
+    CountOrNone,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    TrainConfig,
+    check_shared,
+    parse,
+    validate,
+)
 from runtime.errors import UserError, run_main
 from runtime.run import Run, start
 from stages import load_stage
@@ -72,57 +82,47 @@ DEFAULTS = {"arith": 8192}  # pairs
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class Config(TrainConfig):
     data: str = "arith+own"
     """arith, own (right and wrong answers of the starting policy to the embedded questions), hh-harmless, hh-helpful,
     ultrafeedback, a .jsonl file with the columns prompt, chosen, rejected, or several of these, joined by "+".
     """
-    n_pairs: int | None = None
+    n_pairs: CountOrNone = None
     """Use only so many (None: 8192 of arith, all of the others)."""
-    n_sums: int = 32_768
+    n_sums: CountOrZero = 32_768
     """arith: pairs about plain sums among them."""
     init_from: str = ""
     """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
     encoder: str = ""
     """Take the body of this masked language model (encoder.py) instead; it must have the policy's tokenizer."""
-    max_length: int = 256
+    max_length: Annotated[int, AtLeast(8)] = 256
     """Tokens of a row; a longer one loses the beginning of its prompt."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pairs of one step, over all processes; they are of similar length."""
-    micro_batch_size: int = 0
-    """Pairs at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 1.0
+    epochs: Positive = 1.0
     """Passes over the pairs."""
-    token_weight: float | None = None
+    token_weight: Annotated[float | None, AtLeast(0, most=1)] = None
     """Weight of the loss at every token behind the first difference; that of the whole answer has the rest (None: 0.7,
     and 0 with an encoder, whose tokens see what comes after them)."""
-    margin: float = 0.0
+    margin: NotNegative = 0.0
     """Distance that the scores of a pair should keep."""
-    center: float = 0.05
+    center: NotNegative = 0.05
     """Weight of the pull of the scores to zero (Eisenstein et al.: 0.01; 0: none)."""
-    normalize_on: int = 128
+    normalize_on: CountOrZero = 128
     """Answers of the starting policy whose scores get mean 0 and variance 1 at the end (0: leave the scores as they
     are).
     """
-    max_new_tokens: int = 48
+    max_new_tokens: Count = 48
     """Length of those answers at most."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: for the matrices inside the blocks."""
-    lr: float = 2e-3
+    lr: NotNegative = 2e-3
     """Peak learning rate; with adamw a tenth of it is a better start."""
-    final_lr: float = 0.0
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 20
-    """Steps of linear rise."""
-    weight_decay: float = 0.01
-    """Of matrices."""
-    clip: float = 1.0
-    """Longest gradient."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, a third more work."""
-    eval_every: int = 200
-    """Steps between two validations."""
-    eval_pairs: int = 512
+    final_lr: NotNegative = 0.0
+    warmup: CountOrZero = 20
+    weight_decay: NotNegative = 0.01
+    eval_every: Count = 200
+    eval_pairs: Count = 512
     """Held-out pairs of a validation."""
 
 
@@ -351,13 +351,10 @@ def training_pairs(config: Config) -> list[Pair]:
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    at_least(config, n_pairs=1, max_length=8, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
-    at_least(config, eval_pairs=1, margin=0.0, center=0.0, token_weight=0.0, normalize_on=0, max_new_tokens=1, n_sums=0)
+    validate(config)
     if config.token_weight and config.encoder:
         raise UserError("token_weight: an encoder has one score for the whole answer")
-    if config.token_weight is not None and config.token_weight > 1:
-        raise UserError(f"token_weight is {config.token_weight}: it is a share, 1 at most")
-    check_batch(config.batch_size, config.micro_batch_size, config.device)
+    check_shared("batch_size", config.batch_size)
 
 
 def run(config: Config) -> dict:

@@ -17,6 +17,7 @@ Run ``python rollout.py`` to see the rows of two answers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -24,10 +25,42 @@ from tqdm import tqdm
 
 from data import Prompt
 from generate import generate
+from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Positive, TrainConfig
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, token_logps
 from verify import correctness_reward, format_reward, lax_correctness_reward
+
+
+@dataclass(frozen=True)
+class RolloutConfig(TrainConfig):
+    """What every stage that learns from its own answers has in common."""
+
+    data: Literal["arith", "gsm8k", "svamp"] = "arith"
+    """Where the prompts come from."""
+    n_prompts: CountOrNone = None
+    """Use at most this many prompts (None: 4096 of arith, all of the others)."""
+    init_from: str = ""
+    """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
+    steps: Count = 45
+    """Training steps; each samples one batch of answers."""
+    max_new_tokens: Count = 48
+    """An answer that has not ended after this many tokens is cut off."""
+    temperature: Positive = 1.0
+    """Sampling temperature; every log-probability uses it too. (At 0 all answers would be the same.)"""
+    format_weight: Annotated[float, Finite()] = 0.1
+    """Reward for the strict form, whatever the number."""
+    minibatches: Count = 2
+    """Updates in one pass over the answers, each on its own part of them."""
+    micro_batch_size: Count = 32
+    """Answers that each process takes at a time, those of similar length together; gradients accumulate."""
+    warmup: CountOrZero = 5
+    beta2: Annotated[float, AtLeast(0, below=1)] = 0.99
+    """AdamW's memory of squared gradients: longer than pretraining's 0.95, because gradients of few answers are
+    noisy."""
+    eval_every: Count = 15
+    eval_prompts: Count = 128
+    """Held-out questions of an evaluation, answered greedily."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -31,10 +32,9 @@ from data import PackedRows, epoch_batch, load_chats, pack
 from generate import generate
 from lora import TARGETS, LoRARunConfig, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
-from pretrain import check_batch
 from runtime import processes
 from runtime.checkpoint import need_checkpoint, write_text
-from runtime.config import at_least, parse
+from runtime.config import AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.folder import run_folder
 from runtime.plots import plot_sweep
@@ -48,40 +48,25 @@ from transformer import Transformer, model_size, token_logps
 class Config(LoRARunConfig):
     data: str = "arith"
     """arith, gsm8k, alpaca, dolly, or several joined by +."""
-    n_examples: int | None = None
+    n_examples: CountOrNone = None
     """Conversations of each source (None: 192 of arith, all of the others)."""
     init_from: str = ""
     """The pretrained model: a run's folder or a checkpoint. Default: out/<task>/pretrain."""
-    seq_len: int = 256
+    seq_len: Annotated[int, AtLeast(2)] = 256
     """Tokens of a row."""
     packing: bool = True
     """Several conversations in one row, unable to see each other."""
     curriculum: bool = False
     """Short conversations first, in every epoch; otherwise a new random order in each."""
-    batch_size: int = 2
+    batch_size: Count = 2
     """Rows of one step, over all processes."""
-    micro_batch_size: int = 0
-    """Rows at a time in each process; gradients accumulate (0: all at once)."""
-    epochs: float = 8.0
+    epochs: Positive = 8.0
     """Passes over the data."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    final_lr: float = 0.1
-    """Share of the peak at which the cosine ends."""
-    warmup: int = 10
-    """Steps of linear rise."""
-    weight_decay: float = 0.01
-    """Of matrices."""
-    clip: float = 1.0
-    """Longest gradient."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: less memory, a third more work."""
+    weight_decay: NotNegative = 0.01
     lora_targets: tuple[str, ...] = (*TARGETS, "head")
     """The linear layers that get adapters. Here the head is one of them: pretraining never showed the tokens of the
     answer's form, their rows of the head are all alike, and frozen they would stay it."""
-    eval_every: int = 50
-    """Steps between two validations."""
-    sweep: tuple[float, ...] = ()
+    sweep: Annotated[tuple[float, ...], AtLeast(0)] = ()
     """Learning rates to try, one run for each, in <out_dir>/lr_<rate>; the table and the plot stand in <out_dir>."""
 
 
@@ -134,9 +119,9 @@ def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: 
 
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    at_least(config, n_examples=1, seq_len=2, epochs=1e-9, warmup=0, clip=1e-9, eval_every=1, save_every=1, log_every=1)
+    validate(config)
     check_lora(config)
-    check_batch(config.batch_size, config.micro_batch_size, config.device)
+    check_shared("batch_size", config.batch_size)
 
 
 def run(config: Config) -> dict:

@@ -8,16 +8,92 @@ Everything that can be wrong is found before anything is loaded and is said in o
 
 import dataclasses
 import difflib
+import math
 import os
 import runpy
 import sys
 import typing
 from pathlib import Path
 from types import ModuleType, UnionType
+from typing import Annotated
 
 import tyro
 
 from runtime.errors import UserError
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bounds, which stand at the fields: ``steps: Annotated[int, AtLeast(1)] = 45``
+
+
+class Bound(type(tyro.conf.arg())):  # of the class that tyro looks for in an annotation, so that --help shows it
+    """A finite number, between limits that may be missing. ``validate`` refuses others; None is not looked at."""
+
+    def __init__(self, least=None, above=None, most=None, below=None):
+        words = {"at least": least, "above": above, "at most": most, "below": below}
+        limits = {word: limit for word, limit in words.items() if limit is not None}
+        text = ", ".join(f"{word} {_number(limit)}" for word, limit in limits.items())
+        shown = tyro.conf.arg(help_behavior_hint=lambda default: f"({text + '; ' if text else ''}default: {default})")
+        for field in dataclasses.fields(shown):
+            object.__setattr__(self, field.name, getattr(shown, field.name))
+        object.__setattr__(self, "limits", limits)
+
+    def problem(self, value: float) -> str:
+        """What is wrong with a value; empty if nothing is."""
+        holds = {"at least": value.__ge__, "above": value.__gt__, "at most": value.__le__, "below": value.__lt__}
+        for word, limit in self.limits.items():
+            if holds[word](type(value)(limit)) is not True:  # NaN too
+                return f"is {value}: {word} {_number(limit)}"
+        if math.isinf(value):
+            return "is infinite"
+        return f"is {value}: not a number" if math.isnan(value) else ""
+
+
+def _number(limit) -> str:
+    power = isinstance(limit, int) and limit > 2**32 and limit & (limit - 1) == 0
+    return f"2**{limit.bit_length() - 1}" if power else f"{limit:g}"
+
+
+def AtLeast(least, most=None, below=None) -> Bound:  # noqa: N802
+    return Bound(least=least, most=most, below=below)
+
+
+def Above(above, most=None, below=None) -> Bound:  # noqa: N802
+    return Bound(above=above, most=most, below=below)
+
+
+def Finite() -> Bound:  # noqa: N802
+    return Bound()
+
+
+# The kinds of numbers that many fields are.
+Count = Annotated[int, AtLeast(1)]
+CountOrZero = Annotated[int, AtLeast(0)]
+CountOrNone = Annotated[int | None, AtLeast(1)]
+Positive = Annotated[float, Above(0)]
+NotNegative = Annotated[float, AtLeast(0)]
+
+
+def validate(config) -> None:
+    """Refuse numbers outside the bounds of their fields. ``parse`` has done it; a configuration that was made in Python
+    has not been looked at before.
+    """
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for bound in getattr(hint, "__metadata__", ()):
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(bound, Bound) and number is not None and (problem := bound.problem(number)):
+                    raise UserError(f"{name} {problem}")
+
+
+def check_shared(name: str, count: int) -> None:
+    """Refuse a batch that the processes which torchrun launched cannot share evenly."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if count % world:
+        raise UserError(f"{name} {count} cannot be shared evenly by {world} processes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stages share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,31 +106,57 @@ class RunConfig:
     """The run's own folder. Default: out/<task>/<stage>."""
     data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
     """A local mirror of datasets, looked in before the hub. Default: the environment variable ALIGNBOOK_DATA."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0, below=2**63)] = 0
     """The same seed on the same machine gives the same run."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: typing.Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
+    """Precision of matrix products. auto: bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU."""
     compile: typing.Literal["auto", "on", "off"] = "auto"
     """torch.compile for the blocks of the model, in pretraining and SFT (the shapes of the other stages change from
     step to step, so they stay eager). auto: where the run is long enough to pay for the warm-up."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between two rows of metrics.jsonl; PPO, GRPO and GDPO write one for every step."""
-    save_every: int = 200
+    save_every: Count = 200
     """Steps between two checkpoints; the last step is always saved."""
-    keep_last: int = 1
-    """With more than 1, also keep ckpt_<step>.pt of the last so many checkpoints."""
+    keep_last: Count = 1
+    """With more than 1, also keep this many of the last checkpoints, as ckpt_<step>.pt."""
     track: typing.Literal["none", "tensorboard", "wandb"] = "none"
     """Send the metrics there too (WANDB_MODE=offline works without a network)."""
-    profile_steps: int = 0
-    """Write a torch.profiler trace of so many steps to trace.json."""
+    profile_steps: CountOrZero = 0
+    """Write a torch.profiler trace of this many steps to trace.json (0: none)."""
     fresh: bool = False
-    """Start again although the folder holds a run: that one is moved aside, not deleted."""
+    """Start again even if the folder holds a run: that one is moved aside, not deleted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """What every stage that trains has besides. A stage sets its own defaults where these do not suit it."""
+
+    lr: NotNegative = 1e-3
+    """Peak learning rate."""
+    final_lr: NotNegative = 0.1
+    """Final learning rate, as a fraction of the peak."""
+    warmup: CountOrZero = 10
+    """Linear warm-up of the learning rate, in steps."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay of the matrices; vectors are not decayed."""
+    clip: Positive = 1.0
+    """Maximum gradient norm."""
+    micro_batch_size: CountOrZero = 0
+    """Rows of the batch that each process takes at a time; gradients accumulate (0: all at once)."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more work."""
+    eval_every: Count = 50
+    """Steps between two evaluations on held-out data."""
 
 
 # Fields in which the same run may differ from one start to the next: they change what is written, not what is computed.
 FREE_FIELDS = {"out_dir", "data_dir", "log_every", "save_every", "keep_last", "track", "profile_steps", "fresh"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a preset and a command line to a configuration
 
 
 def parse(config_class, argv: list[str] | None = None):
@@ -64,7 +166,9 @@ def parse(config_class, argv: list[str] | None = None):
     argv = list(sys.argv[1:] if argv is None else argv)
     values = read_preset(config_class, argv.pop(0)) if argv and argv[0].endswith(".py") else {}
     _check_arguments(config_class, argv)
-    return tyro.cli(config_class, args=argv, default=config_class(**values))
+    config = tyro.cli(config_class, args=argv, default=config_class(**values))
+    validate(config)
+    return config
 
 
 def read_preset(config_class, path: str) -> dict:
@@ -194,14 +298,6 @@ def _reads(text: str, hint) -> bool:
         except ValueError:
             return False
     return True
-
-
-def at_least(config, **least) -> None:
-    """Refuse numbers below what makes sense: ``at_least(config, steps=1, beta=0.0)``."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and not value >= low:  # NaN too
-            raise UserError(f"{name} is {value}: at least {low}")
 
 
 def as_dict(config) -> dict:

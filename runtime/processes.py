@@ -21,8 +21,7 @@ _BUCKET = 2**25  # elements of one all-reduce: few large messages, little extra 
 
 def setup_processes(device_name: str = "auto") -> tuple[int, int, int]:
     """Join the group if ``torchrun`` started us: (rank, world size, local rank). gloo on CPUs, nccl on GPUs."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    (rank, world), local = launched(), int(os.environ.get("LOCAL_RANK", "0"))
     if world > 1 and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and device_name in ("auto", "cuda")
         if on_gpu:
@@ -34,6 +33,18 @@ def setup_processes(device_name: str = "auto") -> tuple[int, int, int]:
         # meet.
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=60))
     return rank, world, local
+
+
+def launched() -> tuple[int, int]:
+    """(rank, world size) as ``torchrun`` launched us, whether or not the processes have met yet."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def print_once(*lines: str) -> None:
+    """Print lines in one process, before the processes have met."""
+    if launched()[0] == 0:
+        for line in lines:
+            print(line)
 
 
 def rank() -> int:

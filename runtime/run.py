@@ -15,7 +15,6 @@ It knows the run's place among the processes, its device and precision, its fold
 What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``, ``trackers.py`` and ``checkpoint.py``.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -29,7 +28,7 @@ from runtime.checkpoint import (
     weights_id,
     write_atomically,
 )
-from runtime.config import as_dict, at_least
+from runtime.config import as_dict
 from runtime.device import (
     autocast,
     can_compile,
@@ -69,15 +68,6 @@ class Run:
     # Before the loop
 
     def open(self) -> None:
-        least = {"seed": 0, "lr": 0, "final_lr": 0, "weight_decay": 0, "beta2": 0, "profile_steps": 0, "keep_last": 1}
-        at_least(self.config, **{name: low for name, low in least.items() if hasattr(self.config, name)})
-        for name in ("lr", "epochs"):
-            if getattr(self.config, name, 0) == math.inf:
-                raise UserError(f"{name} is infinite")
-        if self.config.seed >= 2**63:
-            raise UserError(f"seed is {self.config.seed}: below 2**63")
-        if getattr(self.config, "beta2", 0) >= 1:
-            raise UserError(f"beta2 is {self.config.beta2}: below 1")
         self.state = open_folder(self.folder, self.config, self.stage)
         if self.state is not None:
             self.lineage, self.best = self.state["lineage"], self.state.get("best")

@@ -129,7 +129,7 @@ def test_cells_and_their_configurations():
         ({"cells": ("a | start=weak",)}, "start=weak"),
         ({"cells": ("a | lr=1",), "starts": ("weak",)}, "is not a start"),
         ({"cells": ("a | lr=1",), "starts": ("weak | n_exmples=8",)}, "n_exmples"),
-        ({"cells": ("a | group_size=1",)}, "group_size=1.*starts at 2"),
+        ({"cells": ("a | group_size=1",)}, "group_size=1.*group_size is 1: at least 2"),
         ({"cells": ("a | seed=3",)}, "seed is the same for all cells"),
         ({"cells": ("a | init_from=x",)}, "--starts"),
         ({"base": "data=gsm8k"}, "data is the same for all cells"),

@@ -1,6 +1,7 @@
 """Defaults, then a preset, then the command line; and one line for everything that can be wrong."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import tyro
 
 import encoder
 import pretrain
-from runtime.config import RunConfig, as_dict, fits, parse
+from runtime.config import Above, AtLeast, Finite, RunConfig, as_dict, check_shared, fits, parse, validate
 from runtime.errors import UserError
 
 
@@ -333,3 +334,64 @@ def test_a_list_that_may_also_be_none():
     assert parse(pretrain.Config, []).expert_layers is None
     with pytest.raises(UserError, match="3"):
         parse(pretrain.Config, ["--window", "1", "3"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bounds
+
+
+@dataclass(frozen=True)
+class Bounded:
+    steps: typing.Annotated[int, AtLeast(1)] = 45
+    """Training steps."""
+    beta2: typing.Annotated[float, AtLeast(0, below=1)] = 0.9
+    share: typing.Annotated[float | None, Above(0, most=1)] = None
+    weight: typing.Annotated[float, Finite()] = -1.0
+    rates: typing.Annotated[tuple[float, ...], Above(0)] = ()
+
+
+OUTSIDE = [
+    ({"steps": 0}, "steps is 0: at least 1"),
+    ({"beta2": 1.0}, "beta2 is 1.0: below 1"),
+    ({"beta2": -0.5}, "beta2 is -0.5: at least 0"),
+    ({"beta2": float("nan")}, "beta2 is nan: at least 0"),
+    ({"share": 0.0}, "share is 0.0: above 0"),
+    ({"share": 1.5}, "share is 1.5: at most 1"),
+    ({"weight": float("inf")}, "weight is infinite"),
+    ({"weight": float("-inf")}, "weight is infinite"),
+    ({"weight": float("nan")}, "weight is nan: not a number"),
+    ({"rates": (0.1, 0.0)}, "rates is 0.0: above 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), OUTSIDE)
+def test_a_number_outside_its_bounds_is_one_line(tmp_path, changes, says):
+    with pytest.raises(UserError) as error:
+        validate(Bounded(**changes))
+    assert str(error.value) == says
+    name, value = next(iter(changes.items()))
+    values = value if isinstance(value, tuple) else (value,)
+    assert refusal(Bounded, [f"--{name}", *map(str, values)]) == says
+    if math.isfinite(sum(values)):
+        assert refusal(Bounded, [preset(tmp_path, f"{name} = {value!r}\n")]) == says
+
+
+def test_numbers_inside_their_bounds():
+    for changes in ({"steps": 1}, {"beta2": 0.0}, {"share": 1.0}, {"share": None}, {"weight": -9.0}, {"rates": (1.0,)}):
+        validate(Bounded(**changes))
+
+
+def test_help_shows_the_bounds(capsys):
+    with pytest.raises(SystemExit):
+        parse(Bounded, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Training steps. (at least 1; default: 45)" in text and "(at least 0, below 1; default: 0.9)" in text
+    assert "(above 0, at most 1; default: None)" in text
+
+
+def test_a_batch_that_the_processes_cannot_share(monkeypatch):
+    check_shared("batch_size", 3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_shared("batch_size", 4)
+    with pytest.raises(UserError, match="batch_size 3 cannot be shared evenly by 2 processes"):
+        check_shared("batch_size", 3)

@@ -450,11 +450,11 @@ def test_an_unfinished_answer_costs(tmp_path, folders):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"temperature": 0.0}, "temperature is 0.0: above 0"),
         ({"minibatches": 9}, "do not make 9 minibatches"),
         ({"beta": 0.0, "kl_target": 1.0}, "cannot adapt"),
         ({"beta": 0.1, "kl_target": 1.0, "kl_horizon": 7}, "kl_horizon 7 is less than one step of 8 answers"),
-        ({"lam": 1.5}, "end at 1"),
+        ({"lam": 1.5}, "lam is 1.5: at most 1"),
         ({"reward": "nowhere"}, "there is no checkpoint in nowhere"),
         ({"max_new_tokens": 4096}, "leaves no room"),
     ],

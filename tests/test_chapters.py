@@ -289,9 +289,20 @@ def test_the_search_for_circles_finds_one_inside_a_function(tmp_path):
     assert circles(import_graph(tmp_path)) == {"a", "b", "runtime.c"}
 
 
-def test_every_file_at_the_root_is_installed():
-    listed = (ROOT / "pyproject.toml").read_text().split("py-modules = [")[1].split("]")[0]
-    assert set(re.findall(r'"(\w+)"', listed)) == {path.stem for path in ROOT.glob("*.py")}
+def test_an_installation_brings_no_module(tmp_path):
+    """``data`` or ``tokenizer`` in site-packages would stand in the way of others' modules of that name."""
+    pytest.importorskip("setuptools")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "runtime").mkdir()
+    for path in (tmp_path / "data.py", tmp_path / "runtime" / "__init__.py"):
+        path.write_text("")
+    made = subprocess.run(
+        [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q", "build", "--build-lib", "lib"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert not list(tmp_path.glob("lib/**/*.py")) and not list((tmp_path / "build").glob("**/*.py"))
 
 
 def test_every_file_at_the_root_has_its_place_in_the_order():

@@ -155,7 +155,7 @@ def test_the_studies_of_the_book_can_run_and_have_a_page(path):
     cells = read_cells(config)
     assert config.name and len(cells) >= 2
     page = ROOT / "docs" / "experiments" / f"{config.name}.md"
-    assert f"python ablate.py configs/{path.name}" in page.read_text()
+    assert f"python studies/ablate.py configs/{path.name}" in page.read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_an_interrupted_study_stops_and_goes_on(tmp_path, start, number):  # noq
     config = tiny(tmp_path, start)
     command = [
         sys.executable,
-        "ablate.py",
+        "studies/ablate.py",
         "--init_from",
         str(start),
         "--out",

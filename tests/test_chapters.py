@@ -20,9 +20,11 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "arithmetic", "verify",
     "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "ppo", "grpo",
-    "gdpo", "evaluate", "chat", "probe", "ablate", "pipeline",
+    "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
-CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
+STUDIES = ["probe", "ablate"]
+PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
+CHAPTERS = list(PATHS)
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
 CONCEPTS = [name for name in CHAPTERS if name not in STAGES]
 PRESETS = sorted((ROOT / "configs").glob("*.py"))
@@ -47,7 +49,7 @@ def run_all(commands: dict[str, list[str]]) -> dict[str, subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def printed():
-    return run_all({name: [f"{name}.py"] for name in CONCEPTS})
+    return run_all({name: [PATHS[name]] for name in CONCEPTS})
 
 
 EXAMPLES = {
@@ -166,7 +168,7 @@ def test_no_field_is_dead(name):
     module = importlib.import_module(name)
     fields = {field.name for field in dataclasses.fields(module.Config)}
     shared = {field.name for base in module.Config.__mro__[1:-1] for field in dataclasses.fields(base)}
-    own = attributes_read(ROOT / f"{name}.py")
+    own = attributes_read(ROOT / PATHS[name])
     runtime = set().union(*(attributes_read(path) for path in (ROOT / "runtime").glob("*.py")))
     if name in ("pretrain", "encoder"):  # it hands on by name whatever the model's configuration has too
         own |= {field.name for field in dataclasses.fields(ModelConfig)}
@@ -211,7 +213,7 @@ def test_presets_are_named_after_their_stage():
 
 @pytest.fixture(scope="module")
 def refused():
-    return run_all({name: [f"{name}.py", "--no_such_field", "1"] for name in STAGES})
+    return run_all({name: [PATHS[name], "--no_such_field", "1"] for name in STAGES})
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -242,8 +244,14 @@ ALLOWED = {
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_imports_only_what_comes_before_it(name):
-    before = set(ORDER[: ORDER.index(name)])
-    assert imported(ROOT / f"{name}.py") <= before | {"runtime"} | ALLOWED
+    """And a study whatever it likes; but nothing imports a study, except another."""
+    before = set(CHAPTERS[: CHAPTERS.index(name)])
+    assert imported(ROOT / PATHS[name]) <= before | {"runtime"} | ALLOWED
+
+
+def test_importing_grpo_loads_only_what_grpo_needs():
+    loaded = reached(import_graph(ROOT), "grpo")
+    assert not loaded & {"encoder", "sft", "preferences", "reward", "dpo", "ppo", "gdpo", "evaluate", "pretrain"}
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
@@ -306,7 +314,8 @@ def test_an_installation_brings_no_module(tmp_path):
 
 
 def test_every_file_at_the_root_has_its_place_in_the_order():
-    assert {path.stem for path in ROOT.glob("*.py")} <= set(ORDER)
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ORDER)
+    assert {path.stem for path in (ROOT / "studies").glob("*.py")} == set(STUDIES)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)

@@ -13,10 +13,10 @@ start, and the seed also makes the text; there, and wherever a seed weighs more 
 cells with the same seed says more than either: a column NAME-first is that to the first cell of the part, its interval
 is that of the differences, and two cells are told apart if it does not hold 0.
 
-    python ablate.py configs/ablate_grpo.py                    # a study of the book; stops and continues anywhere
-    python ablate.py --cells "a | lr=1e-4" "a | lr=3e-4"       # one of your own: part | settings
-    python ablate.py --stage pretrain --cells "a | norm=rmsnorm" "a | norm=layernorm"
-    python ablate.py configs/ablate_grpo.py --page docs/experiments/grpo.md
+    python studies/ablate.py configs/ablate_grpo.py            # a study of the book; stops and continues anywhere
+    python studies/ablate.py --cells "a | lr=1e-4" "a | lr=3e-4"    # one of your own: part | settings
+    python studies/ablate.py --stage pretrain --cells "a | norm=rmsnorm" "a | norm=layernorm"
+    python studies/ablate.py configs/ablate_grpo.py --page docs/experiments/grpo.md
 
 ``out/ablate/<name>/`` holds ``results.jsonl`` (a row for each cell and seed, with its curves), ``table.md`` and
 ``plot.png``; ``--page`` writes the table into a page, between two marks, and results and plot beside it.
@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand at the root
 
 import gdpo
 import grpo

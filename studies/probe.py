@@ -15,11 +15,14 @@ probe.py`` to see two small models at it, one with learned and one with rotary p
 import json
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand at the root
 
 from data import TokenFile
 from optim import make_optimizers

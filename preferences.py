@@ -40,7 +40,7 @@ from data import Prompt, columns, dialogue, encode_prompts, load_prompts, read_d
 from rollout import sample_answers, score
 from runtime import processes
 from runtime.checkpoint import find_checkpoint, write_text
-from runtime.config import AtLeast, Count, CountOrNone, parse
+from runtime.config import AtLeast, Count, CountOrNone, parse, validate
 from runtime.device import pick_device
 from runtime.errors import UserError, run_main
 from stages import load_stage
@@ -427,6 +427,7 @@ class Config:
 
 def collect(config: Config) -> list[Pair]:
     """The pairs that ``config`` asks for."""
+    validate(config)
     if not config.policy:
         return load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
     policy, tokenizer, _ = load_stage(config.policy, device=pick_device(config.device))

@@ -9,6 +9,7 @@ Everything that can be wrong is found before anything is loaded and is said in o
 import dataclasses
 import difflib
 import math
+import operator
 import os
 import runpy
 import sys
@@ -26,43 +27,51 @@ from runtime.errors import UserError
 
 
 class Bound(type(tyro.conf.arg())):  # of the class that tyro looks for in an annotation, so that --help shows it
-    """A finite number, between limits that may be missing. ``validate`` refuses others; None is not looked at."""
+    """A finite number between limits, any of which may be missing. None is not looked at; of a tuple, every element is.
+
+    >>> Bound(least=0, below=1).problem(1.5)
+    'is 1.5: below 1'
+    """
+
+    HOLDS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
 
     def __init__(self, least=None, above=None, most=None, below=None):
-        words = {"at least": least, "above": above, "at most": most, "below": below}
-        limits = {word: limit for word, limit in words.items() if limit is not None}
-        text = ", ".join(f"{word} {_number(limit)}" for word, limit in limits.items())
+        given = {"at least": least, "above": above, "at most": most, "below": below}
+        limits = {word: limit for word, limit in given.items() if limit is not None}
+        text = "".join(f"{word} {_number(limit)}, " for word, limit in limits.items()).removesuffix(", ")
         shown = tyro.conf.arg(help_behavior_hint=lambda default: f"({text + '; ' if text else ''}default: {default})")
-        for field in dataclasses.fields(shown):
-            object.__setattr__(self, field.name, getattr(shown, field.name))
+        for name, value in vars(shown).items():
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "limits", limits)
 
     def problem(self, value: float) -> str:
         """What is wrong with a value; empty if nothing is."""
-        holds = {"at least": value.__ge__, "above": value.__gt__, "at most": value.__le__, "below": value.__lt__}
         for word, limit in self.limits.items():
-            if holds[word](type(value)(limit)) is not True:  # NaN too
+            if not self.HOLDS[word](value, limit):  # NaN too
                 return f"is {value}: {word} {_number(limit)}"
         if math.isinf(value):
             return "is infinite"
-        return f"is {value}: not a number" if math.isnan(value) else ""
+        return "is nan: not a number" if math.isnan(value) else ""
+
+
+class AtLeast(Bound):
+    def __init__(self, least, most=None, below=None):
+        super().__init__(least=least, most=most, below=below)
+
+
+class Above(Bound):
+    def __init__(self, above, most=None, below=None):
+        super().__init__(above=above, most=most, below=below)
+
+
+class Finite(Bound):
+    def __init__(self):
+        super().__init__()
 
 
 def _number(limit) -> str:
     power = isinstance(limit, int) and limit > 2**32 and limit & (limit - 1) == 0
     return f"2**{limit.bit_length() - 1}" if power else f"{limit:g}"
-
-
-def AtLeast(least, most=None, below=None) -> Bound:  # noqa: N802
-    return Bound(least=least, most=most, below=below)
-
-
-def Above(above, most=None, below=None) -> Bound:  # noqa: N802
-    return Bound(above=above, most=most, below=below)
-
-
-def Finite() -> Bound:  # noqa: N802
-    return Bound()
 
 
 # The kinds of numbers that many fields are.

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import dpo
 import encoder
 import pretrain
 from runtime.config import Above, AtLeast, Finite, RunConfig, as_dict, check_shared, fits, parse, validate
@@ -379,6 +380,9 @@ def test_a_number_outside_its_bounds_is_one_line(tmp_path, changes, says):
 def test_numbers_inside_their_bounds():
     for changes in ({"steps": 1}, {"beta2": 0.0}, {"share": 1.0}, {"share": None}, {"weight": -9.0}, {"rates": (1.0,)}):
         validate(Bounded(**changes))
+    for changes in ({"beta2": 0}, {"share": 1}, {"weight": -9}):  # a whole number is a number
+        validate(Bounded(**changes))
+    validate(dpo.Config(label_smoothing=0))
 
 
 def test_help_shows_the_bounds(capsys):

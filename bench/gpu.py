@@ -30,7 +30,7 @@ from runtime.device import compile_blocks, peak_flops, pick_device, synchronize 
 from transformer import ModelConfig, Transformer, flops_per_token, token_logps  # noqa: E402
 
 # name: shape, tokens of a row, rows of a micro-batch
-GPT2 = dict(positions="learned", norm="layernorm", mlp="gelu_tanh", bias=True, tie_embeddings=True)
+GPT2 = {"positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "tie_embeddings": True}
 SIZES = {
     "50M": (ModelConfig(4096, 512, 14, 8, max_seq_len=512), 512, 128),
     "77M": (ModelConfig(50304, 512, 8, 8, max_seq_len=512), 512, 64),
@@ -92,12 +92,12 @@ def train(report: Report, sizes: dict, repeats: int, theirs: bool) -> None:
 
                     model = llama(config).to(device)
                     called = torch.compile(model) if who.endswith("compiled") else model
-                    loss_of = lambda f=called: f(input_ids=tokens, labels=tokens, use_cache=False).loss  # noqa: E731
+                    loss_of = lambda f=called, tokens=tokens: f(input_ids=tokens, labels=tokens, use_cache=False).loss  # noqa: E731
                 else:
                     model = Transformer(config).to(device)
                     if who == "compiled":
                         compile_blocks(model)
-                    loss_of = lambda m=model: -token_logps(m, tokens).mean()  # noqa: E731
+                    loss_of = lambda m=model, tokens=tokens: -token_logps(m, tokens).mean()  # noqa: E731
                 optimizers = make_optimizers(model, 1e-4)
 
                 def step(loss_of=loss_of, optimizers=optimizers):
@@ -129,20 +129,20 @@ def decode(
     device = report.device
     for name, (config, _, _) in sizes.items():
         ours = Transformer(config).to(device).eval()
-        never = config.vocab_size
+        end = {"eot_id": config.vocab_size, "pad_id": 0, "seed": 0}  # a token that no row can draw
         for rows in rows_list:
             prompts = torch.randint(config.vocab_size, (rows, length), device=device)
             lists = prompts.tolist()
             calls = {
-                "generate": lambda p=lists: generate(ours, p, new, eot_id=never, pad_id=0, seed=0),
-                "fast_generate": lambda p=lists: fast_generate(ours, p, new, eot_id=never, pad_id=0, seed=0),
+                "generate": lambda m=ours, p=lists, end=end: generate(m, p, new, **end),
+                "fast_generate": lambda m=ours, p=lists, end=end: fast_generate(m, p, new, **end),
             }
             if theirs:
                 model = llama(config).to(device).eval().to(torch.bfloat16)
-                settings = dict(
-                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, eos_token_id=None,
-                    pad_token_id=0,
-                )  # fmt: skip
+                settings = {
+                    "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": new,
+                    "eos_token_id": None, "pad_token_id": 0,
+                }  # fmt: skip
                 for kind in ("dynamic", "static"):
                     calls[f"transformers {kind}"] = lambda p=prompts, k=kind, s=settings, m=model: m.generate(
                         p,

@@ -84,8 +84,8 @@ def chain(request, tmp_path_factory):
     sft.run(tiny_sft(root / "sft", root / "pretrain", seq_len=128, **on))
     start = {"init_from": str(root / "sft"), "eval_every": 1, "log_every": 1} | on
     pairs = {"data": "arith", "n_pairs": 16, "batch_size": 4, "epochs": 1.0, "max_length": 128, "eval_pairs": 8}
-    for loss in ("sigmoid", "ipo", "kto", "simpo", "orpo"):
-        dpo.run(dpo.Config(out_dir=str(root / loss), loss=loss, eval_prompts=4, **start, **pairs))
+    for method in ("dpo", "ipo", "kto", "simpo", "orpo"):
+        dpo.run(dpo.Config(out_dir=str(root / method), method=method, eval_prompts=4, **start, **pairs))
     reward.run(
         reward.Config(out_dir=str(root / "reward"), n_sums=8, normalize_on=8, max_new_tokens=8, **start, **pairs)
     )
@@ -103,7 +103,7 @@ def rows(folder) -> list[dict]:
 
 
 def test_every_stage_trains_on_finite_numbers(chain):
-    for stage in ("pretrain", "sft", "sigmoid", "ipo", "kto", "simpo", "orpo", "reward", "ppo", "grpo", "lora", "gdpo"):
+    for stage in ("pretrain", "sft", "dpo", "ipo", "kto", "simpo", "orpo", "reward", "ppo", "grpo", "lora", "gdpo"):
         metrics = rows(chain / stage)
         assert any(row.get("tokens_per_second", 0) > 0 for row in metrics), stage
         for row in metrics:
@@ -111,7 +111,7 @@ def test_every_stage_trains_on_finite_numbers(chain):
 
 
 def test_every_stage_can_be_examined(chain):
-    for name in ("sft", "sigmoid", "ppo", "grpo", "gdpo"):
+    for name in ("sft", "dpo", "ppo", "grpo", "gdpo"):
         figures = evaluate.measure(str(chain / name), evaluate.Config(n=4, max_new_tokens=8, device="cuda"))
         assert 0 <= figures["accuracy"] <= 1
 

@@ -6,8 +6,8 @@ still writing and waits for the answer. Reinforcement learning samples for a thi
 same step in another way:
 
 * The cache has all its columns from the start (``FixedCache``), and the column to write is a tensor. Every step then
-  has the same shapes, can be compiled to a few dozen kernels, and can be recorded once as a CUDA graph, which launches
-  them all in one call.
+  has the same shapes: a block can be compiled, once for all blocks, to a few kernels, and the step can be recorded as
+  a CUDA graph, which launches all of it in one call.
 * Token, log-probability and end are decided on the device. Only every 16th step the program looks at who is still
   writing; if half of the rows have ended, the others move together, so that there are few sizes (N, N/2, N/4) and few
   graphs.
@@ -27,90 +27,78 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from attention import KVCache
-from generate import cache_for, filter_logits, left_pad, prefill
+from attention import KVCache, rope_cos_sin
+from generate import cache_for, filter_logits, generate, left_pad, prefill
 from runtime.device import can_compile
-from transformer import Transformer
+from transformer import ModelConfig, Transformer
 
 LOOK_EVERY = 16  # steps between two looks at who is still writing: the only times when the program waits
 BUCKET = 128  # widths of the cache are multiples of this, so that rollouts of similar lengths share a graph
 
 
-class FixedCache(KVCache):
-    """A key/value cache with all its columns from the start. ``column`` (1,) is where the next token goes; columns that
-    hold nothing are hidden by ``real``. Row i is padded where its prompt was."""
+class LayerCache:
+    """The keys and values of one layer, (N, Hkv, W, d) each. ``column`` (1,) is where the next token goes."""
 
     fixed = True
 
+    def __init__(self, k: Tensor, v: Tensor, column: Tensor):
+        self.k, self.v, self.column = k, v, column
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k.index_copy_(2, self.column, k)
+        self.v.index_copy_(2, self.column, v)
+        return self.k, self.v
+
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        return self.k, self.v, self.k.shape[2]
+
+
+class FixedCache:
+    """A key/value cache with all its W columns from the start. Columns that hold nothing are hidden by ``real``. Row i
+    is padded where its prompt was."""
+
     def __init__(self, n_layers: int, rows: int, width: int, n_kv_heads: int, head_dim: int, dtype, device):
         shape = (rows, n_kv_heads, width, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]  # (N, Hkv, W, d) each
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.real = torch.zeros(rows, width, dtype=torch.bool, device=device)
-        self.positions = torch.zeros(rows, width, dtype=torch.long, device=device)
-        self.n_seen = torch.zeros(rows, 1, dtype=torch.long, device=device)  # real tokens of each row so far
+        new = lambda: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
         self.column = torch.zeros(1, dtype=torch.long, device=device)
-        self.start, self.length, self.padded = 0, width, True
+        self.layers = [LayerCache(new(), new(), self.column) for _ in range(n_layers)]
+        self.real = torch.zeros(rows, width, dtype=torch.bool, device=device)
+        self.n_seen = torch.zeros(rows, 1, dtype=torch.long, device=device)  # real tokens of each row so far
 
     def fill(self, cache: KVCache, n_samples: int) -> None:
         """Take over the prompts of an ordinary cache, each ``n_samples`` times."""
         T = cache.length
-        for layer, (k, v) in enumerate(zip(cache.k, cache.v)):
-            self.k[layer][:, :, :T] = k[:, :, :T].repeat_interleave(n_samples, dim=0)
-            self.v[layer][:, :, :T] = v[:, :, :T].repeat_interleave(n_samples, dim=0)
+        for layer, k, v in zip(self.layers, cache.k, cache.v):
+            layer.k[:, :, :T] = k[:, :, :T].repeat_interleave(n_samples, dim=0)
+            layer.v[:, :, :T] = v[:, :, :T].repeat_interleave(n_samples, dim=0)
         self.real.zero_()
         self.real[:, :T] = cache.real[:, :T].repeat_interleave(n_samples, dim=0)
-        self.positions[:, :T] = cache.positions[:, :T].repeat_interleave(n_samples, dim=0)
         self.n_seen.copy_(self.real.sum(dim=1, keepdim=True))
         self.column.fill_(T)
-
-    def begin(self, real: Tensor | None, positions: Tensor) -> None:
-        self.real.index_fill_(1, self.column, True)
-        self.positions.index_copy_(1, self.column, positions)
-        self.q_positions = positions
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k[layer].index_copy_(2, self.column, k)
-        self.v[layer].index_copy_(2, self.column, v)
-        return self.k[layer], self.v[layer]
-
-    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.q_positions, self.positions, self.real
-
-    def counts(self) -> Tensor:
-        return self.n_seen
 
     def first(self, rows: int) -> "FixedCache":
         """The same memory, its first rows alone."""
         part = copy.copy(self)
-        part.k, part.v = [k[:rows] for k in self.k], [v[:rows] for v in self.v]
-        part.real, part.positions, part.n_seen = self.real[:rows], self.positions[:rows], self.n_seen[:rows]
+        part.layers = [LayerCache(layer.k[:rows], layer.v[:rows], self.column) for layer in self.layers]
+        part.real, part.n_seen = self.real[:rows], self.n_seen[:rows]
         return part
 
     def select(self, rows: Tensor) -> None:
         """Move these rows to the front, in this order."""
-        for buffer in (*self.k, *self.v, self.real, self.positions, self.n_seen):
+        for layer in self.layers:
+            for buffer in (layer.k, layer.v):
+                buffer[: len(rows)] = buffer.index_select(0, rows)
+        for buffer in (self.real, self.n_seen):
             buffer[: len(rows)] = buffer.index_select(0, rows)
 
 
-def decoding_step(
-    model: Transformer, cache: FixedCache, token: Tensor, going: Tensor, u: Tensor, temperature: float, eot_id: int
-) -> Tensor:
-    """Feed ``token`` (n,) and draw the next one: both states are changed in place. Returns its log-probability (n,).
-
-    u: (n, 1) uniform numbers in float64; going: (n,) boolean, who has not ended yet.
-    """
-    logits = model.head(model.forward_hidden(token[:, None], cache=cache)[:, -1])
-    chosen, logp = draw(logits, u, temperature)
-    cache.column += 1
-    cache.n_seen += 1
-    going &= token != eot_id
-    token.copy_(torch.where(going, chosen, token))
-    return logp
+def run_block(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: LayerCache) -> Tensor:
+    return block.forward(x, rope, mask, cache)
 
 
 def draw(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """``sample`` of generate.py from numbers that were drawn before: logits (n, V), u (n, 1) -> (n,) and (n,)."""
+    """``sample`` of generate.py from numbers that were drawn before: logits (N, V), u (N, 1) -> tokens (N,) and their
+    log-probabilities (N,)."""
     if temperature == 0:
         logps, tokens = logits.float().log_softmax(dim=-1).max(dim=-1)
         return tokens, logps
@@ -127,14 +115,13 @@ class Decoder:
     def __init__(self, model: Transformer):
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.device = model.head.weight.device
-        self.half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled(self.device.type) else None
-        if self.half is not None:
+        if torch.is_autocast_enabled(self.device.type):
             for module in self.model.modules():
                 if isinstance(module, nn.Linear):
-                    module.weight.data = module.weight.data.to(self.half)
-        self.step = decoding_step
+                    module.weight.data = module.weight.data.to(torch.get_autocast_dtype(self.device.type))
+        self.run_block, self.draw = run_block, draw
         if self.device.type == "cuda" and can_compile(self.device):
-            self.step = torch.compile(decoding_step, fullgraph=True, dynamic=True)
+            self.run_block, self.draw = (torch.compile(f, fullgraph=True, dynamic=True) for f in (run_block, draw))
         self.cache: FixedCache | None = None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
@@ -142,7 +129,7 @@ class Decoder:
     def prepare(self, model: Transformer, rows: int, width: int, dtype: torch.dtype) -> None:
         """Copy the policy's weights as they are now; make a cache that is large enough."""
         torch._foreach_copy_(list(self.model.parameters()), [p.detach() for p in model.parameters()])
-        if self.cache is None or self.cache.real.shape != (rows, width) or self.cache.k[0].dtype != dtype:
+        if self.cache is None or self.cache.real.shape != (rows, width) or self.cache.layers[0].k.dtype != dtype:
             c = model.config
             self.cache, self.graphs = None, {}  # the old memory first
             self.cache = FixedCache(c.n_layers, rows, width, c.n_kv_heads, c.head_dim, dtype, self.device)
@@ -151,34 +138,48 @@ class Decoder:
             self.u = torch.zeros(rows, 1, dtype=torch.float64, device=self.device)
             self.logp = torch.zeros(rows, device=self.device)
 
+    def step(self, rows: int, temperature: float, eot_id: int) -> None:
+        """Feed the first ``rows`` rows their ``token`` and draw the next one with the numbers in ``u``: ``token``,
+        ``logp``, ``going`` (who has not ended yet) and the cache are changed in place."""
+        model, cache = self.model, self.cache.first(rows)
+        token, going = self.token[:rows], self.going[:rows]
+        cache.real.index_fill_(1, cache.column, True)
+        rope = rope_cos_sin(cache.n_seen, model.config.head_dim, model.config.rope_theta)
+        mask = cache.real[:, None, None, :]  # (n, 1, 1, W)
+        x = model.embed(token[:, None])  # (n, 1, D)
+        for block, layer in zip(model.blocks, cache.layers):
+            x = self.run_block(block, x, rope, mask, layer)
+        logits = model.head(model.final_norm(x)[:, -1])  # (n, V)
+        chosen, self.logp[:rows] = self.draw(logits, self.u[:rows], temperature)
+        cache.column += 1
+        cache.n_seen += 1
+        going &= token != eot_id
+        token.copy_(torch.where(going, chosen, token))
+
     def advance(self, rows: int, temperature: float, eot_id: int) -> None:
-        """One step for the first ``rows`` rows; on a GPU by replaying the graph of that size."""
-        if self.device.type != "cuda":
-            return self._advance(rows, temperature, eot_id)
+        """One step; on a GPU by replaying its graph, which is recorded when a size is met for the first time."""
         key = (rows, temperature, eot_id)
-        if key not in self.graphs:
-            self.graphs[key] = self._record(*key)
-        self.graphs[key].replay()
+        if self.device.type != "cuda":
+            self.step(*key)
+        else:
+            if key not in self.graphs:
+                self.graphs[key] = self.record(*key)
+            self.graphs[key].replay()
 
-    def _advance(self, rows: int, temperature: float, eot_id: int) -> None:
-        cache, token, going = self.cache.first(rows), self.token[:rows], self.going[:rows]
-        with torch.compiler.set_stance("default"):  # stages sample and evaluate under "force_eager"
-            self.logp[:rows] = self.step(self.model, cache, token, going, self.u[:rows], temperature, eot_id)
-
-    def _record(self, rows: int, temperature: float, eot_id: int) -> torch.cuda.CUDAGraph:
+    def record(self, rows: int, temperature: float, eot_id: int) -> torch.cuda.CUDAGraph:
         """Run the step on the side until everything is compiled, record it, and put back what the trials changed."""
-        state = (self.cache.column, self.cache.n_seen, self.cache.real, self.cache.positions, self.token, self.going)
+        state = (self.cache.column, self.cache.n_seen, self.cache.real, self.token, self.going)
         before = [tensor.clone() for tensor in state]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), torch.compiler.set_stance("default"):  # stages sample under "force_eager"
             for _ in range(2):
-                self._advance(rows, temperature, eot_id)
+                self.step(rows, temperature, eot_id)
                 self.cache.column.copy_(before[0])
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance(rows, temperature, eot_id)
+        with torch.cuda.graph(graph), torch.compiler.set_stance("default"):
+            self.step(rows, temperature, eot_id)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
         return graph
@@ -191,7 +192,8 @@ def can_decode_fast(model: Transformer) -> bool:
     """Experts are routed by the program, adapters change their weights, and sinks and windows roll their cache: those
     models sample with ``generate``."""
     c = model.config
-    return not (c.n_experts or c.window is not None or getattr(model, "lora", None)) and c.positions == "rope"
+    plain = not (c.n_experts or c.window is not None or c.post_norm or getattr(model, "lora", None))
+    return plain and c.positions == "rope" and c.causal
 
 
 @torch.no_grad()
@@ -258,13 +260,14 @@ def fast_generate(
 
 
 if __name__ == "__main__":
-    from transformer import ModelConfig
-
     torch.manual_seed(0)
-    policy = Transformer(ModelConfig(64, 32, 2, 4, 2))
-    prompts = [[1, 2, 3], [4, 5]]
-    from generate import generate
-
-    slow = generate(policy, prompts, 8, 2, eot_id=0, seed=1)[0]
-    print("generate      ", slow.tolist())
-    print("fast_generate ", fast_generate(policy, prompts, 8, 2, eot_id=0, seed=1)[0].tolist())
+    policy = Transformer(ModelConfig(64, 32, n_layers=2, n_heads=4, n_kv_heads=2))
+    questions = [[1, 2, 3], [4, 5]]
+    slow = generate(policy, questions, 8, n_samples=2, eot_id=0, seed=1)
+    fast = fast_generate(policy, questions, 8, n_samples=2, eot_id=0, seed=1)
+    for i, (a, b) in enumerate(zip(slow[0].tolist(), fast[0].tolist())):
+        print(f"answer {i % 2} to {questions[i // 2]}\n  generate      {a}\n  fast_generate {b}")
+    cache = _decoders[policy].cache
+    print(f"the cache: {cache.real.shape[1]} columns from the start, {int(cache.column)} of them written")
+    print("columns that hold a token, by row:", cache.n_seen.flatten().tolist())
+    print("equal:", torch.equal(slow[0], fast[0]))

@@ -245,7 +245,7 @@ class Transformer(nn.Module):
         else:
             self.final_norm = make_norm(config)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        self.logps_of = _logps  # compiled on a GPU
+        self.compiled_logps = _logps  # until ``compile_blocks`` on a GPU
         if config.tie_embeddings:
             self.head.weight = self.embed.weight  # the same Parameter, not a copy: gradients of both uses add
         self._init_weights()
@@ -421,12 +421,13 @@ def hidden_logps(
     else:
         hidden, picked = hidden[wanted], targets[wanted]
     weight = model.head.weight  # once: an adapter's is made anew at each reading
+    logps_of = getattr(model, "compiled_logps", _logps)
     rows = max(1, (max_logits or logits_at_once(weight.device)) // weight.shape[0])
     if len(picked) <= rows:
-        logps = model.logps_of(hidden, weight, picked, temperature)  # small enough: keep the logits
+        logps = logps_of(hidden, weight, picked, temperature)  # small enough: keep the logits
     else:
         chunks = [
-            checkpoint(model.logps_of, h, weight, t, temperature, use_reentrant=False)
+            checkpoint(logps_of, h, weight, t, temperature, use_reentrant=False)
             for h, t in zip(hidden.split(rows), picked.split(rows))
         ]
         logps = torch.cat(chunks)

@@ -83,7 +83,7 @@ def train(report: Report, sizes: dict, repeats: int, theirs: bool) -> None:
     device = report.device
     peak = peak_flops(device, "bf16")
     for name, (config, length, rows) in sizes.items():
-        tokens = torch.randint(config.vocab_size, (rows, length + 1), device=device)
+        tokens = torch.randint(config.vocab_size, (rows, length), device=device)
         for who in ("eager", "compiled", *(("llama", "llama compiled") if theirs and config.norm == "rmsnorm" else ())):
             forget(device)
             try:

@@ -84,7 +84,7 @@ def compile_blocks(model, dynamic: bool | None = None) -> None:
     for block in model.blocks:
         block.compile(dynamic=dynamic)
     if model.embed.weight.device.type == "cuda":  # casts, softmax and gather in one pass over the logits
-        model.logps_of = torch.compile(model.logps_of, dynamic=True)
+        model.compiled_logps = torch.compile(model.compiled_logps, dynamic=True)
 
 
 def keep_freed_memory() -> bool:

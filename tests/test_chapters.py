@@ -18,8 +18,8 @@ from transformer import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "tokenizer", "attention", "transformer", "moe", "lora", "generate", "arithmetic", "verify", "data", "pretrain",
-    "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "probe",
+    "tokenizer", "attention", "transformer", "moe", "lora", "generate", "engine", "arithmetic", "verify", "data",
+    "pretrain", "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "probe",
     "ablate", "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
@@ -57,6 +57,7 @@ EXAMPLES = {
     "moe": ["five tokens, four experts", "none is dropped", "that sum: True"],
     "lora": ["merged: W + 2 · B A", "with the adapters off", "trained 9,856 of"],
     "generate": ["top_k 2", "min_p 0.25", "10,000 draws"],
+    "engine": ["fast_generate", "128 columns from the start", "equal: True"],
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],

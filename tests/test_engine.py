@@ -5,7 +5,7 @@ import torch
 
 import engine
 from engine import FixedCache, can_decode_fast, fast_generate
-from generate import generate, prefill
+from generate import cache_for, generate, left_pad, prefill
 from transformer import ModelConfig, Transformer, token_logps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -101,8 +101,6 @@ def test_draws_follow_the_distribution():
 
 def test_a_fixed_cache_takes_over_what_was_read():
     model = policy()
-    from engine import cache_for, left_pad
-
     prompt, real = left_pad(PROMPTS, 0)
     cache = cache_for(model, 3, 16)
     prefill(model, prompt, real, cache)
@@ -110,7 +108,7 @@ def test_a_fixed_cache_takes_over_what_was_read():
     fixed.fill(cache, 2)
     assert fixed.n_seen.flatten().tolist() == [5, 5, 2, 2, 1, 1] and int(fixed.column) == 5
     assert fixed.real.sum(dim=1).tolist() == [5, 5, 2, 2, 1, 1]
-    assert torch.equal(fixed.k[1][2, :, :5], cache.k[1][1, :, :5])
+    assert torch.equal(fixed.layers[1].k[2, :, :5], cache.k[1][1, :, :5])
 
 
 def test_models_that_the_engine_does_not_serve():

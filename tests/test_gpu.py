@@ -37,8 +37,9 @@ def gradients(model: Transformer, tokens: torch.Tensor, precision: str, **settin
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with torch.autocast(tokens.device.type, dtype, enabled=precision != "fp32"):
         loss = -token_logps(model, tokens, **settings).mean()
-    loss.backward()
-    return {"loss": loss.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()}
+    scale = 2.0**12 if precision == "fp16" else 1.0  # as the scaler does: small gradients would vanish in 16 bits
+    (scale * loss).backward()
+    return {"loss": loss.detach().cpu()} | {name: p.grad.cpu() / scale for name, p in model.named_parameters()}
 
 
 def difference(a: dict, b: dict) -> float:

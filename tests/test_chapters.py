@@ -19,8 +19,8 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "transformer", "moe", "lora", "generate", "engine", "arithmetic", "verify", "data",
-    "pretrain", "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat", "probe",
-    "ablate", "pipeline",
+    "pretrain", "encoder", "sft", "rollout", "preferences", "reward", "dpo", "ppo", "grpo", "gdpo", "evaluate", "chat",
+    "probe", "ablate", "pipeline",
 ]  # fmt: skip
 CHAPTERS = [name for name in ORDER if (ROOT / f"{name}.py").exists()]
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]

@@ -194,6 +194,8 @@ class KVCache:
     and ``write`` once per layer.
     """
 
+    fixed = False  # do the buffers keep one shape for the whole text? (engine.py)
+
     def __init__(self, n_layers: int, batch: int, max_len: int, device=None):
         self.k: list[Tensor | None] = [None] * n_layers  # (B, Hkv, R, d) each, zeros past length
         self.v: list[Tensor | None] = [None] * n_layers
@@ -397,7 +399,7 @@ class SelfAttention(nn.Module):
         if far is not None:
             q, k = look_at_sinks(q, q_far, k, far[2])  # (..., 2d) each
             out = fused_attention(q, k, v, mask)
-        elif T == 1 and cache is not None and x.device.type == "cpu":
+        elif T == 1 and cache is not None and (x.device.type == "cpu" or cache.fixed):
             out = one_query_attention(q, *cache.buffers(layer), mask)  # (B, H, 1, d)
         else:
             out = fused_attention(q, k, v, mask, causal=mask is None and T > 1 and self.causal)

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Prompt
+from engine import can_decode_fast, fast_generate
 from generate import generate
 from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Positive, TrainConfig
 from runtime.run import Run
@@ -107,9 +108,13 @@ def sample_answers(
 ) -> Rollout:
     """``n`` answers to each of the encoded prompts. Further knobs (top_p, ...) go to ``generate``; training gives
     none."""
-    new, new_mask, new_logps = generate(
-        model, prompts, max_new, n, temperature, eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, seed=seed, **knobs
-    )  # (N, C) each
+    cut = any(knobs.get(name, neutral) != neutral for name, neutral in {"top_k": 0, "top_p": 1.0, "min_p": 0.0}.items())
+    fast = not cut and model.head.weight.device.type == "cuda" and can_decode_fast(model)
+    ends = {"eot_id": tokenizer.eot_id, "pad_id": tokenizer.pad_id, "seed": seed}
+    if fast:
+        new, new_mask, new_logps = fast_generate(model, prompts, max_new, n, temperature, **ends)  # (N, C) each
+    else:
+        new, new_mask, new_logps = generate(model, prompts, max_new, n, temperature, **ends, **knobs)
     N, C = new.shape
     device = new.device
     starts = torch.tensor([len(prompt) for prompt in prompts for _ in range(n)], device=device)  # (N,)

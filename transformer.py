@@ -101,6 +101,7 @@ class Transformer(nn.Module):
         else:
             self.final_norm = make_norm(config)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        self.compiled_logps = _logps  # until ``compile_blocks`` on a GPU
         if config.tie_embeddings:
             self.head.weight = self.embed.weight  # the same Parameter, not a copy: gradients of both uses add
         self._init_weights()
@@ -241,7 +242,7 @@ def token_logps(
     tokens: Tensor,
     temperature: float = 1.0,
     where: Tensor | None = None,
-    max_logits: int = 2**24,
+    max_logits: int | None = None,
     **context,
 ) -> Tensor:
     """log p(token t+1 | tokens ≤ t) under ``softmax(logits / temperature)``: (B, T) -> (B, T-1), float32 or better,
@@ -252,8 +253,9 @@ def token_logps(
     sampled.
 
     The logits of a batch are its largest tensor by far: 8 × 1,024 tokens × 50,304 words are 1.6 GB in float32, and
-    the backward pass wants them again. So we take the positions in chunks of at most ``max_logits`` logits and
-    recompute each chunk in the backward pass. Keyword arguments go to ``forward_hidden``.
+    the backward pass wants them again. So we take the positions in chunks of at most ``max_logits`` logits (None: as
+    many as the device works on well) and recompute each chunk in the backward pass. Keyword arguments go to
+    ``forward_hidden``.
     """
     return hidden_logps(model, model.forward_hidden(tokens, **context), tokens, temperature, where, max_logits)
 
@@ -264,7 +266,7 @@ def hidden_logps(
     tokens: Tensor,
     temperature: float = 1.0,
     where: Tensor | None = None,
-    max_logits: int = 2**24,
+    max_logits: int | None = None,
 ) -> Tensor:
     """``token_logps`` from the stream (B, T, D) that ``forward_hidden`` gave, for those who need that for more."""
     hidden = hidden[:, :-1]  # (B, T-1, D)
@@ -275,18 +277,27 @@ def hidden_logps(
     else:
         hidden, picked = hidden[wanted], targets[wanted]
     weight = model.head.weight  # once: an adapter's is made anew at each reading
-    rows = max(1, max_logits // weight.shape[0])
+    logps_of = getattr(model, "compiled_logps", _logps)
+    rows = max(1, (max_logits or logits_at_once(weight.device)) // weight.shape[0])
     if len(picked) <= rows:
-        logps = _logps(hidden, weight, picked, temperature)  # small enough: keep the logits
+        logps = logps_of(hidden, weight, picked, temperature)  # small enough: keep the logits
     else:
         chunks = [
-            checkpoint(_logps, h, weight, t, temperature, use_reentrant=False)
+            checkpoint(logps_of, h, weight, t, temperature, use_reentrant=False)
             for h, t in zip(hidden.split(rows), picked.split(rows))
         ]
         logps = torch.cat(chunks)
     if where is None:
         return logps.view_as(targets)
     return torch.zeros(targets.shape, dtype=logps.dtype, device=logps.device).masked_scatter(wanted, logps)
+
+
+def logits_at_once(device: torch.device) -> int:
+    """How many logits are computed in one piece: what a CPU's caches like, or what fills a GPU and takes no more than a
+    sixteenth of its memory (16 bytes each, with what the backward pass needs)."""
+    if device.type != "cuda":
+        return 2**24
+    return min(2**28, max(2**24, torch.cuda.get_device_properties(device).total_memory // 256))
 
 
 def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -76,13 +76,15 @@ def can_compile(device: torch.device) -> bool:
     return False
 
 
-def compile_blocks(model) -> None:
+def compile_blocks(model, dynamic: bool | None = None) -> None:
     """Compile the blocks in place, for training. They have one shape, so one compilation serves all of them; names and
     weights stay what they are, and whoever calls ``forward_hidden`` gets the compiled blocks (generation goes past
     them). Compiling all of ``forward_hidden`` or of ``token_logps`` takes longer to warm up and runs no faster.
     """
     for block in model.blocks:
-        block.compile()
+        block.compile(dynamic=dynamic)
+    if model.embed.weight.device.type == "cuda":  # casts, softmax and gather in one pass over the logits
+        model.compiled_logps = torch.compile(model.compiled_logps, dynamic=True)
 
 
 def keep_freed_memory() -> bool:

@@ -18,9 +18,9 @@ from transformer import ModelConfig, Transformer
 
 ROOT = Path(__file__).parent.parent
 ORDER = [
-    "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "arithmetic", "verify",
-    "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "ppo", "grpo",
-    "gdpo", "evaluate", "chat", "pipeline",
+    "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "engine", "arithmetic",
+    "verify", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "ppo",
+    "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
 STUDIES = ["probe", "ablate"]
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
@@ -61,6 +61,7 @@ EXAMPLES = {
     "moe": ["five tokens, four experts", "none is dropped", "that sum: True"],
     "lora": ["merged: W + 2 · B A", "with the adapters off", "trained 9,856 of"],
     "generate": ["top_k 2", "min_p 0.25", "10,000 draws"],
+    "engine": ["fast_generate", "128 columns from the start", "equal: True"],
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],

@@ -345,9 +345,7 @@ def test_memory_estimate_by_hand():
     parts = estimate_memory(ModelConfig(**shape), batch=2, seq_len=10, bytes_per_activation=2)
     assert parts["activations"] == 20 * 3 * (attention + dense["swiglu"]) * 2
     experts = ModelConfig(**shape, n_experts=4, n_experts_per_token=2, n_shared_experts=1, d_expert=12)
-    mixed = (
-        4 * 3 * 12 + 2 * 2 * 32
-    )  # of the two chosen and the shared one; and the token's row and output, for each chosen
+    mixed = 4 * 3 * 12 + 2 * 2 * 32  # two chosen and the shared one; for each chosen, the row it reads and writes
     parts = estimate_memory(experts, batch=2, seq_len=10)
     assert parts["activations"] == 20 * 3 * (attention + mixed) * 4
     parts = estimate_memory(dataclasses.replace(experts, expert_layers=(1,)), batch=2, seq_len=10)

@@ -124,10 +124,11 @@ def causal_mask(t_q: int, t_k: int, window: int | None = None, sinks: int = 0, d
 
 
 def sinusoidal_positions(t: int, d: int) -> Tensor:
-    """(t, d) float32: sin and cos of each position at d/2 wavelengths from 2π to 10000·2π, interleaved (Vaswani et
-    al., 3.5)::
+    """Sine and cosine of each position at d/2 wavelengths from 2π to 10000·2π (Vaswani et al. 2017, section 3.5)::
 
-    PE(p, 2i) = sin(p / 10000^(2i/d))        PE(p, 2i+1) = cos(p / 10000^(2i/d))
+        PE(p, 2i) = sin(p / 10000^(2i/d))        PE(p, 2i+1) = cos(p / 10000^(2i/d))
+
+    Returns (t, d) float32, sine and cosine interleaved.
     """
     angles = torch.arange(t)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)  # (t, ceil(d/2))
     table = torch.empty(t, d)

@@ -6,16 +6,16 @@ form: π ∝ π_ref exp(r / β). Solved for r it reads r = β log (π / π_ref) 
 the policy itself. With Δ = log π(y|x) - log π_ref(y|x), summed over the tokens of an answer y (its end-of-text among
 them, the prompt not), βΔ, the answer's *implicit reward*, and w, l for chosen and rejected::
 
-    DPO     - log σ( β (Δ_w - Δ_l) )                                            label smoothing ε: flipped labels occur
-    IPO     ( (Δ_w - Δ_l) - 1/(2β) )²                                           a target for the gap instead of "more"
-    KTO     λ_D (1 - σ( β (Δ - z) ))  or  λ_U (1 - σ( β (z - Δ) ))              single answers with a thumb; z: mean Δ
-    of answers to other prompts SimPO   - log σ( β (a_w - a_l) - γ )          a = mean log π of a token     no
-    reference ORPO    NLL(chosen) - β log σ( log (odds_w / odds_l) )    odds = P / (1 - P), P = e^a    no reference,
-    and SFT inside
+    DPO     - log σ( β (Δ_w - Δ_l) )                                label smoothing ε: flipped labels occur
+    IPO     ( (Δ_w - Δ_l) - 1/(2β) )²                               a target for the gap instead of "more"
+    KTO     λ_D (1 - σ( β (Δ - z) ))  or  λ_U (1 - σ( β (z - Δ) ))  single answers, desirable or undesirable
+    SimPO   - log σ( β (a_w - a_l) - γ )                            a = mean log π of a token; no reference
+    ORPO    NLL(chosen) - β log σ( log (odds_w / odds_l) )          odds = e^a / (1 - e^a); no reference
 
-(Azar et al. 2023; Ethayarajh et al. 2024; Meng et al. 2024; Hong et al. 2024.) Mind what is summed and what is
-averaged: DPO and KTO sum, SimPO and ORPO average. IPO's paper sums, TRL averages since its authors said so;
-``ipo_average`` chooses.
+(Azar et al. 2023; Ethayarajh et al. 2024; Meng et al. 2024; Hong et al. 2024.) KTO's z is the mean Δ of answers to
+other prompts, or 0 if that is negative. ORPO's NLL, per token of the chosen row with its prompt, is the fine-tuning
+that the other methods expect to have happened before. Mind what is summed and what is averaged: DPO and KTO sum, SimPO
+and ORPO average. IPO's paper sums, TRL averages since its authors said so; ``ipo_average`` chooses.
 
 What to watch, and what it should look like:
 

@@ -123,10 +123,8 @@ def majority_vote(answers: Sequence[Decimal | None]) -> Decimal | None:
     >>> majority_vote([Decimal(7), None, Decimal(5), Decimal("5.0"), None])
     Decimal('5')
     """
-    votes = Counter(answer for answer in answers if answer is not None)
-    return (
-        votes.most_common(1)[0][0] if votes else None
-    )  # equal Decimals are one key; ties keep the order of appearance
+    votes = Counter(answer for answer in answers if answer is not None)  # equal Decimals are one key
+    return votes.most_common(1)[0][0] if votes else None  # ties keep the order of appearance
 
 
 def rouge_l(answer: str, reference: str) -> float:
@@ -193,11 +191,8 @@ def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> di
     pieces, n_bytes = [], 0
     for text in islice(text_documents(config.data, "validation", config.data_dir), config.n):
         if isinstance(text, str) and text.strip():
-            ids = [
-                tokenizer.eot_id,
-                *tokenizer.encode(text),
-                tokenizer.eot_id,
-            ]  # where a document begins, the last one ended
+            end = tokenizer.eot_id  # where a document begins, the last one ended
+            ids = [end, *tokenizer.encode(text), end]
             pieces += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
             n_bytes += len(text.encode("utf-8", errors="replace"))
     if not pieces:

@@ -5,9 +5,9 @@ forgets what it was made of: with two rewards of 0 or 1 and two answers, the tot
 the advantages (-0.71, 0.71), although the second pair differs twice as much. GDPO (Liu et al. 2026, arXiv 2601.05242)
 turns the order around; for answer i and reward k, with weights w::
 
-    A_ik = (r_ik - mean(r_k of the group)) / (std(r_k of the group) + eps)          each reward on its own    (eq. 4)
-    S_i  = Σ_k w_k A_ik                                                             weights come after        (eq. 5, 7)
-    A_i  = (S_i - mean(S of the batch)) / (std(S of the batch) + eps)               one scale for the batch   (eq. 6)
+    A_ik = (r_ik - mean(r_k of the group)) / (std(r_k of the group) + eps)      each reward on its own   (eq. 4)
+    S_i  = Σ_k w_k A_ik                                                         weights come after       (eq. 5, 7)
+    A_i  = (S_i - mean(S of the batch)) / (std(S of the batch) + eps)           one scale for the batch  (eq. 6)
 
 and the rest is ``grpo.py``. What to know about it:
 

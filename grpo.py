@@ -3,8 +3,8 @@
 For every prompt the policy writes G answers; a rule says how good each one is; an answer is pushed up or down by how
 much better or worse it did than its siblings (Shao et al. 2024, DeepSeekMath, section 4.1)::
 
-    A_i = (r_i - mean(r_group)) / (std(r_group) + eps)                          the same for all tokens of answer i
-    ρ_t = π(token t) / π_old(token t)                                           1 until the first update after sampling
+    A_i = (r_i - mean(r_group)) / (std(r_group) + eps)                  the same for all tokens of answer i
+    ρ_t = π(token t) / π_old(token t)                                   1 until the first update after sampling
     L   = - mean over tokens  min( ρ_t A_i,  clip(ρ_t, 1 - ε_low, 1 + ε_high) A_i )  + β · KL(π, π_ref)
 
 The minimum is one-sided on purpose: the clip takes the gradient away only where the ratio has already moved as far as
@@ -181,9 +181,11 @@ def _nanstd(rows: Tensor) -> Tensor:
 def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
     """Per-token estimates of KL(π ‖ π_ref) from tokens sampled by π (Schulman 2020), with d = log π - log π_ref::
 
-    k1 = d                      right on average, often negative; as a loss useless: its expected gradient is 0
-    k2 = d² / 2                 biased, but its gradient is on average that of the KL
-    k3 = exp(-d) - 1 + d        right on average, never negative; its gradient is that of KL(π_ref ‖ π)
+        k1 = d                      right on average, often negative; as a loss useless: its expected gradient is 0
+        k2 = d² / 2                 biased, but its gradient is on average that of the KL
+        k3 = exp(-d) - 1 + d        right on average, never negative; its gradient is that of KL(π_ref ‖ π)
+
+    logps, ref_logps: of one shape, which is that of the result.
     """
     d = logps - ref_logps
     if kind == "k1":

@@ -34,9 +34,7 @@ class ModelConfig:
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: as many as query heads
-    d_ff: int | None = (
-        None  # None: 4·d_model, or for SwiGLU (three matrices) 2/3 of that, rounded up to a multiple of 32
-    )
+    d_ff: int | None = None  # None: 4·d_model; SwiGLU, of three matrices, 2/3 of that, up to a multiple of 32
     max_seq_len: int = 256
     positions: str = "rope"  # rope | learned | sinusoidal
     norm: str = "rmsnorm"  # rmsnorm | layernorm
@@ -68,38 +66,23 @@ class ModelConfig:
             object.__setattr__(self, "d_expert", -(-self.d_ff // max(1, active)))
         if self.expert_layers is not None:  # a checkpoint gives a list
             object.__setattr__(self, "expert_layers", tuple(self.expert_layers))
+        d, heads, kv_heads, positions = self.d_model, self.n_heads, self.n_kv_heads, self.positions
+        experts, k, layers, last = self.n_experts, self.n_experts_per_token, self.expert_layers, self.n_layers - 1
+        of_experts = self.n_shared_experts or self.d_expert or layers is not None
         problems = [
-            (self.d_model % self.n_heads, f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}"),
-            (
-                self.n_heads % self.n_kv_heads,
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}",
-            ),
-            (
-                self.positions not in ("rope", "learned", "sinusoidal"),
-                f"positions {self.positions!r}: rope, learned or sinusoidal",
-            ),
+            (d % heads, f"d_model {d} is not a multiple of n_heads {heads}"),
+            (heads % kv_heads, f"n_heads {heads} is not a multiple of n_kv_heads {kv_heads}"),
+            (positions not in ("rope", "learned", "sinusoidal"), f"positions {positions!r}: rope, learned, sinusoidal"),
             (self.norm not in ("rmsnorm", "layernorm"), f"norm {self.norm!r}: rmsnorm or layernorm"),
             (self.mlp not in ("swiglu", *ACTIVATIONS), f"mlp {self.mlp!r}: swiglu, {', '.join(ACTIVATIONS)}"),
-            (
-                self.positions == "rope" and self.head_dim % 2,
-                f"rope turns pairs: the head width {self.head_dim} must be even",
-            ),
-            (self.n_experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
-            (
-                self.n_experts and not 1 <= self.n_experts_per_token <= self.n_experts,
-                f"{self.n_experts_per_token} of {self.n_experts} experts cannot be chosen for a token",
-            ),
+            (positions == "rope" and d // heads % 2, f"rope turns pairs: the head width {d // heads} must be even"),
+            (experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
+            (experts and not 1 <= k <= experts, f"{k} of {experts} experts cannot be chosen for a token"),
             (self.d_ff < 1, f"d_ff {self.d_ff}: a feed-forward layer is at least 1 wide"),
-            (self.n_experts and self.d_expert < 1, "an expert is at least 1 wide"),
-            (self.expert_layers == (), "expert_layers names no block: leave n_experts out"),
-            (
-                not self.n_experts and (self.n_shared_experts or self.d_expert or self.expert_layers is not None),
-                "n_shared_experts, d_expert and expert_layers want n_experts",
-            ),
-            (
-                any(not 0 <= layer < self.n_layers for layer in self.expert_layers or ()),
-                f"expert_layers {self.expert_layers}: the blocks are 0 to {self.n_layers - 1}",
-            ),
+            (experts and self.d_expert < 1, "an expert is at least 1 wide"),
+            (layers == (), "expert_layers names no block: leave n_experts out"),
+            (not experts and of_experts, "n_shared_experts, d_expert and expert_layers want n_experts"),
+            (any(not 0 <= i <= last for i in layers or ()), f"expert_layers {layers}: the blocks are 0 to {last}"),
             (self.router not in ("softmax", "sigmoid"), f"router {self.router!r}: softmax or sigmoid"),
             (self.window is not None and self.window < 1, "a window holds at least the token itself"),
             (self.sinks < 0, f"sinks {self.sinks}: at least 0"),

@@ -90,32 +90,26 @@ def stages(config: Config) -> list[Stage]:
         chosen = grpo.Config(**fields | settings(name, "sft", "grpo"))
         return Stage(name, label, grpo.run, chosen, (*policy, "flat_groups"))
 
-    judge = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"), beta=0.05)
+    base, tuned, judge = (settings(*one) for one in (("pretrain",), ("sft", "pretrain"), ("reward", "sft")))
+    judged = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"), beta=0.05)
+    verified, grouped, several = settings("ppo", "sft"), settings("grpo", "sft"), settings("gdpo", "sft", "grpo")
     return [
-        Stage("pretrain", "Base", pretrain.run, pretrain.Config(**settings("pretrain")), ("loss", "val_loss")),
-        Stage("sft", "SFT", sft.run, sft.Config(**settings("sft", "pretrain")), ("loss", "val_loss")),
-        Stage(
-            "reward",
-            "Reward model",
-            reward.run,
-            reward.Config(**settings("reward", "sft")),
-            ("accuracy", "val_accuracy"),
-        ),
+        Stage("pretrain", "Base", pretrain.run, pretrain.Config(**base), ("loss", "val_loss")),
+        Stage("sft", "SFT", sft.run, sft.Config(**tuned), ("loss", "val_loss")),
+        Stage("reward", "Reward model", reward.run, reward.Config(**judge), ("accuracy", "val_accuracy")),
         pairs("dpo", "DPO"),
         pairs("ipo", "IPO"),
         pairs("kto", "KTO"),
         pairs("simpo", "SimPO"),
         pairs("orpo", "ORPO"),
-        Stage("ppo_reward", "PPO, reward model", ppo.run, ppo.Config(**judge), ("score", *policy)),
-        Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**settings("ppo", "sft")), policy),
-        Stage("grpo", "GRPO", grpo.run, grpo.Config(**settings("grpo", "sft")), (*policy, "flat_groups")),
+        Stage("ppo_reward", "PPO, reward model", ppo.run, ppo.Config(**judged), ("score", *policy)),
+        Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**verified), policy),
+        Stage("grpo", "GRPO", grpo.run, grpo.Config(**grouped), (*policy, "flat_groups")),
         relative("dr_grpo", "Dr. GRPO", "grpo_dr.py"),
         relative("dapo", "DAPO", "grpo_dapo.py"),
         relative("gspo", "GSPO", "grpo_gspo.py"),
         relative("cispo", "CISPO", "grpo_cispo.py"),
-        Stage(
-            "gdpo", "GDPO", gdpo.run, gdpo.Config(**settings("gdpo", "sft", "grpo")), (*policy, "formatted", "short")
-        ),
+        Stage("gdpo", "GDPO", gdpo.run, gdpo.Config(**several), (*policy, "formatted", "short")),
     ]
 
 

@@ -6,14 +6,14 @@ action is good if things turned out better than the critic had foreseen. One ste
 Ouyang et al. 2022; Huang et al. 2023)::
 
     r_t = -β (log π_old(t) - log π_ref(t))      at every token: straying from the reference costs
-          + score                               at the last token of the answer: what a verifier or a reward model gives
+          + score                               at the last token of the answer: from a verifier or a reward model
     δ_t = r_t + γ V_{t+1} - V_t                 V after the last token is 0: the answer is over
     A_t = δ_t + γ λ A_{t+1}                     GAE: λ = 1 believes the rewards alone, λ = 0 the critic
     R_t = A_t + V_t                             what the critic should have said
     A   ← (A - mean) / std                      over all tokens of the batch; R is made before, of the raw A
 
     L_policy = - mean min( ρ_t A_t, clip(ρ_t, 1 - ε, 1 + ε) A_t )               ρ_t = π(t) / π_old(t)
-    L_value  = ½ mean max( (V_t - R_t)², (clip(V_t, V_old,t ± ε_v) - R_t)² )    the worse of the two, as in the policy
+    L_value  = ½ mean max( (V_t - R_t)², (clip(V_t, V_old,t ± ε_v) - R_t)² )    the worse of both, as above
     L = L_policy + c · L_value
 
 The same answers are used for several epochs of minibatches; the clip keeps that honest. In the first minibatch on each

@@ -37,7 +37,8 @@ reward models are first trained on cheap comparisons (Askell et al. 2021).
 To score answers of your own::
 
     judge, tokenizer, _ = load_reward_model("out/arith/reward")
-    pair = Pair(({"role": "user", "content": "What is 2+3?"},), "<answer>5</answer>", "<answer>6</answer>")
+    question = {"role": "user", "content": "What is 2+3?"}
+    pair = Pair((question,), "<answer>5</answer>", "<answer>6</answer>")
     print(scores(judge, encode_pairs([pair], tokenizer, 256)))
 """
 

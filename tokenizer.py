@@ -14,9 +14,10 @@ must never learn from padding, which is impossible when the two are one id.
 
 The chat template is as small as it can be::
 
-    <|system|>Be brief.<|user|>What is 2+3?<|assistant|>5<|endoftext|>
-                                                       1 1              <- loss_mask: what the assistant says, and
-                                                       that it stops
+    the row      <|system|>Be brief.<|user|>What is 2+3?<|assistant|>5<|endoftext|>
+    loss_mask                                                        11
+
+The 1s mark what the assistant says, and the token with which it stops.
 
 Run ``python tokenizer.py`` to watch a tokenizer learn its first merges.
 """

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from attention import KVCache, SelfAttention, at_least_float32, may_attend, rope_cos_sin, sinusoidal_positions
-from layers import ModelConfig, make_feed_forward, make_norm
+from layers import ModelConfig, RMSNorm, make_feed_forward, make_norm  # noqa: F401
 from moe import MoE
 from runtime.linear import Linear, linear  # nn.Linear and F.linear, faster on some CPUs
 

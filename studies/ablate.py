@@ -444,17 +444,8 @@ CURVES = {  # what a run logs about itself: rewards are those that it was traine
     "flat_groups": "flat groups", "kept_apart": "kept apart", "clip_fraction": "clipped", "kl_ref": "KL to the start",
     "kl_old": "KL to the sampler", "grad_norm": "gradient norm", "answers": "answers sampled",
 }  # fmt: skip
-DIGITS = {
-    "steps_90": 0,
-    "length": 1,
-    "kl": 2,
-    "answers": 0,
-    "parameters": 0,
-    "active": 0,
-    "seconds": 0,
-    "busiest": 2,
-    "idlest": 2,
-}
+DIGITS = {"kl": 2, "busiest": 2, "idlest": 2, "length": 1}  # decimals in the table; of whole numbers none, else 3
+DIGITS |= dict.fromkeys(("steps_90", "answers", "parameters", "active", "seconds"), 0)
 
 
 def names_of(config: Config) -> tuple[dict, dict]:

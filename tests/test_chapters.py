@@ -4,10 +4,13 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,77 @@ def test_the_examples_in_docstrings_are_true(name):
     assert failed == 0
     if name in ("attention", "optim", "sft", "grpo", "evaluate", "generate", "verify", "tokenizer"):
         assert tried
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formulas in docstrings
+
+
+SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "runtime").glob("*.py")])
+
+
+def docstrings(source: str) -> list[str]:
+    """Every string that stands alone in a file: of the module, its classes and functions, and under fields."""
+    alone = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
+    texts = [(node.col_offset, node.value.value) for node in alone if isinstance(node.value, ast.Constant)]
+    return [textwrap.indent(inspect.cleandoc(text), margin * " ") for margin, text in texts if isinstance(text, str)]
+
+
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def blocks_of(text: str) -> list[list[str]]:
+    """The lines that each ``::`` at the end of a line announces: a blank line, then all that is indented deeper."""
+    lines, blocks = text.splitlines(), []
+    for i, line in enumerate(lines):
+        if line.endswith("::"):
+            block: list[str] = []
+            for after in lines[i + 1 :]:
+                if after.strip() and (indentation(after) <= indentation(line) or not block):
+                    break
+                block.append(after)
+            blocks.append([one for one in block if one.strip()])
+    return blocks
+
+
+def broken_as_if_filled(block: list[str]) -> list[str]:
+    """The lines of a block that end where a sentence would be broken: the first word of the next line has no room."""
+    return [one for one, two in itertools.pairwise(block) if len(one) + 1 + len(two.split()[0]) > 120]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_double_colon_announces_a_block(path):
+    """And the block is none that a formatter filled like a paragraph, nor as wide as what it would fill."""
+    for text in docstrings(path.read_text()):
+        for block in blocks_of(text):
+            assert block and not broken_as_if_filled(block), block
+
+
+def test_a_formatter_leaves_the_blocks_as_they_are(tmp_path):
+    """It takes the indentation from a block that ends its docstring: a sentence must follow there."""
+    for path in SOURCES:
+        (tmp_path / f"{path.parent.name}_{path.name}").write_text(path.read_text())
+    options = ["--isolated", "--line-length=120", "--config=format.docstring-code-format=true"]
+    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", *options, tmp_path], check=True)
+    for path in SOURCES:
+        before, after = path.read_text(), (tmp_path / f"{path.parent.name}_{path.name}").read_text()
+        assert [blocks_of(text) for text in docstrings(before)] == [blocks_of(text) for text in docstrings(after)], path
+
+
+def test_a_block_that_a_formatter_spoiled_is_noticed():
+    table, *_ = blocks_of(docstrings((ROOT / "dpo.py").read_text())[0])
+    for n in range(2, len(table) + 1):  # any end of it may have been taken for a sentence
+        filled = textwrap.wrap(" ".join(line.strip() for line in table[-n:]), 116)
+        assert broken_as_if_filled(table[:-n] + [" " * 4 + line for line in filled])
+    assert blocks_of("As in::\n\na = b") == blocks_of("As in::\n    a = b") == [[]]
+    assert blocks_of("As in::\n\n    a = b\n\nand so on") == [["    a = b"]]
+
+
+def test_the_head_of_dpo_gives_each_loss_a_line():
+    table, *_ = blocks_of(docstrings((ROOT / "dpo.py").read_text())[0])
+    names = [line.split()[0] for line in table if not line.startswith(" " * 5)]
+    assert names == ["DPO", "IPO", "KTO", "SimPO", "ORPO"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from preferences import Judged, Pair, encode_judged, encode_pairs, load_judged, 
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import start
+from stages import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, answer_logps
 
@@ -366,6 +367,77 @@ def test_a_run_of_each_method(tmp_path, sft_folder, method):
     assert any("val_questions" in row for row in rows) and (tmp_path / method / "best.pt").exists()
 
 
+def answer_alone(policy, prompt: list[int], answer: list[int]) -> tuple[float, float]:
+    """The log-probability of an answer after its prompt, in a row of their own; and that of the whole row."""
+    ids = torch.tensor([prompt + answer])
+    with torch.no_grad():
+        logps = policy(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    return float(logps[len(prompt) - 1 :].sum()), float(logps.sum())
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+def test_the_figures_of_held_out_pairs_are_those_of_each_pair_alone(tmp_path, sft_folder, method):
+    """More pairs than one batch of a validation holds; every one of them counts once."""
+    settings = {"eval_pairs": 41, "eval_prompts": 1, "lr": 5e-3, "warmup": 0, "beta": 0.3, "epochs": 1.0}
+    weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6} if method == "kto" else {}
+    figures = dpo.run(tiny(tmp_path / method, sft_folder, method=method, **settings, **weights))
+    policy, tokenizer, _ = load_stage(str(tmp_path / method))
+    reference, _, _ = load_stage(str(sft_folder))
+    rows = encode_pairs(load_pairs("arith", "validation")[:41], tokenizer, 96)
+    losses, margins, nll, words = [], [], 0.0, 0
+    for prompt, *both in zip(rows.prompts, rows.chosen, rows.rejected):
+        chosen, rejected = (answer_alone(policy, prompt, answer)[0] for answer in both)
+        if method == "orpo":
+            chosen, rejected = chosen / len(both[0]), rejected / len(both[1])
+            odds = [a - math.log(1 - math.exp(a)) for a in (chosen, rejected)]
+            losses.append(-0.3 * math.log(sigmoid(odds[0] - odds[1])))
+            nll, words = nll - answer_alone(policy, prompt, both[0])[1], words + len(prompt) + len(both[0]) - 1
+        else:
+            chosen, rejected = (
+                a - answer_alone(reference, prompt, answer)[0] for a, answer in zip((chosen, rejected), both)
+            )
+            if method == "dpo":
+                losses.append(-math.log(sigmoid(0.3 * (chosen - rejected))))
+            else:
+                losses.append((1.3 * sigmoid(-0.3 * chosen) + 0.6 * sigmoid(0.3 * rejected)) / 2)
+        margins.append(0.3 * (chosen - rejected))
+    n = len(losses)
+    assert n == 41 and figures["val_loss"] == pytest.approx(sum(losses) / n + nll / max(words, 1), rel=1e-4)
+    assert figures["val_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / n)
+    assert figures["val_margin"] == pytest.approx(sum(margins) / n, rel=1e-3, abs=1e-5)
+
+
+def test_the_figures_of_held_out_answers_are_those_of_each_answer_alone(tmp_path, sft_folder):
+    """Of single answers, more than one batch of a validation holds: the loss without a KL, and how often a desirable
+    answer has a higher reward than an undesirable one."""
+    path = tmp_path / "thumbs.jsonl"
+    lines = [{"prompt": f"{i}+1?", "completion": f"{i + i % 7}", "label": i % 3 == 0} for i in range(3300)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))  # every 50th is held out: 66
+    settings = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6, "lr": 5e-3, "warmup": 0}
+    config = tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=32, epochs=1.0, **settings)
+    figures = dpo.run(replace(config, eval_pairs=100))
+    policy, tokenizer, _ = load_stage(str(tmp_path / "kto"))
+    reference, _, _ = load_stage(str(sft_folder))
+    rows = encode_judged(load_judged(str(path), "validation"), tokenizer, 96)
+    rewards, losses = {True: [], False: []}, []
+    for prompt, answer, liked in zip(rows.prompts, rows.answers, rows.desirable.tolist()):
+        gain = answer_alone(policy, prompt, answer)[0] - answer_alone(reference, prompt, answer)[0]
+        rewards[liked].append(0.3 * gain)
+        losses.append(1.3 * sigmoid(-0.3 * gain) if liked else 0.6 * sigmoid(0.3 * gain))
+    assert len(losses) == 66 and figures["val_loss"] == pytest.approx(sum(losses) / 66, rel=1e-4)
+    won = [a > b for a in rewards[True] for b in rewards[False]]
+    assert (
+        figures["val_accuracy"] == pytest.approx(sum(won) / len(won), abs=1e-6) and 0.1 < figures["val_accuracy"] < 0.9
+    )
+    means = [sum(rewards[liked]) / len(rewards[liked]) for liked in (True, False)]
+    assert figures["val_margin"] == pytest.approx(means[0] - means[1], rel=1e-3, abs=1e-5)
+    assert abs(means[0] - means[1]) > 1e-3
+
+
 @pytest.mark.parametrize("method", ["orpo", "kto"])
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
     """The two losses that hold a count of the whole batch: ORPO's words and KTO's KL."""
@@ -460,7 +532,6 @@ def test_the_preferred_letter_becomes_likelier_and_with_the_preference_negated_r
 def test_the_report_ranks_pairs_by_the_methods_own_reward(tmp_path, sft_folder, method):
     """Against the reference for DPO, per token for SimPO, each recomputed here one answer at a time."""
     import evaluate
-    from stages import load_stage
 
     dpo.run(tiny(tmp_path / method, sft_folder, method=method, lr=5e-3))
     path = tmp_path / "pairs.jsonl"

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import math
 from decimal import Decimal
@@ -113,6 +114,27 @@ def test_loss_by_hand():
     assert float(dr) == pytest.approx(sum(terms) / 20)
     cispo = grpo_loss(logps, old, advantages, mask, loss_type="cispo")
     assert float(cispo) == pytest.approx((-1.2 * math.log(1.5) - 0.5 * math.log(0.5) + 1.2 * math.log(1.5)) / 3)
+
+
+@pytest.mark.parametrize("loss_type", OURS)
+def test_the_ratio_of_an_answer_of_one_token_is_that_of_the_token(loss_type):
+    """Wherever it stands; and an answer without a token neither counts nor spoils the others."""
+    logps = torch.log(torch.tensor([[1.3, 9.0], [9.0, 0.6], [0.9, 9.0], [9.0, 9.0]], dtype=torch.float64))
+    mask, advantages = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 0]]), torch.tensor([1.0, -2.0, -0.5, 7.0])
+    found, gradient = {}, {}
+    for level in ("sequence", "token"):
+        x = logps.clone().requires_grad_()
+        found[level] = grpo_loss(
+            x, torch.zeros_like(x), advantages, mask, clip_low=0.2, clip_high=0.2, loss_type=loss_type, max_length=5,
+            ratio_level=level,
+        )  # fmt: skip
+        (gradient[level],) = torch.autograd.grad(found[level], x)
+    torch.testing.assert_close(found["sequence"], found["token"])
+    torch.testing.assert_close(gradient["sequence"], gradient["token"])
+    worst = -1.2 + 2 * 0.8 + 0.5 * 0.9  # the first two are clipped
+    by_hand = {"grpo": worst / 4, "dapo": worst / 3, "dr_grpo": worst / 20}
+    if loss_type in by_hand:
+        assert found["token"].item() == pytest.approx(by_hand[loss_type])
 
 
 def test_loss_changes_none_of_its_inputs():
@@ -746,6 +768,102 @@ def test_the_clip_fraction_is_of_tokens_that_are_pushed(policy):
         StubRun(), policy, rollout, torch.zeros(12), Config(temperature=0.7, beta=0.1), old, ref
     )
     assert statistics["clip_fraction"] == 0
+
+
+def test_the_clip_fraction_of_answers_of_one_token_is_that_of_their_tokens(policy):
+    """Twelve answers of one token; half of the ratios are outside, on the side to which the advantage pushes."""
+    rollout = rollout_of(policy, new=1)
+    assert (rollout.mask.sum(1) == 1).all()
+    ratios = torch.tensor([1.15, 1.15, 0.85, 0.85, 1.05, 0.95] * 2)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0])
+    old = rollout.sampled_logps - rollout.mask * ratios.log()[:, None]
+    for level in ("token", "sequence"):
+        config = Config(temperature=0.7, ratio_level=level, clip_low=0.1, clip_high=0.1)
+        assert gradients(policy, rollout, advantages, config, old_logps=old)[2]["clip_fraction"] == pytest.approx(0.5)
+
+
+def recorded(monkeypatch, name: str) -> list[list]:
+    """The arguments with which the stage will call one of the functions of numbers."""
+    calls, real = [], getattr(grpo, name)
+
+    def spy(*args):
+        calls.append([x.detach().clone() if torch.is_tensor(x) else x for x in args])
+        return real(*args)
+
+    monkeypatch.setattr(grpo, name, spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "dapo", "clip_low": 0.02, "clip_high": 0.05},
+        {"loss_type": "grpo", "ratio_level": "sequence", "clip_low": 0.005, "clip_high": 0.01},
+        {"loss_type": "cispo", "clip_high": 0.03},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_what_is_logged_of_the_updates_is_what_the_loss_saw(tmp_path, start, monkeypatch, settings):
+    """Means over the updates of a step; the KLs are of a token, the clip fraction of the tokens with an advantage."""
+    losses = recorded(monkeypatch, "grpo_loss")
+    rewards = torch.tensor([0.0, 1.0, 3.0, 7.0] * 3 + [1.0] * 4)  # the last group is flat
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (rewards, torch.zeros(16)))
+    more = {"minibatches": 2, "updates_per_rollout": 2, "micro_batch_size": 3, "beta": 0.1, "lr": 1e-2, "warmup": 0}
+    grpo.run(tiny_grpo(tmp_path, start, eval_prompts=1, **more, **settings))
+    low, high, rows = settings.get("clip_low", 0.2), settings["clip_high"], steps_of(tmp_path)
+    low = math.inf if settings["loss_type"] == "cispo" else low
+    assert len(rows) == 3
+    for row in rows:
+        means = dict.fromkeys(("kl_old", "kl_ref", "clip_fraction"), 0.0)
+        for _ in range(4):  # updates, each of eight answers in parts of three, three and two
+            moved, strayed, outside = [], [], []
+            for logps, old, advantages, mask, ref, *_ in (losses.pop(0) for _ in range(3)):
+                mask, ratio = mask.bool(), (logps - old).exp()
+                moved += (ratio - 1 - (logps - old))[mask]
+                strayed += ((ref - logps).exp() - 1 - (ref - logps))[mask]
+                for i, a in enumerate(advantages.tolist()):
+                    one = ratio[i, mask[i]]
+                    if settings.get("ratio_level") == "sequence":
+                        one = (logps - old)[i, mask[i]].mean().exp().expand(len(one))
+                    too_far = one > 1 + high if a > 0 or low == math.inf else one < 1 - low
+                    outside += too_far.tolist() if a else []
+            means["kl_old"] += float(torch.stack(moved).mean()) / 4
+            means["kl_ref"] += float(torch.stack(strayed).mean()) / 4
+            means["clip_fraction"] += sum(outside) / max(len(outside), 1) / 4
+        assert {name: row[name] for name in means} == pytest.approx(means, rel=1e-3, abs=1e-6)
+    assert losses == [] and min(rows[-1][name] for name in means) > 1e-5 and rows[-1]["clip_fraction"] < 1
+
+
+def test_the_kl_in_the_reward_is_logged_of_a_token(tmp_path, start, monkeypatch):
+    """An answer pays for the sum over its tokens, and what is logged is the mean over all tokens."""
+    estimates = recorded(monkeypatch, "kl_estimate")
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
+    config = tiny_grpo(tmp_path, start, eval_prompts=1, beta=0.1, kl="k1", kl_in="reward", lr=1e-2, warmup=0)
+    grpo.run(config)
+    rows, sums = steps_of(tmp_path), [float((args[0] - args[1]).sum()) for args in estimates if args[2] == "k1"]
+    assert len(sums) == 3 and abs(rows[-1]["kl_ref"]) > 1e-4
+    for row, total in zip(rows, sums):
+        assert row["kl_ref"] == pytest.approx(total / (16 * row["length"]), rel=1e-4, abs=1e-6)
+        assert row["reward"] == pytest.approx(7.5)  # what is logged as the reward is without it
+
+
+@pytest.mark.parametrize(
+    ("precision", "gap", "noticed"), [("fp32", 5e-4, 0), ("fp32", 2e-3, 1), ("bf16", 0.05, 0), ("bf16", 0.2, 1)]
+)
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_how_far_the_sampler_may_be_from_the_policy(tmp_path, start, monkeypatch, precision, gap, noticed, minibatches):
+    """As far as rounding reaches, and no farther."""
+    sample = grpo.sample_answers
+
+    def told(*args):
+        rollout = sample(*args)
+        return dataclasses.replace(rollout, sampled_logps=rollout.sampled_logps + gap * rollout.mask)
+
+    monkeypatch.setattr(grpo, "sample_answers", told)
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
+    config = tiny_grpo(tmp_path, start, precision=precision, minibatches=minibatches, steps=1, eval_prompts=1)
+    with pytest.raises(AssertionError, match="not the policy that sampled") if noticed else contextlib.nullcontext():
+        grpo.run(config)
 
 
 def test_an_update_in_which_no_token_counts_moves_nothing(tmp_path, start, monkeypatch):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -330,6 +331,95 @@ def test_micro_batches_give_the_gradient_of_the_minibatch(run):
         close(a, b, 1e-5)
 
 
+def update_after_moving(run, model, reference, rollout, scores, beta, config, rows, first=False, moved=0.05, shift=0.0):
+    """The gradient that the stage takes on the answers ``rows`` of a rollout, when policy and critic have moved by a
+    little noise since they sampled it. ``shift`` is added to the old log-probabilities.
+    """
+    batch, _ = prepare(run, model, reference, rollout, scores, beta, config)
+    batch.logps = batch.logps + shift * batch.mask
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(moved * torch.randn(p.shape, generator=generator))
+    model.zero_grad()
+    learn(run, model, batch, rows, config, first=first)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def logps_and_values(model, tokens, temperature):
+    """(B, T-1) each, from the model alone."""
+    hidden = model.backbone.forward_hidden(tokens)[:, :-1]
+    logps = (hidden @ model.backbone.head.weight.T / temperature).log_softmax(-1)
+    return logps.gather(2, tokens[:, 1:, None])[..., 0], hidden @ model.value.weight[0] + model.value.bias
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_the_gradient_of_an_update_is_that_of_the_formulas_written_out(run, whitened):
+    """Token by token, with no setting at its default: rewards, advantages and returns of the policy and critic that
+    sampled; ratios, values and both clips of those that have moved since."""
+    config = Config(
+        max_new_tokens=6, temperature=0.8, micro_batch_size=2, gamma=0.9, lam=0.7, clip_ratio=0.1, clip_value=0.15,
+        value_weight=0.6, whiten_rewards=whitened,
+    )  # fmt: skip
+    model, reference = actor(), actor().backbone
+    torch.nn.init.normal_(model.value.weight, std=0.2)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    rollout, scores, beta, minibatch = rolled(model, config), torch.randn(8), 0.3, [6, 1, 2, 4, 7]
+    answers = [mask.nonzero()[:, 0] for mask in rollout.mask]
+    with torch.no_grad():
+        old_logps, old_values = logps_and_values(model, rollout.tokens, 0.8)
+        ref_logps = token_logps(reference, rollout.tokens, 0.8)
+    found = update_after_moving(run, model, reference, rollout, scores, beta, config, torch.tensor(minibatch))
+
+    rewards = [-beta * (old_logps - ref_logps)[i, columns] for i, columns in enumerate(answers)]
+    for reward_of_tokens, score in zip(rewards, scores):
+        reward_of_tokens[-1] += score
+    if whitened:
+        mean, std = torch.cat(rewards).mean(), torch.cat(rewards).std()
+        rewards = [(r - mean) / std + mean for r in rewards]
+    advantages, returns = [], []
+    for i, columns in enumerate(answers):
+        values = [*old_values[i, columns].tolist(), 0.0]
+        ahead, estimates = 0.0, []
+        for t in reversed(range(len(columns))):
+            ahead = float(rewards[i][t]) + 0.9 * values[t + 1] - values[t] + 0.9 * 0.7 * ahead
+            estimates.insert(0, ahead)
+        advantages.append(torch.tensor(estimates))
+        returns.append(torch.tensor(estimates) + torch.tensor(values[:-1]))
+    everyone = torch.cat(advantages)
+    advantages = [(a - everyone.mean()) / everyone.std() for a in advantages]
+    logps, values = logps_and_values(model, rollout.tokens, 0.8)
+    policy, critic, clips = [], [], []
+    for i in minibatch:
+        ratio, v = (logps - old_logps)[i, answers[i]].exp(), values[i, answers[i]]
+        near = old_values[i, answers[i]] + (v - old_values[i, answers[i]]).clamp(-0.15, 0.15)
+        policy.append(torch.maximum(-ratio * advantages[i], -ratio.clamp(0.9, 1.1) * advantages[i]))
+        critic.append(torch.maximum((v - returns[i]) ** 2, (near - returns[i]) ** 2))
+        clips += [ratio.clamp(0.9, 1.1) != ratio, near != v]
+    assert all(0.1 < torch.cat(clip).float().mean() < 0.9 for clip in (clips[::2], clips[1::2]))  # both clips act
+    model.zero_grad()
+    (torch.cat(policy).mean() + 0.6 * torch.cat(critic).mean() / 2).backward()
+    close(found, torch.cat([p.grad.flatten() for p in model.parameters()]), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("precision", "gap", "noticed"),
+    [("fp32", 5e-4, False), ("fp32", 2e-3, True), ("bf16", 0.05, False), ("bf16", 0.2, True)],
+)
+def test_how_far_the_first_ratios_may_be_from_1(tmp_path, precision, gap, noticed):
+    """As far as rounding reaches, and no farther: both for what the sampler said and for the first minibatch."""
+    config = Config(out_dir=str(tmp_path / "handle"), device="cpu", precision=precision, max_new_tokens=6)
+    run, model = start(config, "ppo"), actor()
+    rollout = rolled(model, config)
+    told = replace(rollout, sampled_logps=rollout.sampled_logps + gap * rollout.mask)
+    arguments = (torch.zeros(8), 0.0, config, torch.arange(8))
+    for words, other, shift in (("not the policy that sampled", told, 0.0), ("every ratio is 1", rollout, -gap)):
+        with pytest.raises(AssertionError, match=words) if noticed else contextlib.nullcontext():
+            update_after_moving(run, model, None, other, *arguments, first=True, moved=0.0, shift=shift)
+
+
 def practise(run, sign: float) -> tuple[float, float]:
     """Answer with as many letters "a" as possible: their share before and after."""
     model = actor()
@@ -445,6 +535,50 @@ def test_an_unfinished_answer_costs(tmp_path, folders):
     ppo.run(tiny(tmp_path / "ppo", folders, steps=1, max_new_tokens=2, unfinished_penalty=0.75))
     row = next(row for row in metrics(tmp_path / "ppo") if "score" in row)
     assert row["finished"] == 0 and row["score"] == pytest.approx(-0.75)
+
+
+def recorded(monkeypatch, name: str) -> list[list]:
+    """The arguments with which the stage will call one of the functions of numbers."""
+    calls, real = [], getattr(ppo, name)
+
+    def spy(*args):
+        calls.append([x.detach().clone() if torch.is_tensor(x) else x for x in args])
+        return real(*args)
+
+    monkeypatch.setattr(ppo, name, spy)
+    return calls
+
+
+def test_what_is_logged_of_the_updates_is_what_the_losses_saw(tmp_path, folders, monkeypatch):
+    seen = {name: recorded(monkeypatch, name) for name in ("ppo_policy_loss", "ppo_value_loss", "token_rewards")}
+    judge = str(folders / "reward")  # it gives every answer another score
+    settings = {"steps": 3, "lr": 1e-2, "warmup": 0, "epochs": 2, "minibatches": 2, "micro_batch_size": 3}
+    ppo.run(tiny(tmp_path / "ppo", folders, clip_ratio=0.05, clip_value=0.03, beta=0.1, reward=judge, **settings))
+    rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
+    assert len(rows) == len(seen["token_rewards"]) == 3 and len(seen["ppo_policy_loss"]) == 3 * 4 * 2
+    for row in rows:
+        _, logps, ref_logps, mask, *_ = seen["token_rewards"].pop(0)
+        assert row["kl_ref"] == pytest.approx(float(((logps - ref_logps) * mask).sum()) / 8, rel=1e-4, abs=1e-5)
+        means = dict.fromkeys(("clip_fraction", "value_clip_fraction", "kl_old", "policy_loss", "value_loss"), 0.0)
+        foreseen, returned = [], []
+        for n in range(4):  # updates, each of four answers in parts of three and one
+            policy, value = ([seen[name].pop(0) for _ in range(2)] for name in ("ppo_policy_loss", "ppo_value_loss"))
+            new, old, advantages = (torch.cat([x[i][x[3].bool()] for x in policy]) for i in range(3))
+            values, old_values, returns = (torch.cat([x[i][x[3].bool()] for x in value]) for i in range(3))
+            ratio = (new - old).exp()
+            pushed_out = ((advantages > 0) & (ratio > 1.05)) | ((advantages < 0) & (ratio < 0.95))
+            means["clip_fraction"] += float(pushed_out.float().mean()) / 4
+            means["value_clip_fraction"] += float(((values - old_values).abs() > 0.03).float().mean()) / 4
+            means["kl_old"] += float((ratio - 1 - (new - old)).mean()) / 4
+            worse = torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages)
+            means["policy_loss"] -= float(worse.mean()) / 4
+            near = old_values + (values - old_values).clamp(-0.03, 0.03)
+            means["value_loss"] += float(torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean()) / 8
+            foreseen, returned = foreseen + [old_values] * (n < 2), returned + [returns] * (n < 2)
+        foreseen, returned = torch.cat(foreseen), torch.cat(returned)
+        means["explained_variance"] = float(1 - (returned - foreseen).var() / returned.var())
+        assert {name: row[name] for name in means} == pytest.approx(means, rel=1e-3, abs=1e-5)
+    assert min(abs(rows[-1][name]) for name in ("clip_fraction", "value_clip_fraction", "kl_old", "kl_ref")) > 1e-4
 
 
 @pytest.mark.parametrize(

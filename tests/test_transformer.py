@@ -328,6 +328,28 @@ def test_memory_estimate_adds_up():
     assert twice["activations"] == 2 * parts["activations"] and twice["weights"] == parts["weights"]
 
 
+def test_memory_estimate_by_hand():
+    """Floats that a token leaves behind in a block 32 wide, with two of four heads for keys and values: ten rows of the
+    stream (norms, queries, output, sums), two of 16 for keys and values, and the feed-forward layer's hidden rows."""
+    shape = {"vocab_size": 61, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_ff": 44}
+    attention = 10 * 32 + 2 * 16
+    dense = {"swiglu": 4 * 44, "gelu": 3 * 44}  # three matrices or two, and the activation between them
+    for mlp, hidden in dense.items():
+        parts = estimate_memory(ModelConfig(**shape, mlp=mlp), batch=2, seq_len=10)
+        assert parts["activations"] == 20 * 3 * (attention + hidden) * 4
+        assert parts["logits"] == 3 * 20 * 61 * 4
+    parts = estimate_memory(ModelConfig(**shape), batch=2, seq_len=10, bytes_per_activation=2)
+    assert parts["activations"] == 20 * 3 * (attention + dense["swiglu"]) * 2
+    experts = ModelConfig(**shape, n_experts=4, n_experts_per_token=2, n_shared_experts=1, d_expert=12)
+    mixed = 4 * 3 * 12 + 2 * 2 * 32  # two chosen and the shared one; for each chosen, the row it reads and writes
+    parts = estimate_memory(experts, batch=2, seq_len=10)
+    assert parts["activations"] == 20 * 3 * (attention + mixed) * 4
+    parts = estimate_memory(dataclasses.replace(experts, expert_layers=(1,)), batch=2, seq_len=10)
+    assert parts["activations"] == 20 * (3 * attention + 2 * dense["swiglu"] + mixed) * 4
+    wide = estimate_memory(ModelConfig(vocab_size=50_304, d_model=32, n_heads=4), batch=64, seq_len=256)
+    assert wide["logits"] == 3 * 2**24 * 4  # a chunk at a time
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("d_model", [64, 512])
 def test_initial_standard_deviations(d_model, tied):

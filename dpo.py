@@ -376,7 +376,7 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
     beta = BETAS[config.method] if config.beta is None else config.beta
     config = replace(
@@ -389,7 +389,7 @@ def run(config: Config) -> dict:
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     if config.max_length > model.config.max_seq_len:
         raise UserError(f"max_length {config.max_length} is more than the context of {model.config.max_seq_len}")
-    run.descend(state, config.init_from)
+    run.record_parent(state, config.init_from)
 
     # Data: pairs as rows, or single answers; held-out pairs; held-out questions, if there are any.
     kto, eval_data = config.method == "kto", held_out_of(config.eval_data or config.data)
@@ -507,4 +507,4 @@ def means(sums: dict, n: int, kto: bool) -> dict:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

@@ -480,7 +480,7 @@ def load_classifier(path: str, device="cpu") -> tuple[Classifier, Callable[[list
     return model, lambda texts: to_classify(texts, [0] * len(texts), tokenizer, length, lowercase), classes
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the figures: of the hidden words, or of the test split under the best checkpoint."""
     check(config)
     filling = config.objective == "mlm"
@@ -494,7 +494,7 @@ def run(config: Config) -> dict:
     lowercase, length = config.lowercase, config.max_seq_len or 256
     if config.init_from:
         backbone, _, state = load_encoder(config.init_from, run.device)
-        run.descend(state, config.init_from)
+        run.record_parent(state, config.init_from)
         lowercase, length = state["extra"]["lowercase"], config.max_seq_len or backbone.config.max_seq_len
         if length > backbone.config.max_seq_len and backbone.config.positions != "rope":
             raise UserError(
@@ -601,4 +601,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

@@ -210,7 +210,7 @@ def rewards_that_count(config: Config) -> int:
     return sum(bool(weight) for weight in weights) + bool(config.overlong_buffer)
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
     check(config)
     processes.print_once(*notes(config))
@@ -218,4 +218,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

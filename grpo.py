@@ -396,7 +396,7 @@ def notes(config: Config) -> list[str]:
     return found
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
     check(config)
     if not (config.correct_weight or config.format_weight or config.overlong_buffer or config.beta):
@@ -415,7 +415,7 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
         raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
     run = start(config, stage)
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
-    run.descend(state, config.init_from)
+    run.record_parent(state, config.init_from)
 
     # Data: prompts with gold answers; held-out ones for the examination.
     sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
@@ -577,4 +577,4 @@ def train(config: Config, stage: str, judge: Callable, weights_of: Callable, adv
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

@@ -59,7 +59,7 @@ class Stage:
 
     name: str
     label: str
-    run: Callable[[Any], dict]
+    main: Callable[[Any], dict]
     config: Any
     curves: tuple[str, ...]
 
@@ -83,37 +83,37 @@ def stages(config: Config) -> list[Stage]:
 
     def pairs(method: str, label: str) -> Stage:
         chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
-        return Stage(method, label, dpo.run, chosen, ("val_accuracy", "val_questions"))
+        return Stage(method, label, dpo.main, chosen, ("val_accuracy", "val_questions"))
 
     def relative(name: str, label: str, preset: str) -> Stage:
         fields = read_preset(grpo.Config, str(Path(__file__).parent / "configs" / preset))
         chosen = grpo.Config(**fields | settings(name, "sft", "grpo"))
-        return Stage(name, label, grpo.run, chosen, (*policy, "flat_groups"))
+        return Stage(name, label, grpo.main, chosen, (*policy, "flat_groups"))
 
     base, tuned, judge = (settings(*one) for one in (("pretrain",), ("sft", "pretrain"), ("reward", "sft")))
     judged = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"), beta=0.05)
     verified, grouped, several = settings("ppo", "sft"), settings("grpo", "sft"), settings("gdpo", "sft", "grpo")
     return [
-        Stage("pretrain", "Base", pretrain.run, pretrain.Config(**base), ("loss", "val_loss")),
-        Stage("sft", "SFT", sft.run, sft.Config(**tuned), ("loss", "val_loss")),
-        Stage("reward", "Reward model", reward.run, reward.Config(**judge), ("accuracy", "val_accuracy")),
+        Stage("pretrain", "Base", pretrain.main, pretrain.Config(**base), ("loss", "val_loss")),
+        Stage("sft", "SFT", sft.main, sft.Config(**tuned), ("loss", "val_loss")),
+        Stage("reward", "Reward model", reward.main, reward.Config(**judge), ("accuracy", "val_accuracy")),
         pairs("dpo", "DPO"),
         pairs("ipo", "IPO"),
         pairs("kto", "KTO"),
         pairs("simpo", "SimPO"),
         pairs("orpo", "ORPO"),
-        Stage("ppo_reward", "PPO, reward model", ppo.run, ppo.Config(**judged), ("score", *policy)),
-        Stage("ppo", "PPO, verifier", ppo.run, ppo.Config(**verified), policy),
-        Stage("grpo", "GRPO", grpo.run, grpo.Config(**grouped), (*policy, "flat_groups")),
+        Stage("ppo_reward", "PPO, reward model", ppo.main, ppo.Config(**judged), ("score", *policy)),
+        Stage("ppo", "PPO, verifier", ppo.main, ppo.Config(**verified), policy),
+        Stage("grpo", "GRPO", grpo.main, grpo.Config(**grouped), (*policy, "flat_groups")),
         relative("dr_grpo", "Dr. GRPO", "grpo_dr.py"),
         relative("dapo", "DAPO", "grpo_dapo.py"),
         relative("gspo", "GSPO", "grpo_gspo.py"),
         relative("cispo", "CISPO", "grpo_cispo.py"),
-        Stage("gdpo", "GDPO", gdpo.run, gdpo.Config(**several), (*policy, "formatted", "short")),
+        Stage("gdpo", "GDPO", gdpo.main, gdpo.Config(**several), (*policy, "formatted", "short")),
     ]
 
 
-def run(config: Config) -> list[dict]:
+def main(config: Config) -> list[dict]:
     """Run what is not finished yet; return the rows of the report card."""
     config = dataclasses.replace(config, out=config.out or ("out/arith_quick" if config.quick else "out/arith"))
     started, out = time.perf_counter(), Path(config.out)
@@ -125,7 +125,7 @@ def run(config: Config) -> list[dict]:
     folders: dict[str, Path] = {}
     wanted: dict[str, list[str]] = {}
     for stage in stages(config):
-        stage.run(stage.config)
+        stage.main(stage.config)
         if processes.rank() == 0:
             rows.append(examined(out / stage.name, stage.label, exam))
             evaluate.write_report(out, rows, "Report card", note(config, exam))
@@ -167,4 +167,4 @@ def note(config: Config, exam: evaluate.Config) -> str:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

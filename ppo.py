@@ -339,7 +339,7 @@ def check(config: Config) -> None:
         raise UserError("a beta of 0 cannot adapt: give --beta a start, or drop --kl_target")
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
@@ -348,7 +348,7 @@ def run(config: Config) -> dict:
         need_checkpoint(config.reward, "python reward.py")
     run = start(config, "ppo")
     policy, tokenizer, state = load_stage(config.init_from, device=run.device)
-    run.descend(state, config.init_from)
+    run.record_parent(state, config.init_from)
     judge, context = None, policy.config.max_seq_len
     if config.reward != "verifier":
         judge, other, _ = load_reward_model(config.reward, run.device)
@@ -471,4 +471,4 @@ def judged(run: Run, judge, rollout: Rollout, size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

@@ -192,7 +192,7 @@ def model_config(config: Config, vocab_size: int) -> ModelConfig:
     return ModelConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
     check(config)
     run = start(config, "pretrain")
@@ -274,4 +274,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

@@ -358,7 +358,7 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the held-out accuracy. A finished run returns at once, an unfinished one continues."""
     config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     check(config)
@@ -371,7 +371,7 @@ def run(config: Config) -> dict:
     policy, tokenizer, state = load_stage(config.init_from, device=run.device)
     if config.max_length > policy.config.max_seq_len:
         raise UserError(f"max_length {config.max_length} is more than the context of {policy.config.max_seq_len}")
-    run.descend(state, config.init_from)
+    run.record_parent(state, config.init_from)
 
     # Data: pairs as rows of tokens.
     pairs = training_pairs(config)
@@ -465,4 +465,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

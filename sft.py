@@ -124,7 +124,7 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
-def run(config: Config) -> dict:
+def main(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
     config = dataclasses.replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/pretrain"))
     check(config)
@@ -133,7 +133,7 @@ def run(config: Config) -> dict:
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     if config.seq_len > model.config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than the model's max_seq_len {model.config.max_seq_len}")
-    run.descend(state, config.init_from)
+    run.record_parent(state, config.init_from)
 
     # Data: conversations in rows of seq_len tokens.
     chats = load_chats(config.data, "train", config.data_dir, config.seed, config.n_examples)
@@ -205,7 +205,7 @@ def sweep(config: Config) -> None:
     results = []
     for lr in config.sweep:
         one = dataclasses.replace(config, lr=lr, sweep=(), out_dir=str(folder / f"lr_{lr:g}"))
-        results.append({"lr": lr, **run(one)})
+        results.append({"lr": lr, **main(one)})
     if processes.rank() == 0:
         write_sweep(folder, results)
 
@@ -222,10 +222,9 @@ def write_sweep(folder: Path, results: list[dict]) -> None:
     print("\n".join(lines) + f"\n{folder / 'sweep.md'}, {folder / 'sweep.png'}")
 
 
-def main() -> None:
-    config = parse(Config)
-    sweep(config) if config.sweep else run(config)
+def train_or_sweep(config: Config) -> None:
+    sweep(config) if config.sweep else main(config)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: train_or_sweep(parse(Config)))

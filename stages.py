@@ -11,6 +11,8 @@ An ``adapters.pt`` (lora.py) is loaded like any other, as the merged model that 
 Run ``python stages.py`` to see what a checkpoint holds.
 """
 
+import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from layers import ModelConfig
 from lora import load_state
 from runtime.checkpoint import load_weights, need_checkpoint, save_checkpoint
 from runtime.errors import UserError
+from runtime.run import Run, start
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from transformer import Transformer
 
@@ -45,6 +48,23 @@ def load_stage(
     weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
     load_weights(model, weights or state["model"], path)
     return model.to(device), load_tokenizer(state["tokenizer"]), state
+
+
+def begin(config, stage: str, command: str) -> tuple[Run, Transformer, Tokenizer]:
+    """Open the run of a stage that starts from another stage's model: (run, model on the run's device, tokenizer).
+
+    config.init_from names that model, see ``with_start``; if it is missing, ``command`` is what makes it.
+    """
+    need_checkpoint(config.init_from, command)
+    run = start(config, stage)
+    model, tokenizer, state = load_stage(config.init_from, device=run.device)
+    run.record_parent(state, config.init_from)
+    return run, model, tokenizer
+
+
+def with_start(config, stage: str):
+    """The configuration with ``init_from`` filled in: by default the folder of that earlier stage of the same task."""
+    return dataclasses.replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/{stage}"))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Run:
             self.print(f"continuing {self.folder} at step {self.state['step']}")
         return self.state["step"]
 
-    def descend(self, state: dict, path) -> None:
+    def record_parent(self, state: dict, path) -> None:
         """Note that this run starts from that checkpoint; refuse to go on if it started from another."""
         mine = {
             "stage": state["stage"],

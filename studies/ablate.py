@@ -313,7 +313,7 @@ def run_cell(config: Config, cell: Cell, seed: int) -> dict:
 
 def make_start(config: Config, line: str) -> None:
     """One of the starts; one that is finished returns at once, one that was interrupted goes on."""
-    sft.run(start_config(config, line))
+    sft.main(start_config(config, line))
 
 
 def start_config(config: Config, line: str) -> sft.Config:
@@ -323,7 +323,7 @@ def start_config(config: Config, line: str) -> sft.Config:
     return parse(sft.Config, to_arguments(read_settings(settings) | fields))
 
 
-def run(config: Config) -> list[dict]:
+def main(config: Config) -> list[dict]:
     """Run what is missing, seed by seed, so that an unfinished study is a study with fewer seeds; return all rows."""
     cells = checked_cells(config)
     root = root_of(config)
@@ -579,4 +579,4 @@ def split_page(page: Path) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    run_main(lambda: run(parse(Config)))
+    run_main(lambda: main(parse(Config)))

@@ -145,7 +145,7 @@ def test_cells_and_their_configurations():
 )
 def test_what_cannot_work_is_said_before_anything_runs(tmp_path, start, changes, words):  # noqa: F811
     with pytest.raises(UserError, match=words):
-        ablate.run(tiny(tmp_path, start, **changes))
+        ablate.main(tiny(tmp_path, start, **changes))
     assert not (tmp_path / "study" / "runs").exists()
 
 
@@ -167,7 +167,7 @@ def study(tmp_path_factory, start):  # noqa: F811
     folder = tmp_path_factory.mktemp("ablation")
     config = tiny(folder, start, starts=("weak | n_examples=8 epochs=1",))
     config = replace(config, cells=(*config.cells, "start | weak | group_size=2 start=weak"))
-    return config, ablate.run(config)
+    return config, ablate.main(config)
 
 
 def test_a_study_runs_every_cell_with_every_seed_once(study):
@@ -242,7 +242,7 @@ def test_a_second_call_runs_what_is_missing_and_nothing_else(study, tmp_path, mo
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4]) + lines[4][:40])  # a crash: one row cut off, one not written
     shutil.rmtree(tmp_path / "study" / "runs")  # nor is it found there
-    new = ablate.run(again)
+    new = ablate.main(again)
     assert "2 runs to do" in capsys.readouterr().out
     assert len(list((tmp_path / "study" / "runs").rglob("log.txt"))) == 2
     without_time = [sorted((k, str(v)) for k, v in row.items()) for row in new]
@@ -256,16 +256,16 @@ def test_results_of_other_questions_starts_or_defaults_are_not_mixed_in(study, t
     shutil.copytree(config.out, tmp_path / "study")
     again = replace(config, out=str(tmp_path / "study"))
     with pytest.raises(UserError, match="questions 16, now 17"):
-        ablate.run(replace(again, questions=17))
+        ablate.main(replace(again, questions=17))
     with pytest.raises(UserError, match="start "):
-        ablate.run(replace(again, init_from=str(start.parent / "pretrain")))
+        ablate.main(replace(again, init_from=str(start.parent / "pretrain")))
     with pytest.raises(UserError, match="start weak n_examples=8 epochs=1, now n_examples=9 epochs=1"):
-        ablate.run(replace(again, starts=("weak | n_examples=9 epochs=1",)))
+        ablate.main(replace(again, starts=("weak | n_examples=9 epochs=1",)))
     monkeypatch.setattr(
         grpo, "Config", make_dataclass("Config", [("lr", float, field(default=1.0))], bases=(grpo.Config,), frozen=True)
     )
     with pytest.raises(UserError, match="lr 0.0002, now 1.0"):
-        ablate.run(again)
+        ablate.main(again)
 
 
 def test_a_row_that_the_study_did_not_note_is_found_in_its_folder(study, tmp_path, capsys):
@@ -274,7 +274,7 @@ def test_a_row_that_the_study_did_not_note_is_found_in_its_folder(study, tmp_pat
     again = replace(config, out=str(tmp_path / "study"))
     path = tmp_path / "study" / "results.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-2]))
-    new = ablate.run(again)
+    new = ablate.main(again)
     assert "0 runs to do" in capsys.readouterr().out
     assert sorted(map(str, new)) == sorted(map(str, rows))
 
@@ -313,7 +313,7 @@ def test_an_interrupted_study_stops_and_goes_on(tmp_path, start, number):  # noq
     measured = len(list(runs.rglob("row.json")))
     begun = len(list(runs.rglob("log.txt")))
     assert 2 <= noted <= measured <= begun < 12 and begun <= noted + 3
-    rows = ablate.run(replace(config, cells=config.cells[:2], seeds=6))
+    rows = ablate.main(replace(config, cells=config.cells[:2], seeds=6))
     assert len(rows) == 12 and len({(row["cell"], row["seed"]) for row in rows}) == 12
 
 
@@ -331,17 +331,17 @@ def test_a_start_that_was_interrupted_goes_on(tmp_path, start, monkeypatch):  # 
     with monkeypatch.context() as patch:
         patch.setattr(ablate.sft.Run, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            ablate.run(config)
+            ablate.main(config)
     weak = Path(config.out) / "starts" / "weak"
     assert not torch.load(weak / "ckpt.pt", weights_only=True)["finished"]
-    ablate.run(config)
+    ablate.main(config)
     assert torch.load(weak / "ckpt.pt", weights_only=True)["finished"]
 
 
 def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, start):  # noqa: F811
     config = tiny(tmp_path, start, cells=("a | group_size=2", "a | group_size=2 max_new_tokens=4000"), seeds=1)
     with pytest.raises(UserError, match="max_new_tokens"):
-        ablate.run(config)
+        ablate.main(config)
     assert len((tmp_path / "study" / "results.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "study" / "table.md").exists()
 
@@ -351,7 +351,7 @@ def test_the_page_gets_the_table_and_keeps_its_words(study, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Question\n\n<!-- table -->\nold\n<!-- /table -->\n\nThe answer.\n")
     for _ in range(2):
-        ablate.run(replace(config, page=str(page)))
+        ablate.main(replace(config, page=str(page)))
     text = page.read_text()
     assert text.startswith("# Question\n\n<!-- table -->\n\n| part |") and text.endswith(
         "<!-- /table -->\n\nThe answer.\n"
@@ -360,7 +360,7 @@ def test_the_page_gets_the_table_and_keeps_its_words(study, tmp_path):
     assert page.with_suffix(".png").exists() and len(page.with_suffix(".jsonl").read_text().splitlines()) == len(rows)
     page.write_text("no marks")
     with pytest.raises(UserError, match="no place for a table"):
-        ablate.run(replace(config, page=str(page)))
+        ablate.main(replace(config, page=str(page)))
     assert page.read_text() == "no marks"
 
 
@@ -379,7 +379,7 @@ def test_measure_counts_what_it_says(study, tmp_path, start):  # noqa: F811
         out_dir=str(tmp_path), init_from=str(start), steps=1, prompts_per_step=2, eval_prompts=16, eval_every=1,
         device="cpu", n_prompts=32,
     )  # fmt: skip
-    figures = grpo.run(settings)
+    figures = grpo.main(settings)
     row = measure(str(tmp_path), str(start), replace(config, questions=16))
     assert row["accuracy"] == pytest.approx(figures["accuracy"])
     assert row["all"] <= min(row["correct"], row["short"]) and row["correct"] <= row["formatted"] <= row["finished"]
@@ -439,7 +439,7 @@ def text_study(folder, **changes) -> Config:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     config = text_study(tmp_path_factory.mktemp("texts"))
-    return config, ablate.run(config)
+    return config, ablate.main(config)
 
 
 def test_a_study_of_pretraining_runs_without_a_start(texts, capsys):
@@ -452,7 +452,7 @@ def test_a_study_of_pretraining_runs_without_a_start(texts, capsys):
     left = {path.suffix for path in Path(config.out, "runs").rglob("*") if path.is_file()}
     assert left == {".json", ".jsonl", ".txt", ".png"}  # neither weights nor tokens
     assert Path(config.out, "plot.png").read_bytes()[:4] == b"\x89PNG"
-    assert ablate.run(config) == rows and "0 runs to do" in capsys.readouterr().out
+    assert ablate.main(config) == rows and "0 runs to do" in capsys.readouterr().out
 
 
 def test_differences_are_taken_seed_by_seed(texts):
@@ -525,13 +525,13 @@ def test_the_plot_shows_each_part_against_its_own_first(tmp_path, monkeypatch):
 )
 def test_what_cannot_work_in_a_study_of_pretraining(tmp_path, changes, words):
     with pytest.raises(UserError, match=words) as caught:
-        ablate.run(text_study(tmp_path, **changes))
+        ablate.main(text_study(tmp_path, **changes))
     assert "\n" not in str(caught.value) and not (tmp_path / "study").exists()
 
 
 def test_a_policy_has_no_curve_against_tokens(tmp_path, start):  # noqa: F811
     with pytest.raises(UserError, match="no curve accuracy@tokens"):
-        ablate.run(tiny(tmp_path, start, curves=("accuracy@tokens",)))
+        ablate.main(tiny(tmp_path, start, curves=("accuracy@tokens",)))
 
 
 @pytest.mark.parametrize("stage", ablate.STAGES)

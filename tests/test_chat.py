@@ -50,7 +50,7 @@ def test_bytes_that_are_no_character_are_replaced_and_the_rest_goes_on():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    pretrain.run(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270, max_seq_len=96))
+    pretrain.main(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270, max_seq_len=96))
     return folder
 
 

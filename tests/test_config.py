@@ -324,7 +324,7 @@ def test_fits(value, hint, yes):
 )
 def test_numbers_that_no_stage_can_work_with(tmp_path, stage, changes, words):
     with pytest.raises(UserError, match=words):
-        stage.run(stage.Config(out_dir=str(tmp_path / "run"), device="cpu", **changes))
+        stage.main(stage.Config(out_dir=str(tmp_path / "run"), device="cpu", **changes))
     assert not (tmp_path / "run").exists()
 
 

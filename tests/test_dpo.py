@@ -331,8 +331,8 @@ def test_the_reference_of_pairs_has_two_rows_and_no_gradient(run):
 @pytest.fixture(scope="module")
 def sft_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("before_dpo")
-    pretrain.run(tiny_pretrain(root / "pretrain"))
-    sft.run(tiny_sft(root / "sft", root / "pretrain"))
+    pretrain.main(tiny_pretrain(root / "pretrain"))
+    sft.main(tiny_sft(root / "sft", root / "pretrain"))
     return root / "sft"
 
 
@@ -352,7 +352,7 @@ def metrics(folder) -> list[dict]:
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "simpo", "orpo"])
 def test_a_run_of_each_method(tmp_path, sft_folder, method):
-    figures = dpo.run(tiny(tmp_path / method, sft_folder, method=method))
+    figures = dpo.main(tiny(tmp_path / method, sft_folder, method=method))
     assert math.isfinite(figures["val_loss"])
     rows = metrics(tmp_path / method)
     state = load_checkpoint(tmp_path / method)
@@ -384,7 +384,7 @@ def test_the_figures_of_held_out_pairs_are_those_of_each_pair_alone(tmp_path, sf
     """More pairs than one batch of a validation holds; every one of them counts once."""
     settings = {"eval_pairs": 41, "eval_prompts": 1, "lr": 5e-3, "warmup": 0, "beta": 0.3, "epochs": 1.0}
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6} if method == "kto" else {}
-    figures = dpo.run(tiny(tmp_path / method, sft_folder, method=method, **settings, **weights))
+    figures = dpo.main(tiny(tmp_path / method, sft_folder, method=method, **settings, **weights))
     policy, tokenizer, _ = load_stage(str(tmp_path / method))
     reference, _, _ = load_stage(str(sft_folder))
     rows = encode_pairs(load_pairs("arith", "validation")[:41], tokenizer, 96)
@@ -419,7 +419,7 @@ def test_the_figures_of_held_out_answers_are_those_of_each_answer_alone(tmp_path
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))  # every 50th is held out: 66
     settings = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6, "lr": 5e-3, "warmup": 0}
     config = tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=32, epochs=1.0, **settings)
-    figures = dpo.run(replace(config, eval_pairs=100))
+    figures = dpo.main(replace(config, eval_pairs=100))
     policy, tokenizer, _ = load_stage(str(tmp_path / "kto"))
     reference, _, _ = load_stage(str(sft_folder))
     rows = encode_judged(load_judged(str(path), "validation"), tokenizer, 96)
@@ -442,7 +442,7 @@ def test_the_figures_of_held_out_answers_are_those_of_each_answer_alone(tmp_path
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
     """The two losses that hold a count of the whole batch: ORPO's words and KTO's KL."""
     for name, size in (("a", 0), ("b", 3)):  # parts of unequal size
-        dpo.run(tiny(tmp_path / name, sft_folder, method=method, micro_batch_size=size, beta=0.5, lr=1e-2))
+        dpo.main(tiny(tmp_path / name, sft_folder, method=method, micro_batch_size=size, beta=0.5, lr=1e-2))
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
         for name in ("loss", "grad_norm", "kl", "logp_chosen"):
             if name in a:
@@ -459,7 +459,7 @@ def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
     path = tmp_path / "thumbs.jsonl"
     rows = [{"prompt": f"{i}+1?", "completion": f"{i + i % 2}", "label": bool(i % 2)} for i in range(120)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = dpo.run(tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=None))
+    figures = dpo.main(tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=None))
     assert math.isfinite(figures["val_loss"])
 
 
@@ -475,7 +475,7 @@ def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, sft_folder, changes, words):
     with pytest.raises(UserError, match=words):
-        dpo.run(tiny(tmp_path / "x", sft_folder, **changes))
+        dpo.main(tiny(tmp_path / "x", sft_folder, **changes))
 
 
 LETTERS = [("a", "b"), ("aa", "bb"), ("aaa", "bbb"), ("ab", "bb"), ("aba", "bab")]
@@ -533,7 +533,7 @@ def test_the_report_ranks_pairs_by_the_methods_own_reward(tmp_path, sft_folder, 
     """Against the reference for DPO, per token for SimPO, each recomputed here one answer at a time."""
     import evaluate
 
-    dpo.run(tiny(tmp_path / method, sft_folder, method=method, lr=5e-3))
+    dpo.main(tiny(tmp_path / method, sft_folder, method=method, lr=5e-3))
     path = tmp_path / "pairs.jsonl"
     pairs = load_pairs("arith", "validation", n=2000)
     lines = [{"prompt": list(p.prompt), "chosen": p.chosen, "rejected": p.rejected} for p in pairs]

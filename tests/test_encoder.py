@@ -240,7 +240,7 @@ def test_special_tokens_and_padding_are_never_chosen(tmp_path, monkeypatch):
         return mask_tokens(tokens, maskable, vocab_size, mask_id, share, generator)
 
     monkeypatch.setattr(encoder, "mask_tokens", spy)
-    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.5))
+    encoder.main(tiny(tmp_path / "mlm", objective="mlm", epochs=0.5))
     assert calls
     for tokens, maskable in calls:
         lengths = (tokens != tokenizer.pad_id).sum(1)
@@ -387,7 +387,7 @@ def test_micro_batches_give_the_same_gradient(tmp_path, objective):
     rows = []
     for size in (0, 3):
         folder = tmp_path / f"{size}"
-        encoder.run(tiny(folder, objective=objective, micro_batch_size=size, epochs=0.1))
+        encoder.main(tiny(folder, objective=objective, micro_batch_size=size, epochs=0.1))
         rows.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[0]))
     for name in ("loss", "grad_norm", "accuracy"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4)
@@ -398,7 +398,7 @@ def test_it_learns_to_fill_in_and_to_classify(tmp_path):
     the order of two words, which a bag of words cannot see."""
     (tmp_path / "letters.txt").write_text("".join(chr(97 + i % 26) for i in range(26 * 480)))
     small = {"max_seq_len": 40, "eval_every": 50, "save_every": 500, "n_texts": None, "lr": 1e-2}
-    figures = encoder.run(
+    figures = encoder.main(
         tiny(
             tmp_path / "mlm",
             objective="mlm",
@@ -413,7 +413,7 @@ def test_it_learns_to_fill_in_and_to_classify(tmp_path):
     assert rows[0]["loss"] > 5.0 and figures["val_loss"] < 1.0 and figures["val_accuracy"] > 0.7
     reviews = [(f"film {i} {'bad then good' if i % 2 else 'good then bad'}", i % 2) for i in range(200)]
     data = mirror(tmp_path, "SetFit__sst2", train=reviews, validation=reviews[:40], test=reviews[40:100])
-    figures = encoder.run(
+    figures = encoder.main(
         tiny(
             tmp_path / "cls",
             data="sst2",
@@ -449,7 +449,7 @@ def test_the_best_checkpoint_is_the_one_that_is_tested(tmp_path, monkeypatch):
         return tuple(column[: sizes[split]] for column in real_load(name, split, *more))
 
     monkeypatch.setattr(encoder, "load_labelled", load)
-    figures = encoder.run(tiny(tmp_path / "run", epochs=2.0, keep_last=9))
+    figures = encoder.main(tiny(tmp_path / "run", epochs=2.0, keep_last=9))
     assert figures["val_accuracy"] == 0.9
     best, kept = load_checkpoint(tmp_path / "run" / "best.pt"), load_checkpoint(tmp_path / "run" / "ckpt_0000006.pt")
     assert best["step"] == 6 and all(torch.equal(best["model"][k], v) for k, v in kept["model"].items())
@@ -483,14 +483,14 @@ def test_the_best_checkpoint_is_the_one_that_is_tested(tmp_path, monkeypatch):
 )
 def test_refused_before_anything_is_loaded(tmp_path, changes, says):
     with pytest.raises(UserError, match=says):
-        encoder.run(tiny(tmp_path / "run", **changes))
+        encoder.main(tiny(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_shorter_texts_than_the_masked_model_had(tmp_path, positions):
-    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, positions=positions, max_seq_len=64))
-    encoder.run(tiny(tmp_path / "short", init_from=str(tmp_path / "mlm"), epochs=0.5, max_seq_len=24))
+    encoder.main(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, positions=positions, max_seq_len=64))
+    encoder.main(tiny(tmp_path / "short", init_from=str(tmp_path / "mlm"), epochs=0.5, max_seq_len=24))
     model, read, _ = load_classifier(str(tmp_path / "short"))
     assert model.config.max_seq_len == 64 and {len(ids) for ids in read(["a" * 100, "b" * 30]).ids} == {24}
     assert predictions(model, read(["What a film!"])).shape == (1, 2)
@@ -498,13 +498,13 @@ def test_shorter_texts_than_the_masked_model_had(tmp_path, positions):
 
 def test_small_letters_are_inherited(tmp_path):
     """By a classifier from the masked model, and by one that starts from that."""
-    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, lowercase=True))
+    encoder.main(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2, lowercase=True))
     for name, start in (("a", "mlm"), ("b", "a")):
-        encoder.run(tiny(tmp_path / name, init_from=str(tmp_path / start), epochs=0.2))
+        encoder.main(tiny(tmp_path / name, init_from=str(tmp_path / start), epochs=0.2))
         _, read, _ = load_classifier(str(tmp_path / name))
         assert read(["LOUD"]).ids == read(["loud"]).ids
     with pytest.raises(UserError, match="leave --lowercase out"):
-        encoder.run(tiny(tmp_path / "c", init_from=str(tmp_path / "mlm"), lowercase=True))
+        encoder.main(tiny(tmp_path / "c", init_from=str(tmp_path / "mlm"), lowercase=True))
 
 
 def test_documents_without_text_are_skipped(monkeypatch, capsys):
@@ -528,7 +528,7 @@ def test_every_step_hides_other_words(tmp_path, monkeypatch):
 
     monkeypatch.setattr(encoder, "mask_tokens", noted)
     monkeypatch.setattr(encoder, "fill_in", lambda *args: {"val_loss": 0.0, "val_accuracy": 0.0})
-    encoder.run(tiny(tmp_path / "a", objective="mlm", epochs=1.0))
+    encoder.main(tiny(tmp_path / "a", objective="mlm", epochs=1.0))
     assert len(seeds) >= 6 and len(set(seeds)) == len(seeds)
 
 
@@ -542,7 +542,7 @@ def test_training_leaves_words_out_and_examining_leaves_out_none(tmp_path, monke
 
     monkeypatch.setattr(Classifier, "forward", noted)
     config = tiny(tmp_path, hide=0.3)
-    encoder.run(config)
+    encoder.main(config)
     texts = to_classify(*load_labelled("arith", "train", n=config.n_texts), tokenizer, 256, False).ids
     trained = [tokens[r, : int(mask[r].sum())].tolist() for t, tokens, mask in seen if t for r in range(len(tokens))]
     for _, tokens, mask in seen:
@@ -565,10 +565,10 @@ def arith_ids(split: str) -> list[list[int]]:
 def test_the_list_of_mistakes_survives_a_death_behind_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "mistakes", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        encoder.run(tiny(tmp_path))
+        encoder.main(tiny(tmp_path))
     monkeypatch.undo()
     for _ in range(2):
-        encoder.run(tiny(tmp_path))
+        encoder.main(tiny(tmp_path))
         assert (tmp_path / "samples.txt").read_text().count("most certain mistakes") == 1
 
 
@@ -581,19 +581,19 @@ TEXTS = [("train", 3), ("validation", 3), ("validation", None)]
 
 
 def test_a_seed_of_any_size(tmp_path):
-    encoder.run(tiny(tmp_path, seed=2**62 + 5, epochs=0.2))
+    encoder.main(tiny(tmp_path, seed=2**62 + 5, epochs=0.2))
 
 
 def test_other_stages_refuse_an_encoder_in_one_line(tmp_path):
-    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2))
+    encoder.main(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2))
     with pytest.raises(UserError, match="holds an encoder: it reads texts and writes none"):
         load_stage(str(tmp_path / "mlm"))
     with pytest.raises(UserError, match="holds an encoder"):
-        sft.run(tiny_sft(tmp_path / "sft", tmp_path / "mlm"))
+        sft.main(tiny_sft(tmp_path / "sft", tmp_path / "mlm"))
     assert chat.load_stage is load_stage
     with pytest.raises(UserError, match="knows no classes"):
         encoder.load_classifier(str(tmp_path / "mlm" / "ckpt.pt"))
-    pretrain.run(tiny_pretrain(tmp_path / "base", steps=1))
+    pretrain.main(tiny_pretrain(tmp_path / "base", steps=1))
     with pytest.raises(UserError, match="not an encoder"):
         load_encoder(str(tmp_path / "base"))
 
@@ -605,9 +605,9 @@ def test_other_stages_refuse_an_encoder_in_one_line(tmp_path):
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
-    pretrain.run(tiny_pretrain(folder / "pretrain", steps=2))
-    sft.run(tiny_sft(folder / "sft", folder / "pretrain", epochs=0.5))
-    encoder.run(tiny(folder / "mlm", objective="mlm", epochs=0.5, tokenizer_from=str(folder / "sft")))
+    pretrain.main(tiny_pretrain(folder / "pretrain", steps=2))
+    sft.main(tiny_sft(folder / "sft", folder / "pretrain", epochs=0.5))
+    encoder.main(tiny(folder / "mlm", objective="mlm", epochs=0.5, tokenizer_from=str(folder / "sft")))
     return folder
 
 
@@ -655,7 +655,7 @@ def test_its_gradient_reaches_the_body_and_rises_the_margin(policy):
 
 
 def test_answers_that_the_encoder_has_no_room_for_are_refused(tmp_path, policy):
-    encoder.run(
+    encoder.main(
         tiny(
             tmp_path / "mlm",
             objective="mlm",
@@ -666,23 +666,23 @@ def test_answers_that_the_encoder_has_no_room_for_are_refused(tmp_path, policy):
         )
     )
     judge = judging(policy, tmp_path / "judge", encoder=str(tmp_path / "mlm"), max_length=96, max_new_tokens=40)
-    reward.run(judge)
+    reward.main(judge)
     more = {"init_from": str(policy / "sft"), "reward": str(tmp_path / "judge"), "device": "cpu"}
     with pytest.raises(UserError, match="max_new_tokens 100 leaves no room in 99 tokens"):
-        ppo.run(ppo.Config(out_dir=str(tmp_path / "ppo"), max_new_tokens=100, **more))
+        ppo.main(ppo.Config(out_dir=str(tmp_path / "ppo"), max_new_tokens=100, **more))
     with pytest.raises(UserError, match="more than the encoder's 99"):
-        reward.run(replace(judge, out_dir=str(tmp_path / "c"), max_length=100))
+        reward.main(replace(judge, out_dir=str(tmp_path / "c"), max_length=100))
     with pytest.raises(UserError, match="leave room for an answer"):
-        reward.run(replace(judge, out_dir=str(tmp_path / "b"), max_new_tokens=99))
+        reward.main(replace(judge, out_dir=str(tmp_path / "b"), max_new_tokens=99))
 
 
 def test_what_does_not_fit_an_encoder_is_refused(tmp_path, policy):
     with pytest.raises(UserError, match="one score for the whole answer"):
-        reward.run(judging(policy, tmp_path / "a", token_weight=0.5))
+        reward.main(judging(policy, tmp_path / "a", token_weight=0.5))
     with pytest.raises(UserError, match="not an encoder"):
-        reward.run(judging(policy, tmp_path / "b", encoder=str(policy / "sft")))
-    encoder.run(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2))  # bytes, where the policy writes BPE
+        reward.main(judging(policy, tmp_path / "b", encoder=str(policy / "sft")))
+    encoder.main(tiny(tmp_path / "mlm", objective="mlm", epochs=0.2))  # bytes, where the policy writes BPE
     with pytest.raises(UserError, match="reads other tokens .* --tokenizer_from"):
-        reward.run(judging(policy, tmp_path / "c", encoder=str(tmp_path / "mlm")))
+        reward.main(judging(policy, tmp_path / "c", encoder=str(tmp_path / "mlm")))
     with pytest.raises(UserError, match="there is no checkpoint"):
-        reward.run(judging(policy, tmp_path / "d", encoder=str(tmp_path / "none")))
+        reward.main(judging(policy, tmp_path / "d", encoder=str(tmp_path / "none")))

@@ -58,7 +58,7 @@ def test_rouge_l_by_hand():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    pretrain.run(tiny_pretrain(folder, steps=4))
+    pretrain.main(tiny_pretrain(folder, steps=4))
     return folder
 
 

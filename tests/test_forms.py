@@ -38,18 +38,18 @@ def chain(request, tmp_path_factory):
     """Every stage, a step or two each, from the one before."""
     root = tmp_path_factory.mktemp("form")
     lora = {"lora_rank": 2, "lr": 1e-2} if "adapters" in request.param else {}
-    pretrain.run(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=128, **FORMS[request.param]))
-    sft.run(tiny_sft(root / "sft", root / "pretrain", seq_len=128, epochs=0.4, **lora))
+    pretrain.main(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=128, **FORMS[request.param]))
+    sft.main(tiny_sft(root / "sft", root / "pretrain", seq_len=128, epochs=0.4, **lora))
     start = {"init_from": str(root / "sft")} | SHORT
     pairs = {"data": "arith", "n_pairs": 8, "batch_size": 4, "epochs": 0.5, "max_length": 128}
     answers = {"max_new_tokens": 8, "eval_prompts": 4, "n_prompts": 16, "steps": 1}
-    dpo.run(dpo.Config(out_dir=str(root / "dpo"), **start, **pairs, **lora))
+    dpo.main(dpo.Config(out_dir=str(root / "dpo"), **start, **pairs, **lora))
     judging = {"eval_pairs": 8, "n_sums": 0, "normalize_on": 4, "max_new_tokens": 8}
-    reward.run(reward.Config(out_dir=str(root / "reward"), **start, **pairs, **judging))
-    ppo.run(ppo.Config(out_dir=str(root / "ppo"), reward=str(root / "reward"), prompts_per_step=4, **start, **answers))
+    reward.main(reward.Config(out_dir=str(root / "reward"), **start, **pairs, **judging))
+    ppo.main(ppo.Config(out_dir=str(root / "ppo"), reward=str(root / "reward"), prompts_per_step=4, **start, **answers))
     groups = {"prompts_per_step": 2, "group_size": 4, "beta": 0.05} | answers
-    grpo.run(grpo.Config(out_dir=str(root / "grpo"), **start, **groups, **lora))
-    gdpo.run(gdpo.Config(out_dir=str(root / "gdpo"), **start, **groups))  # on adapters that are merged by now
+    grpo.main(grpo.Config(out_dir=str(root / "grpo"), **start, **groups, **lora))
+    gdpo.main(gdpo.Config(out_dir=str(root / "gdpo"), **start, **groups))  # on adapters that are merged by now
     return root, FORMS[request.param]
 
 

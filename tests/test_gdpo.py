@@ -317,7 +317,7 @@ def tiny_gdpo(folder, start, **changes) -> Config:  # noqa: F811
     ids=str,
 )
 def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):  # noqa: F811
-    figures = gdpo.run(tiny_gdpo(tmp_path, start, **changes))
+    figures = gdpo.main(tiny_gdpo(tmp_path, start, **changes))
     assert 0 <= figures["accuracy"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
@@ -339,12 +339,12 @@ def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):  # noqa
 )
 def test_impossible_settings_are_refused(tmp_path, start, changes, word):  # noqa: F811
     with pytest.raises(UserError, match=word):
-        gdpo.run(tiny_gdpo(tmp_path / "run", start, **changes))
+        gdpo.main(tiny_gdpo(tmp_path / "run", start, **changes))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, start, monkeypatch):  # noqa: F811
-    stage = types.SimpleNamespace(run=gdpo.run, Run=Run)
+    stage = types.SimpleNamespace(main=gdpo.main, Run=Run)
     settings = {"steps": 4, "minibatches": 2, "updates_per_rollout": 2, "draws": 2, "save_every": 1, "beta": 0.05}
     whole, stopped = (tiny_gdpo(tmp_path / name, start, **settings) for name in ("whole", "stopped"))
     one, _ = assert_exact_resume(monkeypatch, stage, whole, stopped, saves=2)

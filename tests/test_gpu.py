@@ -81,21 +81,21 @@ def test_the_policy_that_samples_is_the_policy_that_trains(precision, limit):
 def chain(request, tmp_path_factory):
     """Every stage, a few steps each, from the one before."""
     root, on = tmp_path_factory.mktemp(request.param), {"device": "cuda", "precision": request.param}
-    pretrain.run(tiny_pretrain(root / "pretrain", max_seq_len=128, **on))
-    sft.run(tiny_sft(root / "sft", root / "pretrain", seq_len=128, **on))
+    pretrain.main(tiny_pretrain(root / "pretrain", max_seq_len=128, **on))
+    sft.main(tiny_sft(root / "sft", root / "pretrain", seq_len=128, **on))
     start = {"init_from": str(root / "sft"), "eval_every": 1, "log_every": 1} | on
     pairs = {"data": "arith", "n_pairs": 16, "batch_size": 4, "epochs": 1.0, "max_length": 128, "eval_pairs": 8}
     for method in ("dpo", "ipo", "kto", "simpo", "orpo"):
-        dpo.run(dpo.Config(out_dir=str(root / method), method=method, eval_prompts=4, **start, **pairs))
-    reward.run(
+        dpo.main(dpo.Config(out_dir=str(root / method), method=method, eval_prompts=4, **start, **pairs))
+    reward.main(
         reward.Config(out_dir=str(root / "reward"), n_sums=8, normalize_on=8, max_new_tokens=8, **start, **pairs)
     )
     answers = {"max_new_tokens": 24, "eval_prompts": 4, "n_prompts": 16, "steps": 3}
-    ppo.run(ppo.Config(out_dir=str(root / "ppo"), reward=str(root / "reward"), prompts_per_step=8, **start, **answers))
+    ppo.main(ppo.Config(out_dir=str(root / "ppo"), reward=str(root / "reward"), prompts_per_step=8, **start, **answers))
     groups = {"prompts_per_step": 4, "group_size": 4} | answers
-    grpo.run(grpo.Config(out_dir=str(root / "grpo"), beta=0.05, **start, **groups))
-    grpo.run(grpo.Config(out_dir=str(root / "lora"), lora_rank=2, beta=0.05, **start, **groups))
-    gdpo.run(gdpo.Config(out_dir=str(root / "gdpo"), **start, **groups))
+    grpo.main(grpo.Config(out_dir=str(root / "grpo"), beta=0.05, **start, **groups))
+    grpo.main(grpo.Config(out_dir=str(root / "lora"), lora_rank=2, beta=0.05, **start, **groups))
+    gdpo.main(gdpo.Config(out_dir=str(root / "gdpo"), **start, **groups))
     return root
 
 
@@ -121,8 +121,8 @@ def test_every_stage_can_be_examined(chain):
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 0.02)])
 def test_losses_are_those_of_a_cpu(tmp_path, precision, tolerance):
     on_cpu, on_gpu = tmp_path / "cpu", tmp_path / "gpu"
-    pretrain.run(tiny_pretrain(on_cpu))
-    pretrain.run(tiny_pretrain(on_gpu, device="cuda", precision=precision))
+    pretrain.main(tiny_pretrain(on_cpu))
+    pretrain.main(tiny_pretrain(on_gpu, device="cuda", precision=precision))
     for a, b in zip(rows(on_cpu), rows(on_gpu), strict=True):
         for name in ("loss", "val_loss"):
             if name in a:
@@ -140,8 +140,8 @@ def far_apart(a: dict, b: dict) -> float:
 def test_two_runs_are_alike_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
     """Within 1 % in the norm of every matrix: some kernels add up in another order each time."""
     configs = [tiny_pretrain(tmp_path / name, device="cuda", precision="bf16") for name in ("a", "b", "c")]
-    pretrain.run(configs[0])
-    pretrain.run(configs[1])
+    pretrain.main(configs[0])
+    pretrain.main(configs[1])
     save, saves = pretrain.Run.save, []
 
     def stop_after_one(self, *args, **kwargs):
@@ -153,8 +153,8 @@ def test_two_runs_are_alike_and_a_stopped_one_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(pretrain.Run, "save", stop_after_one)
         with pytest.raises(KeyboardInterrupt):
-            pretrain.run(configs[2])
-    pretrain.run(configs[2])
+            pretrain.main(configs[2])
+    pretrain.main(configs[2])
     a, b, c = (weights(tmp_path / name) for name in ("a", "b", "c"))
     print(f"two runs {far_apart(a, b):.2e}, stopped and continued {far_apart(a, c):.2e}")
     assert far_apart(a, b) < 0.01 and far_apart(a, c) < 0.01

@@ -456,8 +456,8 @@ def test_an_unfinished_answer_earns_nothing():
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    pretrain.run(tiny_pretrain(folder / "pretrain", steps=60, lr=5e-3, eval_every=60, save_every=60))
-    sft.run(tiny_sft(folder / "sft", folder / "pretrain", n_examples=96, epochs=8.0, lr=5e-3, eval_every=100))
+    pretrain.main(tiny_pretrain(folder / "pretrain", steps=60, lr=5e-3, eval_every=60, save_every=60))
+    sft.main(tiny_sft(folder / "sft", folder / "pretrain", n_examples=96, epochs=8.0, lr=5e-3, eval_every=100))
     return folder / "sft"
 
 
@@ -488,7 +488,7 @@ def tiny_grpo(folder, start, **changes) -> Config:
     ids=str,
 )
 def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):
-    figures = grpo.run(tiny_grpo(tmp_path, start, **changes))
+    figures = grpo.main(tiny_grpo(tmp_path, start, **changes))
     assert 0 <= figures["accuracy"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
@@ -499,7 +499,7 @@ def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):
 
 
 def test_the_reference_is_the_start_and_stays_it(tmp_path, start):
-    grpo.run(
+    grpo.main(
         tiny_grpo(tmp_path, start, beta=0.05, lr=3e-3, warmup=1, scale="none", correct_weight=0.0, format_weight=1.0)
     )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -510,8 +510,8 @@ def test_the_reference_is_the_start_and_stays_it(tmp_path, start):
 
 
 def test_an_impossible_start_is_said_loudly(tmp_path, capsys):
-    pretrain.run(tiny_pretrain(tmp_path / "base", steps=1))
-    grpo.run(tiny_grpo(tmp_path / "grpo", tmp_path / "base", steps=10, max_new_tokens=4, eval_every=10))
+    pretrain.main(tiny_pretrain(tmp_path / "base", steps=1))
+    grpo.main(tiny_grpo(tmp_path / "grpo", tmp_path / "base", steps=10, max_new_tokens=4, eval_every=10))
     out = capsys.readouterr().out
     assert "all rewards are equal" in out and "10 steps in a row taught nothing" in out and "cut off" in out
     before, after = (torch.load(tmp_path / n / "ckpt.pt", weights_only=True)["model"] for n in ("base", "grpo"))
@@ -555,7 +555,7 @@ def test_dynamic_sampling_replaces_groups_that_are_all_right_or_all_wrong(tmp_pa
     # In the first draw prompt 1 is all right and prompt 3 all wrong; in the second, prompt 0 is all wrong.
     flat = {(0, 1): 1.0, (0, 3): 0.0, (1, 0): 0.0}
     seen = spied(monkeypatch, lambda draw, i, g: flat.get((draw, i), float(g == i)))
-    grpo.run(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1, n_prompts=512))
+    grpo.main(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1, n_prompts=512))
     first = seen["prompts"][: len(seen["prompts"]) // 2]  # of the report on the start; the step draws the same
     assert [n for n, _, _ in first] == [4, 4]  # two are missing: twice as many drawn; one too many comes, and no more
     assert first[0][1] != first[1][1]  # other random numbers
@@ -591,7 +591,7 @@ def test_an_answer_is_judged_by_the_gold_of_its_own_question(tmp_path, start, mo
         return real(rollout, golds, config)
 
     monkeypatch.setattr(grpo, "judge", judge)
-    grpo.run(tiny_grpo(tmp_path, start, steps=2, draws=draws))
+    grpo.main(tiny_grpo(tmp_path, start, steps=2, draws=draws))
     assert len(judged) >= 3 and all(len(set(questions)) >= 4 for questions in judged)
 
 
@@ -599,7 +599,7 @@ def test_an_answer_is_judged_by_the_gold_of_its_own_question(tmp_path, start, mo
 def test_a_reward_without_weight_keeps_no_group(tmp_path, start, monkeypatch, format_weight, draws):
     """All answers are right and half of them are in form, which teaches something only if the form is paid for."""
     seen = spied(monkeypatch, lambda draw, i, g: 1.0, lambda draw, i, g: g % 2)
-    grpo.run(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1, format_weight=format_weight))
+    grpo.main(tiny_grpo(tmp_path, start, draws=3, steps=1, eval_every=1, format_weight=format_weight))
     assert len(seen["prompts"]) == 2 * draws  # of the report on the start, and of the step
 
 
@@ -610,7 +610,7 @@ def test_rates_seeds_figures_and_the_best_checkpoint(tmp_path, start, monkeypatc
     monkeypatch.setattr(grpo, "sample_answers", lambda *args: drawn.append((args[-1], sample(*args))) or drawn[-1][1])
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
     monkeypatch.setattr(grpo, "greedy_accuracy", lambda *args: next(accuracies))
-    grpo.run(tiny_grpo(tmp_path / "0", start, eval_every=1, warmup=2, lr=1e-3, final_lr=0.5, steps=2))
+    grpo.main(tiny_grpo(tmp_path / "0", start, eval_every=1, warmup=2, lr=1e-3, final_lr=0.5, steps=2))
     assert rates == [pytest.approx(learning_rate(step, 2, 1e-3, 2, 0.5)) for step in range(2)] and rates[0] < rates[1]
     for row, (_, rollout) in zip(steps_of(tmp_path / "0"), drawn[1:]):
         entropy = -float(rollout.sampled_logps.sum() / rollout.mask.sum())
@@ -618,7 +618,7 @@ def test_rates_seeds_figures_and_the_best_checkpoint(tmp_path, start, monkeypatc
     best = torch.load(tmp_path / "0" / "best.pt", weights_only=True)
     assert best["step"] == 1  # 0.9, not 0.4
     monkeypatch.setattr(grpo, "greedy_accuracy", lambda *args: 0.0)
-    grpo.run(tiny_grpo(tmp_path / "1", start, eval_every=1, steps=2, seed=1))
+    grpo.main(tiny_grpo(tmp_path / "1", start, eval_every=1, steps=2, seed=1))
     seeds = [seed for seed, _ in drawn]  # the report on the start has the seed of the first step
     assert seeds[0] == seeds[1] and len(set(seeds[1:3] + seeds[4:])) == 4
 
@@ -635,7 +635,7 @@ def test_weights_that_are_no_numbers_stop_the_run(tmp_path, start, monkeypatch):
 
     monkeypatch.setattr(grpo, "load_stage", broken)
     with pytest.raises(UserError, match="not numbers any more"):
-        grpo.run(tiny_grpo(tmp_path, start))
+        grpo.main(tiny_grpo(tmp_path, start))
 
 
 def test_what_belongs_to_an_answer_goes_with_it_into_its_minibatch(tmp_path, start, monkeypatch):
@@ -651,7 +651,7 @@ def test_what_belongs_to_an_answer_goes_with_it_into_its_minibatch(tmp_path, sta
         return accumulate(run, model, rollout, advantages, config, old_logps, ref_logps)
 
     monkeypatch.setattr(grpo, "accumulate_gradients", accumulated)
-    grpo.run(tiny_grpo(tmp_path, start, steps=1, minibatches=2, updates_per_rollout=2, beta=0.1, scale="none"))
+    grpo.main(tiny_grpo(tmp_path, start, steps=1, minibatches=2, updates_per_rollout=2, beta=0.1, scale="none"))
     expected = group_advantages(torch.arange(16.0).square(), 4, "none")  # 16 different ones
     assert len(expected.unique()) == 16 and len(parts) == 4
     for rollout, advantages, old_logps, ref_logps in parts:
@@ -666,7 +666,7 @@ def test_what_belongs_to_an_answer_goes_with_it_into_its_minibatch(tmp_path, sta
 
 def test_when_the_draws_run_out_flat_groups_fill_the_batch(tmp_path, start, monkeypatch):
     seen = spied(monkeypatch, lambda draw, i, g: float(g == 0) if (draw, i) == (1, 2) else 1.0)
-    grpo.run(tiny_grpo(tmp_path, start, draws=2, steps=1, eval_every=1))
+    grpo.main(tiny_grpo(tmp_path, start, draws=2, steps=1, eval_every=1))
     _, advantages = seen["updates"][0]
     assert (advantages.view(4, 4) != 0).any(dim=1).tolist() == [False, False, False, True]
     row = steps_of(tmp_path)[0]
@@ -675,7 +675,7 @@ def test_when_the_draws_run_out_flat_groups_fill_the_batch(tmp_path, start, monk
 
 def test_one_draw_is_one_rollout(tmp_path, start, monkeypatch):
     seen = spied(monkeypatch, lambda draw, i, g: 1.0 if i else float(g == 0))
-    grpo.run(tiny_grpo(tmp_path, start, steps=2, eval_every=1))
+    grpo.main(tiny_grpo(tmp_path, start, steps=2, eval_every=1))
     assert [n for n, _, _ in seen["prompts"]] == [4, 4, 4] and all(row["answers"] == 16 for row in steps_of(tmp_path))
     assert seen["prompts"][1][2] != seen["prompts"][2][2]  # other questions in the next step
 
@@ -714,11 +714,11 @@ def test_the_penalty_for_length_is_a_reward():
 @pytest.mark.parametrize(("minibatches", "passes"), [(2, 1), (3, 2)])
 def test_every_answer_is_used_once_in_each_pass(tmp_path, start, monkeypatch, minibatches, passes):
     seen = spied(monkeypatch, lambda draw, i, g: float(g == i))
-    grpo.run(tiny_grpo(tmp_path / "whole", start, steps=1, eval_every=1))
+    grpo.main(tiny_grpo(tmp_path / "whole", start, steps=1, eval_every=1))
     (whole, _), *_ = seen["updates"]
     seen["updates"], seen["from"] = [], len(seen["prompts"])
     more = {"minibatches": minibatches, "updates_per_rollout": passes}
-    grpo.run(tiny_grpo(tmp_path / "parts", start, steps=1, eval_every=1, lr=1e-2, **more))
+    grpo.main(tiny_grpo(tmp_path / "parts", start, steps=1, eval_every=1, lr=1e-2, **more))
     assert len(seen["updates"]) == minibatches * passes
     for i in range(passes):
         parts = [rollout for rollout, _ in seen["updates"][i * minibatches : (i + 1) * minibatches]]
@@ -737,7 +737,7 @@ def test_ratios_differ_from_one_only_behind_the_first_update(tmp_path, start, mo
         return real(logps, old_logps, advantages, mask, *more)
 
     monkeypatch.setattr(grpo, "grpo_loss", loss)
-    grpo.run(
+    grpo.main(
         tiny_grpo(
             tmp_path,
             start,
@@ -809,7 +809,7 @@ def test_what_is_logged_of_the_updates_is_what_the_loss_saw(tmp_path, start, mon
     rewards = torch.tensor([0.0, 1.0, 3.0, 7.0] * 3 + [1.0] * 4)  # the last group is flat
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (rewards, torch.zeros(16)))
     more = {"minibatches": 2, "updates_per_rollout": 2, "micro_batch_size": 3, "beta": 0.1, "lr": 1e-2, "warmup": 0}
-    grpo.run(tiny_grpo(tmp_path, start, eval_prompts=1, **more, **settings))
+    grpo.main(tiny_grpo(tmp_path, start, eval_prompts=1, **more, **settings))
     low, high, rows = settings.get("clip_low", 0.2), settings["clip_high"], steps_of(tmp_path)
     low = math.inf if settings["loss_type"] == "cispo" else low
     assert len(rows) == 3
@@ -839,7 +839,7 @@ def test_the_kl_in_the_reward_is_logged_of_a_token(tmp_path, start, monkeypatch)
     estimates = recorded(monkeypatch, "kl_estimate")
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
     config = tiny_grpo(tmp_path, start, eval_prompts=1, beta=0.1, kl="k1", kl_in="reward", lr=1e-2, warmup=0)
-    grpo.run(config)
+    grpo.main(config)
     rows, sums = steps_of(tmp_path), [float((args[0] - args[1]).sum()) for args in estimates if args[2] == "k1"]
     assert len(sums) == 3 and abs(rows[-1]["kl_ref"]) > 1e-4
     for row, total in zip(rows, sums):
@@ -863,7 +863,7 @@ def test_how_far_the_sampler_may_be_from_the_policy(tmp_path, start, monkeypatch
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
     config = tiny_grpo(tmp_path, start, precision=precision, minibatches=minibatches, steps=1, eval_prompts=1)
     with pytest.raises(AssertionError, match="not the policy that sampled") if noticed else contextlib.nullcontext():
-        grpo.run(config)
+        grpo.main(config)
 
 
 def test_an_update_in_which_no_token_counts_moves_nothing(tmp_path, start, monkeypatch):
@@ -871,7 +871,7 @@ def test_an_update_in_which_no_token_counts_moves_nothing(tmp_path, start, monke
     seen = []
     monkeypatch.setattr(grpo, "update", lambda *args: seen.append(args) or 1.0)
     settings = {"mask_truncated": True, "beta": 0.1, "max_new_tokens": 2, "minibatches": 2}
-    grpo.run(tiny_grpo(tmp_path, start, **settings))
+    grpo.main(tiny_grpo(tmp_path, start, **settings))
     assert seen == [] and all(row["grad_norm"] == 0 for row in steps_of(tmp_path))
 
 
@@ -880,7 +880,7 @@ def test_another_temperature_in_training_is_noticed(tmp_path, start, monkeypatch
     sample = grpo.sample_answers
     monkeypatch.setattr(grpo, "sample_answers", lambda *args: sample(*args[:5], 0.5 * args[5], args[6]))
     with pytest.raises(AssertionError, match="not the policy that sampled"):
-        grpo.run(tiny_grpo(tmp_path, start, minibatches=minibatches))
+        grpo.main(tiny_grpo(tmp_path, start, minibatches=minibatches))
 
 
 def test_weights_that_are_no_numbers_are_said(tmp_path, start, monkeypatch):
@@ -892,7 +892,7 @@ def test_weights_that_are_no_numbers_are_said(tmp_path, start, monkeypatch):
 
     monkeypatch.setattr(grpo, "accumulate_gradients", broken)
     with pytest.raises(UserError, match="lower --lr"):
-        grpo.run(tiny_grpo(tmp_path, start))
+        grpo.main(tiny_grpo(tmp_path, start))
 
 
 def test_the_curriculum_hands_over(tmp_path, start, monkeypatch):
@@ -916,7 +916,7 @@ def test_the_curriculum_hands_over(tmp_path, start, monkeypatch):
     sampled = []
     sample = grpo.sample_answers
     monkeypatch.setattr(grpo, "sample_answers", lambda *args: sampled.append(args[2]) or sample(*args))
-    grpo.run(tiny_grpo(tmp_path / "run", start, arith_warmup=2, arith_fade=3, **small))
+    grpo.main(tiny_grpo(tmp_path / "run", start, arith_warmup=2, arith_fade=3, **small))
     tokenizer = grpo.load_stage(str(start))[1]
     short = [sum("What is" in tokenizer.decode(ids) for ids in prompts) for prompts in sampled[1:]]
     assert short == [0, 0, 1, 2, 3, 4, 4]
@@ -964,5 +964,5 @@ def test_presets_of_the_family_are_what_the_papers_say():
 )
 def test_impossible_settings_are_refused(tmp_path, start, changes, word):
     with pytest.raises(UserError, match=word):
-        grpo.run(tiny_grpo(tmp_path / "run", start, **changes))
+        grpo.main(tiny_grpo(tmp_path / "run", start, **changes))
     assert not (tmp_path / "run").exists()

@@ -117,8 +117,8 @@ def test_gdpo_raises_both_of_two_rewards_and_with_both_negated_lowers_them(tmp_p
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     root = tmp_path_factory.mktemp("learning")
-    pretrain.run(pretrain.Config(out_dir=str(root / "pretrain"), device="cpu", eval_every=1000))
-    sft.run(sft.Config(out_dir=str(root / "sft"), init_from=str(root / "pretrain"), device="cpu"))
+    pretrain.main(pretrain.Config(out_dir=str(root / "pretrain"), device="cpu", eval_every=1000))
+    sft.main(sft.Config(out_dir=str(root / "sft"), init_from=str(root / "pretrain"), device="cpu"))
     return root / "sft"
 
 
@@ -131,7 +131,7 @@ def test_grpo_on_the_embedded_task_rises_and_with_the_reward_negated_falls(tmp_p
     fields = read_preset(Config, str(Path(grpo.__file__).parent / "configs" / preset)) if preset else {}
     more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "correct_weight": sign}
     steps = 25 if sign > 0 else 15
-    grpo.run(Config(**fields | more | {"steps": steps, "eval_every": steps, "eval_prompts": 256}))
+    grpo.main(Config(**fields | more | {"steps": steps, "eval_every": steps, "eval_prompts": 256}))
     accuracy, correct = curves(tmp_path)
     if sign > 0:
         assert accuracy[-1] > accuracy[0] + 0.05 and sum(correct[-5:]) > sum(correct[:5]) + 0.15
@@ -150,7 +150,7 @@ def test_gdpo_on_the_embedded_task_moves_all_rewards(tmp_path, tuned, sign):
     """Right, in form and short together; with all weights negated, none of them. Hot, so that the form can rise too."""
     weights = {"correct_weight": sign, "format_weight": sign, "length_weight": sign}
     more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "length_limit": 26, "temperature": 1.3}
-    gdpo.run(gdpo.Config(**weights | more | {"steps": 20, "eval_every": 20}))
+    gdpo.main(gdpo.Config(**weights | more | {"steps": 20, "eval_every": 20}))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "correct" in row]
     for name in ("correct", "formatted", "short"):
@@ -160,8 +160,8 @@ def test_gdpo_on_the_embedded_task_moves_all_rewards(tmp_path, tuned, sign):
 
 def test_sft_teaches_the_form(tmp_path):
     """After fine-tuning, greedy answers are well-formed; the base model's are not."""
-    pretrain.run(tiny_pretrain(tmp_path / "pretrain", steps=80, lr=5e-3, d_model=64, eval_every=80, save_every=80))
-    sft.run(tiny_sft(tmp_path / "sft", tmp_path / "pretrain", n_examples=256, epochs=10.0, lr=5e-3, eval_every=500))
+    pretrain.main(tiny_pretrain(tmp_path / "pretrain", steps=80, lr=5e-3, d_model=64, eval_every=80, save_every=80))
+    sft.main(tiny_sft(tmp_path / "sft", tmp_path / "pretrain", n_examples=256, epochs=10.0, lr=5e-3, eval_every=500))
     exam = evaluate.Config(n=40, device="cpu")
     base, tuned = (evaluate.measure(str(tmp_path / name), exam) for name in ("pretrain", "sft"))
     assert base["unreadable"] > 0.9 and tuned["unreadable"] < 0.4

@@ -444,7 +444,7 @@ def test_adapters_go_from_one_model_to_another():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "pretrain"
-    pretrain.run(tiny_pretrain(folder))
+    pretrain.main(tiny_pretrain(folder))
     return folder
 
 
@@ -454,7 +454,7 @@ RANK = {"lora_rank": 2, "lora_alpha": 8.0, "lr": 2e-2}
 @pytest.fixture(scope="module")
 def tuned(base):
     folder = base.parent / "sft"
-    sft.run(tiny_sft(folder, base, **RANK))
+    sft.main(tiny_sft(folder, base, **RANK))
     return folder
 
 
@@ -559,17 +559,17 @@ def test_adapters_on_adapters_are_known_by_their_parts_not_by_the_last_digits_of
     first = tmp_path / "first.pt"
     first.write_bytes((tuned / "adapters.pt").read_bytes())
     config = replace(tiny_sft(tmp_path / "second", str(first)), **RANK | {"epochs": 1.0})
-    sft.run(config)
+    sft.main(config)
     assert weights_id(load_state(first)) != weights_id(load_checkpoint(tuned))  # two names for one model
     merge = lora.adapted_weight
     monkeypatch.setattr(lora, "adapted_weight", lambda *a: merge(*a) * (1 + 1e-6))
     assert load_state(tmp_path / "second" / "adapters.pt")["stage"] == "sft"
-    sft.run(config)
+    sft.main(config)
     state = torch.load(first, weights_only=True)  # other adapters are refused all the same
     next(iter(state["adapters"].values())).add_(0.1)
     torch.save(state, first)
     assert "has other weights than those" in refusal(load_state, tmp_path / "second" / "adapters.pt")
-    assert "was started from other weights" in refusal(sft.run, config)
+    assert "was started from other weights" in refusal(sft.main, config)
 
 
 @pytest.mark.parametrize(
@@ -614,7 +614,7 @@ def test_the_command_line_of_the_chapter(tuned, tmp_path, monkeypatch, capsys):
         runpy.run_path(lora.__file__, run_name="__main__")
     assert "did you mean base?" in capsys.readouterr().err
     config = replace(tiny_sft(tmp_path / "out", load_checkpoint(tuned)["lineage"][-1]["path"]), **RANK)
-    assert "merged adapters, not a run that could go on" in refusal(sft.run, config)
+    assert "merged adapters, not a run that could go on" in refusal(sft.main, config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -678,25 +678,25 @@ def test_a_stage_starts_from_a_lora_run_and_trains_new_adapters(stage, tuned, tm
 def test_stages_without_adapters_start_from_a_lora_run(tuned, tmp_path):
     small = {"out_dir": str(tmp_path / "r"), "init_from": str(tuned), "device": "cpu", "eval_every": 2}
     pairs = {"data": "arith", "n_pairs": 8, "n_sums": 4, "normalize_on": 4, "max_new_tokens": 4, "epochs": 1.0}
-    reward.run(reward.Config(**small | pairs | {"batch_size": 4, "eval_pairs": 4, "max_length": 64}))
+    reward.main(reward.Config(**small | pairs | {"batch_size": 4, "eval_pairs": 4, "max_length": 64}))
     small |= {"out_dir": str(tmp_path / "p"), "steps": 1, "prompts_per_step": 4, "n_prompts": 8, "eval_prompts": 2}
-    ppo.run(ppo.Config(**small | {"max_new_tokens": 6}))
-    sft.run(tiny_sft(tmp_path / "s", tuned, epochs=0.5))  # and whole weights again
+    ppo.main(ppo.Config(**small | {"max_new_tokens": 6}))
+    sft.main(tiny_sft(tmp_path / "s", tuned, epochs=0.5))  # and whole weights again
     state = load_checkpoint(tmp_path / "s")
     assert "adapters" not in state and not (tmp_path / "s" / "adapters.pt").exists()
 
 
 def test_a_folder_is_continued_in_its_own_way_alone(base, tuned, tmp_path):
-    sft.run(tiny_sft(tmp_path, base))
-    assert "lora_rank=0, now 2" in refusal(sft.run, tiny_sft(tmp_path, base, lora_rank=2))
+    sft.main(tiny_sft(tmp_path, base))
+    assert "lora_rank=0, now 2" in refusal(sft.main, tiny_sft(tmp_path, base, lora_rank=2))
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     for name in ("lora_rank", "lora_alpha", "lora_targets", "dora", "rslora"):
         del state["config"][name]  # written before there were adapters
     torch.save(state, tmp_path / "ckpt.pt")
-    assert "trains whole weights" in refusal(sft.run, tiny_sft(tmp_path, base, lora_rank=2))
-    sft.run(tiny_sft(tmp_path, base))
+    assert "trains whole weights" in refusal(sft.main, tiny_sft(tmp_path, base, lora_rank=2))
+    sft.main(tiny_sft(tmp_path, base))
     for changes in ({"lora_rank": 3}, {"dora": True}, {"lora_alpha": 4.0}, {"lora_targets": ("q_proj",)}):
-        assert "holds a run with" in refusal(sft.run, replace(tiny_sft(tuned, base, **RANK), **changes))
+        assert "holds a run with" in refusal(sft.main, replace(tiny_sft(tuned, base, **RANK), **changes))
 
 
 def test_grpo_keeps_no_second_model_and_its_reference_is_the_start(base, tmp_path, monkeypatch, some_reward):
@@ -715,7 +715,7 @@ def test_grpo_keeps_no_second_model_and_its_reference_is_the_start(base, tmp_pat
         return found
 
     monkeypatch.setattr(grpo, "policy_logps", policy_logps)
-    grpo.run(of_stage("grpo", tmp_path, base, save_every=100, eval_every=100, updates_per_rollout=2, minibatches=2))
+    grpo.main(of_stage("grpo", tmp_path, base, save_every=100, eval_every=100, updates_per_rollout=2, minibatches=2))
     monkeypatch.undo()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "kl_ref" in row]
@@ -747,9 +747,9 @@ def test_what_cannot_work_is_refused_in_one_line(stage, changes, words, base, tm
 
 
 def test_sft_of_a_tied_model_names_the_head(tmp_path):
-    pretrain.run(tiny_pretrain(tmp_path / "tied", steps=1, tie_embeddings=True, eval_every=1))
-    assert "head shares its weight" in refusal(sft.run, tiny_sft(tmp_path / "x", tmp_path / "tied", lora_rank=1))
-    sft.run(tiny_sft(tmp_path / "y", tmp_path / "tied", lora_rank=1, lora_targets=TARGETS, epochs=0.5))
+    pretrain.main(tiny_pretrain(tmp_path / "tied", steps=1, tie_embeddings=True, eval_every=1))
+    assert "head shares its weight" in refusal(sft.main, tiny_sft(tmp_path / "x", tmp_path / "tied", lora_rank=1))
+    sft.main(tiny_sft(tmp_path / "y", tmp_path / "tied", lora_rank=1, lora_targets=TARGETS, epochs=0.5))
     weights = load_checkpoint(tmp_path / "y")["model"]
     assert torch.equal(weights["head.weight"], weights["embed.weight"])
 
@@ -761,14 +761,14 @@ def test_the_command_line_of_a_stage():
 
 
 def sft_run(config) -> None:
-    sft.run(config)
+    sft.main(config)
 
 
 def test_two_processes_train_the_adapters_of_one(base, tmp_path):
     one, two = (
         tiny_sft(tmp_path / name, base, packing=False, epochs=1.0, dora=True, **RANK) for name in ("one", "two")
     )
-    sft.run(one)
+    sft.main(one)
     on_two_processes(tmp_path, sft_run, two)
     assert_same_training(Path(one.out_dir), Path(two.out_dir))
 
@@ -870,21 +870,21 @@ def test_a_frozen_head_cannot_tell_tokens_apart_whose_rows_are_alike():
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     root = tmp_path_factory.mktemp("embedded")
-    pretrain.run(pretrain.Config(out_dir=str(root / "pretrain"), device="cpu", eval_every=1000))
+    pretrain.main(pretrain.Config(out_dir=str(root / "pretrain"), device="cpu", eval_every=1000))
     return root
 
 
 @pytest.mark.slow
 def test_on_the_embedded_task_adapters_learn_the_form_and_then_to_be_right_or_wrong(embedded, tmp_path):
     fields = {"device": "cpu", "lora_rank": 4, "lr": 3e-3}
-    sft.run(sft.Config(out_dir=str(embedded / "sft"), init_from=str(embedded / "pretrain"), **fields))
+    sft.main(sft.Config(out_dir=str(embedded / "sft"), init_from=str(embedded / "pretrain"), **fields))
     tuned = evaluate.measure(str(embedded / "sft"), evaluate.Config(n=256, device="cpu"))
     assert tuned["accuracy"] > 0.4 and tuned["unreadable"] < 0.1
     fields |= {"init_from": str(embedded / "sft"), "lr": 1e-3}
     for sign in (1.0, -1.0):
         steps = 25 if sign > 0 else 20
         fields |= {"steps": steps, "eval_every": steps}
-        grpo.run(grpo.Config(out_dir=str(tmp_path / f"{sign}"), correct_weight=sign, **fields))
+        grpo.main(grpo.Config(out_dir=str(tmp_path / f"{sign}"), correct_weight=sign, **fields))
         rows = [json.loads(line) for line in (tmp_path / f"{sign}" / "metrics.jsonl").read_text().splitlines()]
         right = [row["correct"] for row in rows if "correct" in row]  # of sampled answers, 256 in a rollout
         first, last = sum(right[:5]) / 5, sum(right[-5:]) / 5

@@ -357,7 +357,7 @@ def test_training_balances_each_layer(tmp_path):
     busiest = {}
     for balance in ("loss", "pooled"):
         more = EXPERTS | {"balance": balance, "balance_weight": 1.0, "steps": 40, "eval_every": 40, "lr": 5e-3}
-        pretrain.run(tiny_pretrain(tmp_path / balance, **more))
+        pretrain.main(tiny_pretrain(tmp_path / balance, **more))
         rows = [json.loads(line) for line in (tmp_path / balance / "metrics.jsonl").read_text().splitlines()]
         rows = [row["busiest"] for row in rows if "busiest" in row][-5:]
         busiest[balance] = sum(rows) / len(rows)
@@ -528,7 +528,7 @@ def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, balance):
 
 
 def test_the_metrics_say_how_the_experts_are_used(tmp_path):
-    pretrain.run(tiny_pretrain(tmp_path / "run", **EXPERTS))
+    pretrain.main(tiny_pretrain(tmp_path / "run", **EXPERTS))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
     for row in rows:
@@ -543,21 +543,21 @@ def test_the_z_loss_and_the_loads_of_micro_batches_are_those_of_the_batch(tmp_pa
     rows = []
     for size in (0, 1):
         more = EXPERTS | {"balance": "none", "z_weight": 10.0, "micro_batch_size": size, "steps": 1}
-        pretrain.run(tiny_pretrain(tmp_path / f"{size}", **more))
+        pretrain.main(tiny_pretrain(tmp_path / f"{size}", **more))
         rows.append(json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text().splitlines()[0]))
     for name in ("grad_norm", "busiest", "idlest", "load_0_0", "load_1_3"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3)
 
 
 def pretrain_run(config) -> None:
-    pretrain.run(config)
+    pretrain.main(config)
 
 
 def test_two_processes_move_the_bias_of_one(tmp_path):
     """The loads that count are those of the whole batch."""
     more = EXPERTS | {"balance": "bias", "balance_rate": 0.05, "z_weight": 0.0, "seq_len": 8, "steps": 5}
     one, two = (tiny_pretrain(tmp_path / name, **more) for name in ("one", "two"))
-    pretrain.run(one)
+    pretrain.main(one)
     on_two_processes(tmp_path, pretrain_run, two)
     biases = [
         torch.stack([value for name, value in load_checkpoint(c.out_dir)["model"].items() if "balance_bias" in name])
@@ -571,7 +571,7 @@ def test_the_logged_loss_is_that_of_the_words(tmp_path):
     """Heavy balancing must not hide in the figure that is compared between models."""
     losses = []
     for name, weight in (("without", 0.0), ("with", 50.0)):
-        pretrain.run(tiny_pretrain(tmp_path / name, steps=1, **(EXPERTS | {"balance_weight": weight})))
+        pretrain.main(tiny_pretrain(tmp_path / name, steps=1, **(EXPERTS | {"balance_weight": weight})))
         row = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
         losses.append((row["loss"], row["grad_norm"]))
     assert losses[0][0] == losses[1][0] and losses[1][1] > 2 * losses[0][1]
@@ -584,5 +584,5 @@ def test_refused_before_anything_is_loaded(tmp_path):
         (["--n_experts", "4", "--balance_weight", "-1"], "balance_weight"),
     ]:
         with pytest.raises(UserError, match=says):
-            pretrain.run(parse(pretrain.Config, ["--out_dir", str(tmp_path / "x"), *arguments]))
+            pretrain.main(parse(pretrain.Config, ["--out_dir", str(tmp_path / "x"), *arguments]))
     assert not (tmp_path / "x").exists()

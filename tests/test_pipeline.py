@@ -65,7 +65,7 @@ def state_of(out: Path) -> dict:
 def ran(out, small, capsys):
     """The pipeline has run; what it returned and printed the first time."""
     if not (out / "first.json").exists():
-        rows = pipeline.run(config(out))
+        rows = pipeline.main(config(out))
         (out / "first.json").write_text(json.dumps({"rows": rows, "printed": capsys.readouterr().out}))
     return json.loads((out / "first.json").read_text())
 
@@ -93,7 +93,7 @@ def test_each_stage_starts_from_the_one_before(out, ran):
 def test_a_second_call_trains_nothing_and_reports_the_same(out, ran):
     before = state_of(out), (out / "report.json").read_text(), (out / "report.md").read_text()
     exams = {name: (out / name / "exam.json").stat().st_mtime_ns for name in NAMES}
-    assert json.loads(json.dumps(pipeline.run(config(out)))) == ran["rows"]
+    assert json.loads(json.dumps(pipeline.main(config(out)))) == ran["rows"]
     assert before == (state_of(out), (out / "report.json").read_text(), (out / "report.md").read_text())
     assert exams == {name: (out / name / "exam.json").stat().st_mtime_ns for name in NAMES}  # not measured again
 
@@ -102,7 +102,7 @@ def test_without_its_last_stage_only_that_runs_again(out, ran):
     before = state_of(out)
     weights = load_checkpoint(out / NAMES[-1])["model"]
     shutil.rmtree(out / NAMES[-1])
-    rows = json.loads(json.dumps(pipeline.run(config(out))))
+    rows = json.loads(json.dumps(pipeline.main(config(out))))
     after = state_of(out)
     assert {name for name in NAMES if before[name] != after[name]} == {NAMES[-1]}
     same = [{k: v for k, v in row.items() if k != "path"} for row in rows]
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_changed_is_measured_again(out, ran, monkeypatch):
     real = pipeline.evaluate.measure
     monkeypatch.setattr(pipeline.evaluate, "measure", lambda path, exam: measured.append(path) or real(path, exam))
     os.utime(out / "sft" / "ckpt.pt")
-    pipeline.run(config(out))
+    pipeline.main(config(out))
     assert measured == [str(out / "sft")]
 
 

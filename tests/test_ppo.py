@@ -458,9 +458,9 @@ def test_the_rewarded_letter_becomes_frequent_and_with_the_reward_negated_rare(r
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("before_ppo")
-    pretrain.run(tiny_pretrain(root / "pretrain"))
-    sft.run(tiny_sft(root / "sft", root / "pretrain"))
-    reward.run(
+    pretrain.main(tiny_pretrain(root / "pretrain"))
+    sft.main(tiny_sft(root / "sft", root / "pretrain"))
+    reward.main(
         reward.Config(
             out_dir=str(root / "reward"), init_from=str(root / "sft"), data="arith", n_pairs=8, n_sums=8,
             batch_size=4, eval_pairs=8,
@@ -486,7 +486,7 @@ def metrics(folder) -> list[dict]:
 @pytest.mark.parametrize("judge", ["verifier", "model"])
 def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, judge):
     where = "verifier" if judge == "verifier" else str(folders / "reward")
-    ppo.run(tiny(tmp_path / "ppo", folders, reward=where, kl_target=0.5, kl_horizon=10))
+    ppo.main(tiny(tmp_path / "ppo", folders, reward=where, kl_target=0.5, kl_horizon=10))
     rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
     wanted = {
         "score", "correct", "formatted", "finished", "length", "entropy", "kl_ref", "kl_old", "clip_fraction",
@@ -510,7 +510,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, folders, monkeypatch
 
 def test_the_reference_stays_what_the_policy_was(tmp_path, folders):
     """The KL is that to the start, not to the policy as it is now, which would be 0 for ever; and the leash is felt."""
-    ppo.run(tiny(tmp_path / "ppo", folders, lr=5e-3, warmup=1, beta=0.5, temperature=0.7))
+    ppo.main(tiny(tmp_path / "ppo", folders, lr=5e-3, warmup=1, beta=0.5, temperature=0.7))
     rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
     assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-3) and rows[-1]["kl_ref"] > 0.05
 
@@ -532,7 +532,7 @@ def test_an_answer_is_judged_as_if_it_stood_alone(run, folders):
 
 def test_an_unfinished_answer_costs(tmp_path, folders):
     """At two tokens nothing can end in time: every score is the penalty."""
-    ppo.run(tiny(tmp_path / "ppo", folders, steps=1, max_new_tokens=2, unfinished_penalty=0.75))
+    ppo.main(tiny(tmp_path / "ppo", folders, steps=1, max_new_tokens=2, unfinished_penalty=0.75))
     row = next(row for row in metrics(tmp_path / "ppo") if "score" in row)
     assert row["finished"] == 0 and row["score"] == pytest.approx(-0.75)
 
@@ -553,7 +553,7 @@ def test_what_is_logged_of_the_updates_is_what_the_losses_saw(tmp_path, folders,
     seen = {name: recorded(monkeypatch, name) for name in ("ppo_policy_loss", "ppo_value_loss", "token_rewards")}
     judge = str(folders / "reward")  # it gives every answer another score
     settings = {"steps": 3, "lr": 1e-2, "warmup": 0, "epochs": 2, "minibatches": 2, "micro_batch_size": 3}
-    ppo.run(tiny(tmp_path / "ppo", folders, clip_ratio=0.05, clip_value=0.03, beta=0.1, reward=judge, **settings))
+    ppo.main(tiny(tmp_path / "ppo", folders, clip_ratio=0.05, clip_value=0.03, beta=0.1, reward=judge, **settings))
     rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
     assert len(rows) == len(seen["token_rewards"]) == 3 and len(seen["ppo_policy_loss"]) == 3 * 4 * 2
     for row in rows:
@@ -595,4 +595,4 @@ def test_what_is_logged_of_the_updates_is_what_the_losses_saw(tmp_path, folders,
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, folders, changes, words):
     with pytest.raises(UserError, match=words):
-        ppo.run(tiny(tmp_path / "x", folders, **changes))
+        ppo.main(tiny(tmp_path / "x", folders, **changes))

@@ -131,7 +131,7 @@ def even_is_right(texts, golds, finished):
 @pytest.fixture
 def untrained(tmp_path):
     """The folder of a policy that says anything; its answers end after some tokens, or not at all."""
-    pretrain.run(tiny_pretrain(tmp_path / "base", steps=2, save_every=100, max_seq_len=384))
+    pretrain.main(tiny_pretrain(tmp_path / "base", steps=2, save_every=100, max_seq_len=384))
     state = torch.load(tmp_path / "base" / "ckpt.pt", weights_only=True)
     state["model"]["head.weight"].mul_(0.1)  # all tokens are about equally likely
     torch.save(state, tmp_path / "base" / "ckpt.pt")
@@ -175,7 +175,7 @@ def test_own_pairs_are_written_by_a_command_and_dpo_learns_from_them(untrained, 
     preferences.main()
     assert "40 questions, 4 answers each" in capsys.readouterr().out
     assert all(pair.flaw == "own" for pair in load_pairs(str(path), "train"))
-    figures = dpo.run(
+    figures = dpo.main(
         dpo.Config(
             data=str(path), eval_data="arith", init_from=untrained, out_dir=str(tmp_path / "dpo"), epochs=0.1,
             batch_size=2, eval_pairs=6, eval_prompts=4, device="cpu", max_length=256,

@@ -102,13 +102,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(capsys):
     "changes", [{"micro_batch_size": 1}, {"micro_batch_size": 3}, {"activation_checkpointing": True}]
 )
 def test_accumulation_and_checkpointing_change_nothing_but_rounding(tmp_path, changes):
-    pretrain.run(tiny_pretrain(tmp_path / "whole", steps=2))
-    pretrain.run(tiny_pretrain(tmp_path / "parts", steps=2, **changes))
+    pretrain.main(tiny_pretrain(tmp_path / "whole", steps=2))
+    pretrain.main(tiny_pretrain(tmp_path / "parts", steps=2, **changes))
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_run_leaves_what_the_book_promises(tmp_path):
-    figures = pretrain.run(tiny_pretrain(tmp_path))
+    figures = pretrain.main(tiny_pretrain(tmp_path))
     for name in ("config.json", "metrics.jsonl", "ckpt.pt", "samples.txt", "curves.png", "best.pt"):
         assert (tmp_path / name).stat().st_size > 0, name
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -118,7 +118,7 @@ def test_a_run_leaves_what_the_book_promises(tmp_path):
 
 
 def test_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
-    pretrain.run(tiny_pretrain(tmp_path, steps=40, eval_every=40, save_every=40, lr=5e-3))
+    pretrain.main(tiny_pretrain(tmp_path, steps=40, eval_every=40, save_every=40, lr=5e-3))
     losses = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in losses if "loss" in row]
     assert losses[0] == pytest.approx(math.log(300), abs=0.1)
@@ -139,34 +139,34 @@ def test_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
 )
 def test_impossible_settings_are_refused_in_one_line(tmp_path, changes, word):
     with pytest.raises(UserError) as error:
-        pretrain.run(tiny_pretrain(tmp_path / "run", **changes))
+        pretrain.main(tiny_pretrain(tmp_path / "run", **changes))
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_with_another_run_is_not_overwritten(tmp_path):
-    pretrain.run(tiny_pretrain(tmp_path / "run", steps=2))
+    pretrain.main(tiny_pretrain(tmp_path / "run", steps=2))
     with pytest.raises(UserError, match="lr=0.004, now 0.1"):
-        pretrain.run(tiny_pretrain(tmp_path / "run", steps=2, lr=0.1))
-    pretrain.run(tiny_pretrain(tmp_path / "run", steps=2, lr=0.1, fresh=True))
+        pretrain.main(tiny_pretrain(tmp_path / "run", steps=2, lr=0.1))
+    pretrain.main(tiny_pretrain(tmp_path / "run", steps=2, lr=0.1, fresh=True))
     assert (tmp_path / "run.old1" / "ckpt.pt").exists() and (tmp_path / "run" / "ckpt.pt").exists()
 
 
 def test_bf16_trains_too(tmp_path):
-    assert math.isfinite(pretrain.run(tiny_pretrain(tmp_path, steps=2, precision="bf16"))["val_loss"])
+    assert math.isfinite(pretrain.main(tiny_pretrain(tmp_path, steps=2, precision="bf16"))["val_loss"])
 
 
 def test_other_tokenizers_and_old_model_forms_train(tmp_path):
     old = {"positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "tie_embeddings": True}
-    assert math.isfinite(pretrain.run(tiny_pretrain(tmp_path, steps=2, tokenizer="bytes", **old))["val_loss"])
+    assert math.isfinite(pretrain.main(tiny_pretrain(tmp_path, steps=2, tokenizer="bytes", **old))["val_loss"])
 
 
 def test_last_checkpoints_are_kept(tmp_path):
-    pretrain.run(tiny_pretrain(tmp_path, steps=6, save_every=1, keep_last=2))
+    pretrain.main(tiny_pretrain(tmp_path, steps=6, save_every=1, keep_last=2))
     assert sorted(p.name for p in tmp_path.glob("ckpt_*.pt")) == ["ckpt_0000005.pt", "ckpt_0000006.pt"]
 
 
 def test_profile_writes_a_trace(tmp_path):
-    pretrain.run(tiny_pretrain(tmp_path, steps=4, profile_steps=1))
+    pretrain.main(tiny_pretrain(tmp_path, steps=4, profile_steps=1))
     assert "traceEvents" in (tmp_path / "trace.json").read_text()
 
 
@@ -175,9 +175,9 @@ def test_a_table_of_positions_holds_a_whole_window(tmp_path, positions):
     """The last token of a window is predicted and not read, but the model is given it."""
     config = tiny_pretrain(tmp_path / "run", positions=positions, seq_len=64, max_seq_len=64, steps=1)
     if positions == "rope":
-        pretrain.run(config)
+        pretrain.main(config)
         return
     with pytest.raises(UserError, match="must be above seq_len"):
-        pretrain.run(config)
+        pretrain.main(config)
     assert not (tmp_path / "run").exists()
-    pretrain.run(replace(config, max_seq_len=65))
+    pretrain.main(replace(config, max_seq_len=65))

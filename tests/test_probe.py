@@ -78,7 +78,7 @@ def run(tmp_path_factory):
     """Learned positions, whose table ends at max_seq_len."""
     folder = tmp_path_factory.mktemp("probe")
     config = tiny_pretrain(folder, seq_len=32, max_seq_len=128, positions="learned", seed=3)
-    return folder, config, pretrain.run(config)
+    return folder, config, pretrain.main(config)
 
 
 def test_the_figures_of_a_run(run):
@@ -157,7 +157,7 @@ def test_the_start_is_the_one_that_the_run_had(run):
 def test_what_a_run_cannot_tell_is_left_out(run, tmp_path):
     """No length past the trained one; a last validation that was no number."""
     config = tiny_pretrain(tmp_path, seq_len=32, max_seq_len=33)
-    pretrain.run(config)
+    pretrain.main(config)
     path = Path(tmp_path, "metrics.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     last = max(i for i, row in enumerate(rows) if "val_loss" in row)

@@ -215,7 +215,7 @@ def gdpo_run(config) -> list:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gdpo, "judge", judge)
         patch.setattr(grpo, "accumulate_gradients", accumulated)
-        gdpo.run(config)
+        gdpo.main(config)
     return [judged[1:], seen]  # the first rollout is that of the report on the start
 
 
@@ -392,7 +392,7 @@ def watched_run(stage: str, config, flat_from: int = 1000) -> dict:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    pretrain.run(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270))
+    pretrain.main(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270))
     return folder
 
 
@@ -550,7 +550,7 @@ def test_the_kl_in_the_reward_is_that_of_the_whole_answer(tmp_path, base, monkey
     real = grpo.advantages_of
     monkeypatch.setattr(grpo, "advantages_of", lambda r, *args: seen.append(r.get("kl")) or real(r, *args))
     config = tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, beta=0.5, kl=kl, kl_in="reward")
-    grpo.run(replace(config, temperature=0.7, scale="none"))
+    grpo.main(replace(config, temperature=0.7, scale="none"))
     assert len(seen) == len(judged) == 4 and seen[0] is None  # the report on the start
     for found, expected in zip(seen[1:], judged[1:]):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -571,7 +571,7 @@ def test_what_strays_from_the_reference_earns_less(tmp_path, base, monkeypatch):
         grpo, "group_advantages", lambda rewards, *args: rewarded.append(rewards) or real(rewards, *args)
     )
     more = {"beta": 0.5, "kl": "k3", "kl_in": "reward", "temperature": 0.7, "correct_weight": 2.0}
-    grpo.run(tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, **more))
+    grpo.main(tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, **more))
     changes = [given - 2.0 * plain for given, plain in zip(rewarded[1:], scored[1:])]  # [0]: the report on the start
     assert len(changes) == 3
     torch.testing.assert_close(changes[0], torch.zeros(16), rtol=0, atol=1e-4)

@@ -85,7 +85,7 @@ def child(stage: str, config, pause: float, dies_in_save: int, dies_behind_save:
     module.update, torch.save, grpo.score = update, save, score
     runtime.run.save_checkpoint = save_checkpoint
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        run_main(lambda: module.run(config))
+        run_main(lambda: module.main(config))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def launch():
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("starts")
-    pretrain.run(tiny_pretrain(folder / "base", steps=2, max_documents=60, vocab_size=270))
+    pretrain.main(tiny_pretrain(folder / "base", steps=2, max_documents=60, vocab_size=270))
     return {"sft": folder / "base", "grpo": folder / "base"}
 
 
@@ -306,7 +306,7 @@ def test_the_runs_of_these_tests_do_train(starts, never_stopped):
 def test_a_folder_of_another_stage_is_not_continued(starts, never_stopped):
     config = replace(settings("sft", never_stopped("pretrain"), starts), fresh=False)
     with pytest.raises(UserError, match="holds a pretrain run"):
-        sft.run(config)
+        sft.main(config)
 
 
 def test_ctrl_c_in_the_middle_of_a_print_is_no_error(tmp_path, monkeypatch):

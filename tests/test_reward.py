@@ -232,8 +232,8 @@ def test_the_report_tells_flaws_and_length():
 @pytest.fixture(scope="module")
 def sft_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("before_reward")
-    pretrain.run(tiny_pretrain(root / "pretrain"))
-    sft.run(tiny_sft(root / "sft", root / "pretrain"))
+    pretrain.main(tiny_pretrain(root / "pretrain"))
+    sft.main(tiny_sft(root / "sft", root / "pretrain"))
     return root / "sft"
 
 
@@ -248,7 +248,7 @@ def tiny(folder, sft_folder, **changes) -> Config:
 
 
 def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
-    figures = reward.run(tiny(tmp_path / "reward", sft_folder))
+    figures = reward.main(tiny(tmp_path / "reward", sft_folder))
     assert set(figures) == {"val_accuracy"} and not (tmp_path / "reward" / "best.pt").exists()
     logged = [json.loads(line) for line in (tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["val_accuracy"] == figures["val_accuracy"]
@@ -268,7 +268,7 @@ def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
 def test_after_training_answers_of_the_starting_policy_score_0_with_variance_1(tmp_path, sft_folder):
     """Each answer alone, without padding: if padding were scored in training's place, this would not hold."""
     config = tiny(tmp_path / "reward", sft_folder, normalize_on=16, max_new_tokens=10)
-    reward.run(config)
+    reward.main(config)
     judge, tokenizer, _ = load_reward_model(str(tmp_path / "reward"))
     policy, _, _ = load_stage(str(sft_folder))
     rows = encode_pairs(reward.training_pairs(config), tokenizer, config.max_length)
@@ -291,8 +291,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypa
 
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder):
     one = {"epochs": 1.0, "n_pairs": 4, "batch_size": 4, "n_sums": 0, "normalize_on": 0, "center": 0.1}
-    reward.run(tiny(tmp_path / "a", sft_folder, **one))
-    reward.run(tiny(tmp_path / "b", sft_folder, micro_batch_size=3, **one))  # parts of unequal size
+    reward.main(tiny(tmp_path / "a", sft_folder, **one))
+    reward.main(tiny(tmp_path / "b", sft_folder, micro_batch_size=3, **one))  # parts of unequal size
     a, b = (json.loads((tmp_path / x / "metrics.jsonl").read_text().splitlines()[0]) for x in "ab")
     for name in ("loss", "grad_norm", "margin"):
         assert a[name] == pytest.approx(b[name], rel=1e-4), name
@@ -308,7 +308,7 @@ def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft
 
     monkeypatch.setattr(RewardModel, "at_every_token", noted)
     more = {"margin": 0.5, "center": 0.1, "token_weight": 0.3, "n_sums": 0, "normalize_on": 0}
-    reward.run(tiny(tmp_path, sft_folder, **more))
+    reward.main(tiny(tmp_path, sft_folder, **more))
     tokens, real, scored = (x.detach() for x in seen[0])
     chosen, rejected = scored[torch.arange(8), real.sum(dim=1) - 1].chunk(2)
     whole = bradley_terry_loss(chosen, rejected, 0.5, 0.1)
@@ -329,7 +329,7 @@ def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, sft_folder, changes, words):
     with pytest.raises(UserError, match=words):
-        reward.run(tiny(tmp_path / "x", sft_folder, **changes))
+        reward.main(tiny(tmp_path / "x", sft_folder, **changes))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -377,6 +377,6 @@ def test_held_out_pairs_are_about_held_out_questions():
 def test_the_report_gives_accuracy_on_test_pairs(tmp_path, sft_folder):
     import evaluate
 
-    reward.run(tiny(tmp_path / "reward", sft_folder))
+    reward.main(tiny(tmp_path / "reward", sft_folder))
     row = evaluate.measure(str(tmp_path / "reward"), evaluate.Config(n=24, device="cpu"))
     assert row["stage"] == "reward" and row["n"] == 24 and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1

@@ -74,19 +74,19 @@ def test_validation_is_that_of_each_conversation_alone():
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    pretrain.run(tiny_pretrain(folder, steps=4))
+    pretrain.main(tiny_pretrain(folder, steps=4))
     return folder
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"activation_checkpointing": True}])
 def test_micro_batches_change_nothing_but_rounding(tmp_path, base, changes):
-    sft.run(tiny_sft(tmp_path / "whole", base))
-    sft.run(tiny_sft(tmp_path / "parts", base, **changes))
+    sft.main(tiny_sft(tmp_path / "whole", base))
+    sft.main(tiny_sft(tmp_path / "parts", base, **changes))
     assert_same_training(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
-    figures = sft.run(tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3))
+    figures = sft.main(tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.75 * losses[0] and figures["perplexity"] == pytest.approx(math.exp(figures["val_loss"]))
@@ -110,7 +110,7 @@ def test_packing_changes_neither_the_step_nor_the_validation(tmp_path, base):
         rows = len(pack(load_chats("arith", "train", "", 0, 24), tokenizer, 256, packing))
         folder = tmp_path / str(packing)
         more = {"n_examples": 24, "packing": packing, "batch_size": rows, "epochs": 1.0, "seq_len": 256}
-        last = sft.run(tiny_sft(folder, start, **more))
+        last = sft.main(tiny_sft(folder, start, **more))
         first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
         figures.append([rows, first["loss"], first["grad_norm"], last["val_loss"], last["val_token_accuracy"]])
     assert figures[0][0] < figures[1][0]
@@ -124,8 +124,8 @@ def test_packing_changes_neither_the_step_nor_the_validation(tmp_path, base):
 
 
 def test_curriculum_and_unpacked_rows_run(tmp_path, base):
-    assert math.isfinite(sft.run(tiny_sft(tmp_path / "a", base, curriculum=True))["val_loss"])
-    assert math.isfinite(sft.run(tiny_sft(tmp_path / "b", base, packing=False, epochs=0.5))["val_loss"])
+    assert math.isfinite(sft.main(tiny_sft(tmp_path / "a", base, curriculum=True))["val_loss"])
+    assert math.isfinite(sft.main(tiny_sft(tmp_path / "b", base, packing=False, epochs=0.5))["val_loss"])
 
 
 def test_sweep_writes_a_table_and_a_plot(tmp_path, base, capsys):
@@ -139,9 +139,9 @@ def test_sweep_writes_a_table_and_a_plot(tmp_path, base, capsys):
 
 def test_a_missing_base_model_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(UserError, match="python pretrain.py"):
-        sft.run(tiny_sft(tmp_path / "run", tmp_path / "nothing"))
+        sft.main(tiny_sft(tmp_path / "run", tmp_path / "nothing"))
 
 
 def test_rows_longer_than_the_context_are_refused(tmp_path, base):
     with pytest.raises(UserError, match="max_seq_len"):
-        sft.run(tiny_sft(tmp_path / "run", base, seq_len=1024))
+        sft.main(tiny_sft(tmp_path / "run", base, seq_len=1024))

@@ -61,7 +61,7 @@ def assert_exact_resume(monkeypatch, stage, whole, stopped, saves: int) -> tuple
     """A run of ``stage`` (a chapter) that is cut off behind its save number ``saves`` and started again ends with the
     same weights, bit for bit, as one that never stopped. ``whole`` and ``stopped`` are the two configurations; returns
     the two checkpoints."""
-    stage.run(whole)
+    stage.main(whole)
     original, done = runtime.run.Run.save, 0
 
     def save(self, *args, **kwargs):
@@ -74,8 +74,8 @@ def assert_exact_resume(monkeypatch, stage, whole, stopped, saves: int) -> tuple
     with monkeypatch.context() as patched:
         patched.setattr(runtime.run.Run, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            stage.run(stopped)
-    stage.run(stopped)
+            stage.main(stopped)
+    stage.main(stopped)
     one, two = (torch.load(f"{c.out_dir}/ckpt.pt", weights_only=True) for c in (whole, stopped))
     assert all(torch.equal(value, two["model"][name]) for name, value in one["model"].items())
     return one, two

@@ -196,6 +196,9 @@ def test_no_gradient_flows_into_what_was_there_before():
     ppo_value_loss(values, values, returns, mask).backward()
     close(logps.grad, -advantages / 2)
     close(values.grad, (values.detach() - returns) / 2)
+    old = torch.zeros(1, 2, requires_grad=True)  # both values are clipped to 0.2 below it, and that is the worse
+    ppo_value_loss(values, old, torch.full((1, 2), -3.0), mask).backward()
+    assert old.grad is None
 
 
 def test_value_loss_by_hand():

@@ -2,10 +2,10 @@
 
 It knows the run's place among the processes, its device and precision, its folder, and how to continue and to save::
 
-    run = start(config, "sft")                   # opens the folder, joins the processes, picks the device
-    first = run.resume(model, optimizers)        # 0, or the step of the last checkpoint
+    run = start(config, "sft")  # opens the folder, joins the processes, picks the device
+    first = run.resume(model, optimizers)  # 0, or the step of the last checkpoint
     run.banner(model_size(model, seq_len), steps, tokens_per_step)
-    for step in run.steps(first, steps):         # under a progress bar
+    for step in run.steps(first, steps):  # under a progress bar
         ...
         run.log(step, tokens=tokens_per_step, loss=loss)
         if run.should_save(step, steps):

@@ -268,6 +268,7 @@ def test_the_stage_computes_the_loss_of_the_formulas(run, method):
     }[method]()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8, check_dtype=False)
     assert figures["logp_chosen"] == pytest.approx(float((chosen / n_c).sum()))
+    assert figures["logp_rejected"] == pytest.approx(float((rejected / n_r).sum()))
     if method in ("dpo", "ipo"):
         assert figures["margin"] == pytest.approx(0.1 * float((chosen - ref[0, some] - rejected + ref[1, some]).sum()))
 
@@ -300,13 +301,14 @@ def test_the_stage_computes_the_loss_of_single_answers(run):
     config = Config(method="kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.6)
     some, kl = [7, 0, 3, 4], torch.tensor(0.8, dtype=torch.float64)
     loss, figures = judged_loss(config, model, rows, ref, some, kl, run)
-    expected, rewards = [], {True: [], False: []}
+    expected, rewards, averages = [], {True: [], False: []}, {True: 0.0, False: 0.0}
     for i in some:
         ids = torch.tensor([rows.prompts[i] + rows.answers[i]])
         logps = model(ids).log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
         gain = float(logps[len(rows.prompts[i]) - 1 :].sum()) - float(ref[i])
         liked = bool(rows.desirable[i])
         rewards[liked].append(0.1 * gain)
+        averages[liked] += float(logps[len(rows.prompts[i]) - 1 :].mean())
         sign, weight = (1, 1.3) if liked else (-1, 0.6)
         expected.append(weight * (1 - 1 / (1 + math.exp(-sign * 0.1 * (gain - 0.8)))))
     assert {bool(x) for x in rows.desirable[some]} == {True, False}
@@ -314,6 +316,8 @@ def test_the_stage_computes_the_loss_of_single_answers(run):
     assert figures["desirable"] == len(rewards[True])
     assert figures["reward_chosen"] == pytest.approx(sum(rewards[True]), rel=1e-4)
     assert figures["reward_rejected"] == pytest.approx(sum(rewards[False]), rel=1e-4)
+    assert figures["logp_chosen"] == pytest.approx(averages[True], rel=1e-4)
+    assert figures["logp_rejected"] == pytest.approx(averages[False], rel=1e-4)
 
 
 def test_the_reference_of_pairs_has_two_rows_and_no_gradient(run):

@@ -4,6 +4,7 @@ import json
 import math
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import llama_tiny, tiny_pretrain, tiny_sft
 
 import grpo
 import pretrain
+import rollout as rollout_module
 import sft
 from data import encode_prompts, load_prompts
 from grpo import (
@@ -25,7 +27,7 @@ from grpo import (
     sample_answers,
 )
 from optim import learning_rate
-from rollout import micro_batches
+from rollout import join, micro_batches
 from runtime.config import read_preset
 from runtime.errors import UserError
 from stages import load_stage
@@ -135,6 +137,22 @@ def test_the_ratio_of_an_answer_of_one_token_is_that_of_the_token(loss_type):
     by_hand = {"grpo": worst / 4, "dapo": worst / 3, "dr_grpo": worst / 20}
     if loss_type in by_hand:
         assert found["token"].item() == pytest.approx(by_hand[loss_type])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", OURS)
+def test_no_gradient_flows_into_what_was_there_before(loss_type, level):
+    """Even if old and reference log-probabilities are the very tensor that learns: then all ratios are 1, the KL is 0,
+    and the gradient is that of the advantage alone."""
+    logps, mask = torch.full((2, 3), -1.0, requires_grad=True), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    advantages = torch.tensor([2.0, -3.0])
+    loss = grpo_loss(
+        logps, logps, advantages, mask, logps, beta=0.5, loss_type=loss_type, ratio_level=level, max_length=4, kl="k1"
+    )
+    loss.backward()
+    pulled = advantages[:, None] * mask - 0.5 * mask  # k1 of a constant reference has the gradient 1
+    counts = {"grpo": 2 * mask.sum(1, keepdim=True), "dr_grpo": 2 * 4}.get(loss_type, 5)
+    torch.testing.assert_close(logps.grad, -pulled / counts)
 
 
 def test_loss_changes_none_of_its_inputs():
@@ -316,6 +334,40 @@ def test_the_stop_token_counts(policy):
     for i in ended:
         column = int(rollout.mask[i].nonzero().max())
         assert rollout.tokens[i, column + 1] == TOKENIZER.eot_id and rollout.sampled_logps[i, column] != 0
+
+
+def test_rollouts_of_unequal_width_are_joined_with_padding_on_the_right(policy):
+    narrow, wide = (
+        sample_answers(policy, TOKENIZER, [[65] * n, [66]], 2, new, 1.0, seed=1) for n, new in ((1, 3), (4, 6))
+    )
+    both = join([narrow, wide], TOKENIZER.pad_id)
+    width = narrow.tokens.shape[1]
+    assert both.tokens.shape[1] == wide.tokens.shape[1] > width and both.texts == narrow.texts + wide.texts
+    for name, n, filler in (
+        ("tokens", width, TOKENIZER.pad_id),
+        ("mask", width - 1, 0),
+        ("sampled_logps", width - 1, 0),
+    ):
+        one, two, joined = (getattr(rollout, name) for rollout in (narrow, wide, both))
+        assert torch.equal(joined[:4, :n], one) and torch.equal(joined[4:], two) and (joined[:4, n:] == filler).all()
+    assert torch.equal(both.finished, torch.cat([narrow.finished, wide.finished]))
+
+
+def test_an_examination_of_many_questions_judges_each_by_its_own_gold(policy, monkeypatch):
+    """More than are answered at a time."""
+    asked = []
+
+    def judged(texts, golds, finished, *_):
+        asked.extend(golds)
+        assert len(texts) == len(golds)
+        return torch.tensor([float(gold % 3 == 0) for gold in golds]), None
+
+    monkeypatch.setattr(rollout_module, "score", judged)
+    run = StubRun()
+    run.eager = contextlib.nullcontext
+    prompts = [SimpleNamespace(gold=i) for i in range(131)]
+    accuracy = rollout_module.examine(run, policy, TOKENIZER, [[65]] * 131, prompts, 1)
+    assert asked == list(range(131)) and accuracy == pytest.approx(44 / 131)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])

@@ -189,6 +189,19 @@ def test_the_clip_is_one_sided(advantage, ratio, loss, moves):
     assert (float(logps.grad) != 0) == moves
 
 
+def test_no_gradient_flows_into_what_was_there_before():
+    """Even if the old log-probabilities and values are the very tensors that learn."""
+    logps, values = (torch.full((1, 2), -1.0, requires_grad=True) for _ in range(2))
+    advantages, returns, mask = torch.tensor([[2.0, -3.0]]), torch.tensor([[1.0, 0.0]]), torch.ones(1, 2)
+    ppo_policy_loss(logps, logps, advantages, mask).backward()
+    ppo_value_loss(values, values, returns, mask).backward()
+    close(logps.grad, -advantages / 2)
+    close(values.grad, (values.detach() - returns) / 2)
+    old = torch.zeros(1, 2, requires_grad=True)  # both values are clipped to 0.2 below it, and that is the worse
+    ppo_value_loss(values, old, torch.full((1, 2), -3.0), mask).backward()
+    assert old.grad is None
+
+
 def test_value_loss_by_hand():
     """V = 1, V_old = 0, clipped to 0.2; R = 2: max(1, 1.8²); R = 0.5: max(0.25, 0.09)."""
     values, old = torch.tensor([[1.0, 1.0, 9.0]]), torch.zeros(1, 3)
@@ -402,6 +415,14 @@ def test_the_gradient_of_an_update_is_that_of_the_formulas_written_out(run, whit
     model.zero_grad()
     (torch.cat(policy).mean() + 0.6 * torch.cat(critic).mean() / 2).backward()
     close(found, torch.cat([p.grad.flatten() for p in model.parameters()]), 1e-5)
+
+
+def test_a_minibatch_of_one_token_is_not_divided_by_more(run):
+    """The critic's bias then has the gradient V - R, times the weight of its loss."""
+    config, model = Config(max_new_tokens=1, value_weight=0.5, unfinished_penalty=0.0), actor()
+    scores = torch.arange(8.0)
+    update_after_moving(run, model, None, rolled(model, config), scores, 0.0, config, torch.tensor([3]), moved=0.0)
+    assert float(model.value.bias.grad) == pytest.approx(0.5 * (0 - 3))
 
 
 @pytest.mark.parametrize(

@@ -366,7 +366,7 @@ def test_an_examination_of_many_questions_judges_each_by_its_own_gold(policy, mo
     run = StubRun()
     run.eager = contextlib.nullcontext
     prompts = [SimpleNamespace(gold=i) for i in range(131)]
-    accuracy = rollout_module.examine(run, policy, TOKENIZER, [[65]] * 131, prompts, 1)
+    accuracy = rollout_module.greedy_accuracy(run, policy, TOKENIZER, [[65]] * 131, prompts, 1)
     assert asked == list(range(131)) and accuracy == pytest.approx(44 / 131)
 
 

@@ -32,6 +32,7 @@ A reward of NaN is unknown (TRL): it enters no statistic and adds nothing; NVlab
 """
 
 import itertools
+import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -39,12 +40,35 @@ import torch
 from torch import Tensor
 
 import grpo
-from grpo import group_advantages, total_reward, train
-from rollout import Rollout
+from grpo import (
+    accumulate_gradients,
+    frozen_reference,
+    group_advantages,
+    groups_that_teach,
+    keep_groups,
+    reference_logps,
+    total_reward,
+)
+from lora import load_state, start_lora
+from optim import learning_rate, make_optimizers, update
+from rollout import (
+    Questions,
+    Rollout,
+    join,
+    longest_prompt,
+    minibatches,
+    policy_logps,
+    sample_answers,
+    sampling_seed,
+)
 from runtime import processes
+from runtime.checkpoint import need_checkpoint
 from runtime.config import Count, Finite, parse
 from runtime.errors import UserError, run_main
+from stages import begin, with_start
+from transformer import model_size
 from verify import integer_reward, length_reward
+from watch import Alarm, assert_same_policy, describe, lessons, render, report_start, sampler_gap, step_figures
 
 
 @dataclass(frozen=True)
@@ -139,13 +163,13 @@ def count_lessons(group_size: int, n_rewards: int) -> tuple[int, int, int]:
             group_advantages(total, group_size, eps=0.0), group_advantages(total, group_size, "none"),
             group_sums(rewards, group_size, eps=0.0),
         )  # fmt: skip
-        for lessons, values in zip(found, advantages):
-            lessons.add(tuple(sorted(round(value, 6) + 0.0 for value in values.tolist())))  # + 0.0: no -0.0
+        for different, values in zip(found, advantages):
+            different.add(tuple(sorted(round(value, 6) + 0.0 for value in values.tolist())))  # + 0.0: no -0.0
     return tuple(map(len, found))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What replaces GRPO's three functions
+# The rewards
 
 
 def judge(rollout: Rollout, golds: list, config: Config) -> dict[str, Tensor]:
@@ -167,7 +191,8 @@ def weights_of(config: Config) -> dict[str, float]:
 
 
 def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -> Tensor:
-    """(N,), of the answers of all processes."""
+    """(N,) advantages of the answers of all processes from their rewards, (N,) each, and their lengths in tokens, (N,):
+    by GDPO, or, to compare, by GRPO on the weighted sum."""
     weights = weights_of(config)
     if config.combine == "sum":
         return group_advantages(total_reward(rewards, weights), config.group_size, config.scale)
@@ -187,7 +212,7 @@ def check(config: Config) -> None:
         raise UserError("all weights are 0: there is nothing to learn")
     if config.combine == "gdpo" and config.scale != "group":
         raise UserError("GDPO divides each reward by its std in the group: --scale is for --combine sum")
-    if config.combine == "gdpo" and config.beta and config.kl_in == "reward":
+    if config.kl_in == "reward":
         raise UserError("GDPO would normalise a KL in the reward like any other reward: use --kl_in loss")
     if config.combine == "sum" and config.batch_over == "tokens":
         raise UserError("--combine sum has no step over the batch: --batch_over is for GDPO")
@@ -211,10 +236,90 @@ def rewards_that_count(config: Config) -> int:
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
+    """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
+    config = with_start(config, "sft")
     check(config)
+    need_checkpoint(config.init_from, "python sft.py")
+    longest = longest_prompt(config, load_state(config.init_from)["model_config"]["max_seq_len"])
     processes.print_once(*notes(config))
-    return train(config, "gdpo", judge, weights_of, advantages_of)
+    run, policy, tokenizer = begin(config, "gdpo", "python sft.py")
+    questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
+    start_lora(policy, config)
+    policy.activation_checkpointing = config.activation_checkpointing
+    reference = frozen_reference(policy, config) if config.beta else None
+    optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
+    first = run.resume(policy, optimizers)
+    G, share = config.group_size, config.prompts_per_step // processes.world_size()  # of answers; of prompts
+    size, tokens = model_size(policy, policy.config.max_seq_len), config.prompts_per_step * G * config.max_new_tokens
+    how = "eager (answers change shape every step)"
+    run.banner(size, config.steps, tokens, how, data=questions.describe(), starts=config.init_from)
+    if first == 0:
+        run.evaluation(0, accuracy=questions.accuracy(run, policy))
+    weights, alarm = weights_of(config), Alarm(run)
+
+    for step in run.steps(first, config.steps):
+        # 1. Every question is answered G times, and rules say what each answer is worth, each reward by its name.
+        begun, rollouts, asked, missing = time.perf_counter(), [], [], share
+        for draw in range(config.draws):
+            batch = questions.batch(step, draw, without=asked, most=2 * missing)
+            if not batch:
+                break
+            seed, ids = sampling_seed(config.seed, step, draw, config.draws), [ids for ids, _ in batch]
+            with run.autocast(), run.eager():
+                more = sample_answers(policy, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed)
+            rollouts.append(more)
+            asked += [question for _, question in batch]
+            rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
+            rewards = judge(rollout, [question.gold for question in asked for _ in range(G)], config)  # (N,) each
+            teaches = groups_that_teach(rewards, weights, G)  # (questions,)
+            missing = share - int(teaches.sum())
+            if missing <= 0:
+                break
+        sampled = describe(rollout, rewards | {"reward": total_reward(rewards, weights)})
+        rollout, rewards, asked = keep_groups(rollout, rewards, asked, teaches, share, G)
+
+        # 2. What GDPO changes: siblings are compared in each reward by itself, and the comparisons are added.
+        everyone = {name: processes.gather(values) for name, values in rewards.items()}  # of all processes
+        advantages = advantages_of(everyone, processes.gather(rollout.mask.sum(dim=1)), config)
+        taught = lessons(everyone, weights, advantages, G)
+        if step == 0:
+            report_start(run, rollout, rewards["correct"], sampled, taught["flat_groups"], asked[0])
+        advantages = processes.my_share(advantages)  # (N,)
+
+        # 3. All the rest is GRPO: the reference, the policy that sampled, and a few updates on the same answers.
+        ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
+        learned = (advantages != 0) | (ref_logps is not None)  # the others have no gradient
+        old_logps = policy_logps(run, policy, rollout, config, learned)  # (N, T-1)
+        assert_same_policy(run, gap := sampler_gap(rollout, old_logps, learned))
+        sampling_seconds = time.perf_counter() - begun
+
+        lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
+        updates = []
+        for epoch in range(config.epochs):
+            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
+                rows = rows.to(run.device)
+                part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
+                statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
+                # Where no answer teaches, in no process, momentum alone must not move the weights.
+                norm = update(run, policy, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
+                updates.append(statistics | {"grad_norm": norm})
+
+        # 4. What happened.
+        figures = step_figures(sampled, updates) | taught | {"sampler_gap": gap}
+        figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
+        run.log(step, int(figures.pop("tokens")), always=True, show=("reward", "correct"), lr=lr, **figures)
+        alarm.check(figures)
+        accuracy = None
+        if run.due(step, config.eval_every, config.steps):
+            accuracy = questions.accuracy(run, policy)
+            run.evaluation(step + 1, accuracy=accuracy)
+            run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, G)))
+        if accuracy is not None or run.should_save(step, config.steps):
+            run.save(step, config.steps, policy, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
+    accuracy = questions.accuracy(run, policy)
+    hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
+    return {"accuracy": accuracy}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
   ever loses its gradient. Only the upper bound acts, at 1 + clip_high, which the paper does not disclose; TRL calls
   that sum its ``epsilon_high`` and has 5, after ScaleRL.
 
-As long as each rollout serves one update (``updates_per_rollout`` and ``minibatches`` 1), every ratio is 1, no clip
+As long as each rollout serves one update (``epochs`` and ``minibatches`` 1), every ratio is 1, no clip
 acts, and GRPO, GSPO and CISPO differ in their reductions alone.
 
 The tokens are sampled at ``temperature`` with no top-k or top-p, and every log-probability is computed at the same
@@ -41,47 +41,48 @@ temperature: the policy that samples is the policy that trains. The first update
 """
 
 import copy
-import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from data import Prompt, encode_prompts, epoch_batch, load_prompts
+from data import Prompt
 from lora import LoRARunConfig, adapters_off, check_lora, load_state, start_lora
 from optim import learning_rate, make_optimizers, update
 from rollout import (
+    Questions,
     Rollout,
     RolloutConfig,
-    greedy_accuracy,
     join,
+    longest_prompt,
     micro_batches,
     minibatches,
     policy_logps,
     sample_answers,
+    sampling_seed,
     score,
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
 from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, parse, validate
 from runtime.errors import UserError, run_main
-from runtime.run import Run, start
-from stages import load_stage
+from runtime.run import Run
+from stages import begin, with_start
 from transformer import Transformer, model_size, token_logps
 from verify import overlong_penalty
 from watch import (
+    Alarm,
+    UpdateSums,
     assert_same_policy,
     describe,
-    flat_groups,
-    kept_apart,
-    mean_over_answers,
+    lessons,
+    mean_per_token,
     render,
     report_start,
-    update_sums,
-    warn,
+    sampler_gap,
+    step_figures,
 )
 
 
@@ -135,7 +136,7 @@ class Config(RolloutConfig, LoRARunConfig):
     """
     kl_times_ratio: bool = False
     """Weigh k1 or k3 in the loss by the ratio, which makes its gradient that of the KL (TRL's default since 1.16)."""
-    updates_per_rollout: Count = 2
+    epochs: Count = 2
     """Passes over the same answers; from the second update on, ratios differ from 1 and clipping acts."""
     lr: NotNegative = 2e-4
 
@@ -286,9 +287,29 @@ def total_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tenso
     return sum(weights[name] * values for name, values in rewards.items())
 
 
-def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -> Tensor:
-    """GRPO: all rewards become one number before siblings are compared. (N,), of the answers of all processes."""
-    return group_advantages(total_reward(rewards, weights_of(config)), config.group_size, config.scale)
+# ----------------------------------------------------------------------------------------------------------------------
+# Dynamic sampling (DAPO, section 3.2): a group whose answers all earn the same makes room for another one
+
+
+def groups_that_teach(rewards: dict[str, Tensor], weights: dict[str, float], group_size: int) -> Tensor:
+    """(P,) boolean: does any reward with a weight differ between the answers of the group? rewards: (N,) each."""
+    teaches = torch.zeros(len(next(iter(rewards.values()))) // group_size, dtype=torch.bool)
+    for name, values in rewards.items():
+        if weights[name]:
+            groups = values.view(-1, group_size)  # (P, G)
+            teaches |= (groups != groups[:, :1]).any(dim=1).cpu()
+    return teaches
+
+
+def keep_groups(
+    rollout: Rollout, rewards: dict[str, Tensor], asked: list[Prompt], teaches: Tensor, n: int, group_size: int
+) -> tuple[Rollout, dict[str, Tensor], list[Prompt]]:
+    """The answers, rewards and questions of n groups, in the order drawn: those that teach, then flat ones to fill up.
+    teaches: (P,) boolean."""
+    groups = torch.argsort(~teaches, stable=True)[:n].sort().values  # (n,)
+    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()  # (n · G,)
+    kept = {name: values[rows.to(values.device)] for name, values in rewards.items()}
+    return rollout.rows(rows.to(rollout.mask.device)), kept, [asked[i] for i in groups.tolist()]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,64 +318,56 @@ def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -
 
 def accumulate_gradients(
     run: Run,
-    model: Transformer,
+    policy: Transformer,
     rollout: Rollout,
     advantages: Tensor,
     config: Config,
-    old_logps: Tensor | None = None,
+    old_logps: Tensor,
     ref_logps: Tensor | None = None,
-) -> tuple[Tensor, dict]:
-    """One backward pass of the loss over this process's answers; gradients of all processes together are those of the
-    whole batch.
+) -> dict[str, float]:
+    """The gradient of the loss over one minibatch of answers, in micro-batches; returns statistics of the update.
 
-    Without ``old_logps`` this is the first update after sampling, and the policy's own log-probabilities, before any
-    step, are the old ones. Returns them (N, T-1), and statistics.
+    advantages: (n,); old_logps, ref_logps: (n, T-1). The gradients of all processes add up to that of the whole batch.
     """
     in_loss = bool(config.beta) and config.kl_in == "loss"
-    counts = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask  # (N, T-1)
+    counts = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask  # (n, T-1)
     normalizer = processes.sum_over_processes(loss_normalizer(counts, config.loss_type)).clamp(min=1)
-    first = old_logps is None
-    old_logps = torch.zeros_like(rollout.sampled_logps) if first else old_logps
-    # An answer without advantage has no gradient but that of the KL: without it we need not run the model on it. It
-    # stays counted.
+    # An answer without advantage has no gradient but that of the KL: without it the model need not run on it. It stays
+    # counted.
     useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
-    sums = dict.fromkeys(("loss", "tokens", "pushed", "clipped", "moved", "kl", "gap"), 0.0)
+    sums = UpdateSums(config.clip_low, config.clip_high, config.ratio_level, lower_bound=config.loss_type != "cispo")
     for rows, width in micro_batches(rollout.mask, useful.nonzero().squeeze(1), config.micro_batch_size):
-        tokens, mask = rollout.tokens[rows, : width + 1], counts[rows, :width]
-        with run.autocast():
-            logps = token_logps(model, tokens, config.temperature, where=mask)  # (b, width)
-        if first:
-            old_logps[rows, :width] = logps.detach()
-        old = old_logps[rows, :width]
+        mask, old = counts[rows, :width], old_logps[rows, :width]  # (b, width)
         ref = ref_logps[rows, :width] if in_loss else None
+        with run.autocast():
+            logps = token_logps(policy, rollout.tokens[rows, : width + 1], config.temperature, where=mask)
         loss = grpo_loss(
             logps, old, advantages[rows], mask, ref, config.beta if in_loss else 0.0, config.clip_low, config.clip_high,
             config.loss_type, config.ratio_level, config.max_new_tokens, config.kl, config.kl_times_ratio, normalizer,
         )  # fmt: skip
         run.scaler.scale(loss).backward()
-
-        found = update_sums(
-            logps, old, advantages[rows], mask, config.clip_low, config.clip_high,
-            config.ratio_level == "sequence", lower_bound=config.loss_type != "cispo",
-        )  # fmt: skip
-        gap = ((old - rollout.sampled_logps[rows, :width]).abs() * mask).sum()
-        found |= {"loss": float(loss.detach()), "gap": float(gap)}
-        if in_loss:
-            found["kl"] = float((kl_estimate(logps.detach(), ref, "k3") * mask).sum())
-        sums = {name: value + found.get(name, 0.0) for name, value in sums.items()}
-    total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-    sums = dict(zip(sums, total))
-    n = max(sums["tokens"], 1.0)
-    statistics = {"loss": sums["loss"], "tokens": sums["tokens"], "kl_old": sums["moved"] / n}
-    statistics["clip_fraction"] = sums["clipped"] / max(sums["pushed"], 1.0)  # of the tokens with an advantage
-    if in_loss:
-        statistics["kl_ref"] = sums["kl"] / n
-    statistics["sampler_gap"] = sums["gap"] / n
-    return old_logps, statistics
+        sums.add(logps, old, advantages[rows], mask, ref, loss=loss)
+    return sums.means()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage
+
+
+def frozen_reference(policy: Transformer, config: Config) -> Transformer:
+    """What the policy is at the start: a copy, or, with adapters, the policy itself, whose adapters are switched off
+    (``adapters_off``). They are never merged for sampling: in and out again would round the base each time, and the
+    policy that samples would be another than the one that trains.
+    """
+    return policy if config.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+
+
+def reference_logps(run: Run, reference: Transformer | None, rollout: Rollout, config: Config) -> Tensor | None:
+    """(N, T-1) log-probabilities of the answers' tokens under the reference; None if there is none."""
+    if reference is None:
+        return None
+    with adapters_off(reference):
+        return policy_logps(run, reference, rollout, config)
 
 
 def check(config: Config) -> None:
@@ -376,9 +389,9 @@ def check(config: Config) -> None:
     if config.kl_times_ratio and (not config.beta or config.kl_in == "reward" or config.kl == "k2"):
         raise UserError("kl_times_ratio is for k1 or k3 in the loss, with a --beta")
     if config.kl_times_ratio and config.ratio_level == "sequence":
-        raise UserError(
-            "kl_times_ratio weighs the KL of a token by the ratio of that token: it wants --ratio_level token"
-        )
+        raise UserError("kl_times_ratio weighs the KL of a token by its own ratio: it wants --ratio_level token")
+    if not (config.correct_weight or config.format_weight or config.overlong_buffer or config.beta):
+        raise UserError("all weights are 0: there is nothing to learn")
 
 
 def notes(config: Config) -> list[str]:
@@ -397,180 +410,96 @@ def notes(config: Config) -> list[str]:
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
+    """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
+    config = with_start(config, "sft")
     check(config)
-    if not (config.correct_weight or config.format_weight or config.overlong_buffer or config.beta):
-        raise UserError("all weights are 0: there is nothing to learn")
-    processes.print_once(*notes(config))
-    return train(config, "grpo", judge, weights_of, advantages_of)
-
-
-def train(config: Config, stage: str, judge: Callable, weights_of: Callable, advantages_of: Callable) -> dict:
-    """The loop: answers, rewards, advantages, updates. The three functions above are what ``gdpo.py`` replaces."""
-    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
     need_checkpoint(config.init_from, "python sft.py")
-    context = load_state(config.init_from)["model_config"]["max_seq_len"]
-    longest = context - config.max_new_tokens
-    if longest < 1:
-        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
-    run = start(config, stage)
-    model, tokenizer, state = load_stage(config.init_from, device=run.device)
-    run.record_parent(state, config.init_from)
+    longest = longest_prompt(config, load_state(config.init_from)["model_config"]["max_seq_len"])
+    processes.print_once(*notes(config))
+    run, policy, tokenizer = begin(config, "grpo", "python sft.py")
+    questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
+    start_lora(policy, config)
+    policy.activation_checkpointing = config.activation_checkpointing
+    reference = frozen_reference(policy, config) if config.beta else None
+    optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
+    first = run.resume(policy, optimizers)
+    G, share = config.group_size, config.prompts_per_step // processes.world_size()  # of answers; of prompts
+    size, tokens = model_size(policy, policy.config.max_seq_len), config.prompts_per_step * G * config.max_new_tokens
+    how = "eager (answers change shape every step)"
+    run.banner(size, config.steps, tokens, how, data=questions.describe(), starts=config.init_from)
+    if first == 0:
+        run.evaluation(0, accuracy=questions.accuracy(run, policy))
+    weights, alarm = weights_of(config), Alarm(run)
 
-    # Data: prompts with gold answers; held-out ones for the examination.
-    sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
-    if config.arith_warmup or config.arith_fade:
-        sources["arith"] = load_prompts("arith", "train", seed=config.seed)
-    encoded = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
-    held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
-    held_ids, held = encode_prompts(held, tokenizer, longest)
-
-    # The policy learns; the reference stays what the policy was at the start: a copy, or the policy without adapters.
-    # (Adapters are not merged for the rollouts: in and out again would round the base each time, and the policy that
-    # samples would be another than the one that trains.)
-    start_lora(model, config)
-    reference = None
-    if config.beta:
-        reference = model if config.lora_rank else copy.deepcopy(model).requires_grad_(False)
-    model.activation_checkpointing = config.activation_checkpointing
-    optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
-    first = run.resume(model, optimizers)
-    in_loss = bool(config.beta) and config.kl_in == "loss"
-    G, share = config.group_size, config.prompts_per_step // processes.world_size()
-
-    def prompts_at(step: int, draw: int) -> list[tuple[list[int], Prompt]]:
-        """This process's share of a draw of prompts; a function of its arguments alone."""
-        size, order = config.prompts_per_step, config.seed + 1_000_003 * draw
-        fading = (step + 1 - config.arith_warmup) / (config.arith_fade + 1)  # 0 while only arith, 1 when only data
-        from_data = round(size * min(1.0, max(0.0, fading))) if "arith" in encoded else size
-        batch = []
-        for name, n in {"arith": size - from_data, config.data: from_data}.items():
-            ids, prompts = encoded.get(name, ((), ()))
-            batch += [(ids[i], prompts[i]) for i in epoch_batch(len(ids), size, step, order)[:n]] if n else []
-        if 0 < from_data < size:  # mixed, so that no process and no refill gets only one kind
-            batch = [batch[i] for i in epoch_batch(size, size, step, order)]
-        return processes.my_share(batch)
-
-    def collect(step: int) -> tuple[Rollout, dict[str, Tensor], list[Prompt], dict[str, float]]:
-        """This process's share of a step's answers, their rewards, their prompts; and figures of all that it
-        sampled, those that were replaced among them."""
-        drawn: list[Rollout] = []
-        asked: list[Prompt] = []
-        alive = torch.zeros(0, dtype=torch.bool)
+    for step in run.steps(first, config.steps):
+        # 1. Every question is answered G times, and a rule says what each answer is worth. (DAPO draws other questions
+        #    in place of those whose answers all earn the same: twice as many, since half of them may be flat again.)
+        begun, rollouts, asked, missing = time.perf_counter(), [], [], share
         for draw in range(config.draws):
-            batch = prompts_at(step, draw)
-            if draw > 0:  # for each group that is missing two, because half of them may be flat again
-                missing, known = share - int(alive.sum()), set(map(id, asked))
-                batch = [item for item in batch if id(item[1]) not in known][: 2 * missing]
+            batch = questions.batch(step, draw, without=asked, most=2 * missing)
             if not batch:
                 break
-            ids = [ids for ids, _ in batch]
-            seed = ((config.seed * 1_000_000 + step) * config.draws + draw) * 1_000 + processes.rank()
+            seed, ids = sampling_seed(config.seed, step, draw, config.draws), [ids for ids, _ in batch]
             with run.autocast(), run.eager():
-                more = sample_answers(model, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed % 2**63)
-            drawn.append(more)
-            asked += [prompt for _, prompt in batch]
-            rollout = join(drawn, tokenizer.pad_id)
-            rewards = judge(rollout, [prompt.gold for prompt in asked for _ in range(G)], config)
-            alive = torch.zeros(len(asked), dtype=torch.bool)
-            for name, values in rewards.items():
-                if weights_of(config)[name]:
-                    alive |= (values.view(-1, G) != values.view(-1, G)[:, :1]).any(dim=1).cpu()  # (P,)
-            if int(alive.sum()) >= share:
+                more = sample_answers(policy, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed)
+            rollouts.append(more)
+            asked += [question for _, question in batch]
+            rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
+            rewards = judge(rollout, [question.gold for question in asked for _ in range(G)], config)  # (N,) each
+            teaches = groups_that_teach(rewards, weights, G)  # (questions,)
+            missing = share - int(teaches.sum())
+            if missing <= 0:
                 break
-        figures = describe(rollout, rewards | {"reward": total_reward(rewards, weights_of(config))})
-        groups = torch.argsort(~alive, stable=True)[:share].sort().values  # the live ones first; in the order drawn
-        groups = groups if config.draws > 1 else torch.arange(share)
-        rows = (groups[:, None] * G + torch.arange(G)).flatten()
-        rewards = {name: values[rows] for name, values in rewards.items()}
-        return rollout.rows(rows.to(run.device)), rewards, [asked[i] for i in groups.tolist()], figures
+        sampled = describe(rollout, rewards | {"reward": total_reward(rewards, weights)})
+        rollout, rewards, asked = keep_groups(rollout, rewards, asked, teaches, share, G)
 
-    def compare(rollout: Rollout, rewards: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """The advantages of the answers of all processes, (N,), and whether they teach."""
-        everyone = {name: processes.gather(values) for name, values in rewards.items()}
-        advantages = advantages_of(everyone, processes.gather(rollout.mask.sum(dim=1)), config)
-        weights = weights_of(config)
-        counted = [values for name, values in everyone.items() if weights[name]] or list(everyone.values())
-        table = torch.stack(counted, dim=1)  # (N, K)
-        figures = {"flat_groups": float(flat_groups(advantages, G)), "kept_apart": kept_apart(table, advantages, G)}
-        return advantages, figures
-
-    if not run.finished:
-        run.banner(
-            model_size(model, model.config.max_seq_len), config.steps,
-            config.prompts_per_step * config.group_size * config.max_new_tokens,
-            "eager (answers change shape every step)",
-            data=f"{config.data}: {len(encoded[config.data][0]):,} prompts, {len(held):,} held-out questions",
-            starts=config.init_from,
-        )  # fmt: skip
-    if first == 0:
-        rollout, rewards, asked, figures = collect(0)
-        flat = compare(rollout, rewards)[1]["flat_groups"]
-        report_start(run, rollout, rewards["correct"], mean_over_answers(figures), flat, asked[0])
-        accuracy = greedy_accuracy(run, model, tokenizer, held_ids, held, config.max_new_tokens)
-        run.evaluation(0, accuracy=accuracy)
-    silent = 0  # steps in a row from which nothing could be learned
-    for step in run.steps(first, config.steps):
-        # 1. Answers, and how good each one is.
-        started = time.perf_counter()
-        rollout, rewards, asked, sampled = collect(step)
-        if not rollout.sampled_logps.isfinite().all():  # all answers are then the same, and no gradient would show it
-            raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
-        ref_logps = None
-        if reference is not None:
-            with adapters_off(reference):
-                ref_logps = policy_logps(run, reference, rollout, config)
+        # 2. The reference is who the policy was at the start. Straying from it costs reward here, or loss below.
+        ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
         if config.beta and config.kl_in == "reward":
-            current = policy_logps(run, model, rollout, config)  # not the sampler's: rounded as the reference's are
-            rewards["kl"] = (kl_estimate(current, ref_logps, config.kl) * rollout.mask).sum(dim=1)
-        everyone, teaching = compare(rollout, rewards)
-        advantages = processes.my_share(everyone)
-        rollout_seconds = time.perf_counter() - started
+            logps = policy_logps(run, policy, rollout, config)  # not the sampler's: rounded as the reference's are
+            rewards["kl"] = (kl_estimate(logps, ref_logps, config.kl) * rollout.mask).sum(dim=1)
 
-        # 2. One or several updates on them.
+        # 3. An answer is as good as it is better than its siblings.
+        everyone = {name: processes.gather(values) for name, values in rewards.items()}  # of all processes
+        advantages = group_advantages(total_reward(everyone, weights), G, config.scale)
+        taught = lessons(everyone, weights, advantages, G)
+        if step == 0:
+            report_start(run, rollout, rewards["correct"], sampled, taught["flat_groups"], asked[0])
+        advantages = processes.my_share(advantages)  # (N,)
+
+        # 4. π_old is the policy as it is now: it is who sampled, and from it the ratios of all updates are taken.
+        learned = (advantages != 0) | (config.beta > 0 and config.kl_in == "loss")  # the others have no gradient
+        old_logps = policy_logps(run, policy, rollout, config, learned)  # (N, T-1)
+        assert_same_policy(run, gap := sampler_gap(rollout, old_logps, learned))
+        sampling_seconds = time.perf_counter() - begun
+
+        # 5. A few updates on the same answers; from the second on ratios differ from 1, and the clip acts.
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        useful = None if in_loss else advantages != 0
-        old_logps = policy_logps(run, model, rollout, config, useful) if config.minibatches > 1 else None
         updates = []
-        for epoch in range(config.updates_per_rollout):
+        for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
-                rows = rows.to(run.device) if config.minibatches > 1 else torch.arange(len(rollout), device=run.device)
-                part = rollout.rows(rows)
-                old, statistics = accumulate_gradients(
-                    run, model, part, advantages[rows], config,
-                    None if old_logps is None else old_logps[rows], ref_logps[rows] if in_loss else None,
-                )  # fmt: skip
-                old_logps = old if config.minibatches == 1 else old_logps
-                if not updates:
-                    assert_same_policy(run, statistics["sampler_gap"])
+                rows = rows.to(run.device)
+                part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
+                statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
                 # Where no answer teaches, in no process, momentum alone must not move the weights.
-                norm = update(run, model, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
+                norm = update(run, policy, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
                 updates.append(statistics | {"grad_norm": norm})
 
-        # 3. What happened.
-        figures = mean_over_answers(sampled)
-        if "kl" in rewards:  # of a token, by the estimator chosen
-            kl = torch.stack([rewards["kl"].sum(), rollout.mask.sum().to(rewards["kl"])])
-            figures["kl_ref"] = float(torch.div(*processes.sum_over_processes(kl)))
-        figures["entropy"] /= figures["length"]  # now of a token
-        figures |= teaching
-        tokens = sum(one.pop("tokens") for one in updates)
-        figures |= {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
-        run.log(
-            step, int(tokens), always=True, show=("reward", "correct"), lr=lr, truncated=1 - figures["finished"],
-            **figures, rollout_share=rollout_seconds / (time.perf_counter() - started),
-        )  # fmt: skip
-        silent = silent + 1 if figures["flat_groups"] == 1 or figures["grad_norm"] == 0 else 0
-        warn(run, silent, figures, figures["grad_norm"])
-
+        # 6. What happened.
+        figures = step_figures(sampled, updates) | taught | {"sampler_gap": gap}
+        if "kl" in rewards:
+            figures["kl_ref"] = mean_per_token(rewards["kl"], rollout.mask)
+        figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
+        run.log(step, int(figures.pop("tokens")), always=True, show=("reward", "correct"), lr=lr, **figures)
+        alarm.check(figures)
         accuracy = None
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            accuracy = greedy_accuracy(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+        if run.due(step, config.eval_every, config.steps):
+            accuracy = questions.accuracy(run, policy)
             run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, config.group_size)))
+            run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, G)))
         if accuracy is not None or run.should_save(step, config.steps):
-            run.save(step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
-    accuracy = greedy_accuracy(run, model, tokenizer, held_ids, held, config.max_new_tokens)
+            run.save(step, config.steps, policy, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
+    accuracy = questions.accuracy(run, policy)
     hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
     return {"accuracy": accuracy}

@@ -42,9 +42,8 @@ are those of ``token_logps``: column t is about token t+1.
 """
 
 import copy
-import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -52,18 +51,40 @@ import torch.nn as nn
 from torch import Tensor
 
 from attention import at_least_float32
-from data import encode_prompts, epoch_batch, load_prompts
 from optim import learning_rate, make_optimizers, update
-from reward import context_of, load_reward_model, real_tokens
-from rollout import Rollout, RolloutConfig, greedy_accuracy, micro_batches, minibatches, sample_answers, score
+from reward import RewardModel, context_of, load_reward_model, real_tokens
+from rollout import (
+    Questions,
+    Rollout,
+    RolloutConfig,
+    longest_prompt,
+    micro_batches,
+    minibatches,
+    policy_logps,
+    sample_answers,
+    sampling_seed,
+    score,
+)
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
 from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, parse, validate
 from runtime.errors import UserError, run_main
-from runtime.run import Run, start
-from stages import load_stage
-from transformer import Transformer, hidden_logps, model_size, token_logps
-from watch import assert_same_policy, flat_groups, render, report_start, update_sums, warn
+from runtime.run import Run
+from stages import begin, with_start
+from tokenizer import Tokenizer
+from transformer import Transformer, hidden_logps, model_size
+from watch import (
+    Alarm,
+    UpdateSums,
+    assert_ratio_is_one,
+    assert_same_policy,
+    describe,
+    flat_groups,
+    render,
+    report_start,
+    sampler_gap,
+    step_figures,
+)
 
 
 @dataclass(frozen=True)
@@ -246,7 +267,38 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One rollout, and the updates on it
+# What a step is made of
+
+
+def load_judge(config: Config, tokenizer: Tokenizer, device: torch.device) -> RewardModel | None:
+    """The reward model that ``config.reward`` names, frozen; None if a rule judges. UserError if it reads other tokens
+    than the policy writes."""
+    if config.reward == "verifier":
+        return None
+    judge, other, _ = load_reward_model(config.reward, device)
+    if other.state() != tokenizer.state():
+        raise UserError(f"{config.reward} reads other tokens than {config.init_from} writes")
+    return judge.requires_grad_(False)
+
+
+@torch.no_grad()
+def score_answers(run: Run, judge: RewardModel, rollout: Rollout, size: int) -> Tensor:
+    """The reward model's scores of a rollout's answers, (N,), ``size`` at a time."""
+    parts = zip(rollout.tokens.split(size), real_tokens(rollout.tokens, rollout.mask).split(size))
+    with run.autocast(), run.eager():
+        return torch.cat([judge(tokens, real) for tokens, real in parts])
+
+
+@torch.no_grad()
+def policy_and_values(run: Run, model: ActorCritic, rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the answers' tokens and the values before them, (N, T-1) each, without gradient."""
+    logps, values = torch.zeros_like(rollout.sampled_logps), torch.zeros_like(rollout.sampled_logps)
+    everyone = torch.arange(len(rollout), device=logps.device)
+    for rows, width in micro_batches(rollout.mask, everyone, config.micro_batch_size):
+        with run.autocast():
+            some = model(rollout.tokens[rows, : width + 1], rollout.mask[rows, :width], config.temperature)
+        logps[rows, :width], values[rows, :width] = some
+    return logps, values
 
 
 @dataclass
@@ -255,72 +307,43 @@ class Batch:
 
     tokens: Tensor
     mask: Tensor
-    logps: Tensor
-    values: Tensor
+    logps: Tensor  # of the policy that sampled
+    values: Tensor  # of the critic at that time
     advantages: Tensor
     returns: Tensor
 
 
-def prepare(
-    run: Run,
-    model: ActorCritic,
-    reference: Transformer | None,
-    rollout: Rollout,
-    scores: Tensor,
-    beta: float,
-    config: Config,
-) -> tuple[Batch, dict]:
-    """Old log-probabilities and values, rewards, advantages and returns of a rollout; and figures, as sums over its
-    answers.
+def accumulate_gradients(
+    run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Config, first: bool
+) -> dict[str, float]:
+    """The gradient of both losses over one minibatch, in micro-batches; returns statistics of the update.
+
+    rows: (n,), indices. first: nothing has moved since sampling, so every ratio is 1; AssertionError if not. The
+    gradients of all processes add up to that of the whole batch.
     """
-    tokens, mask = rollout.tokens, rollout.mask
-    logps, values, ref_logps = (torch.zeros(mask.shape, device=mask.device) for _ in range(3))
-    with torch.no_grad(), run.autocast():
-        for part, width in micro_batches(mask, torch.arange(len(tokens), device=mask.device), config.micro_batch_size):
-            some, counts = tokens[part, : width + 1], mask[part, :width]
-            logps[part, :width], values[part, :width] = model(some, counts, config.temperature)
-            if reference is not None:
-                ref_logps[part, :width] = token_logps(reference, some, config.temperature, where=counts)
-    rewards = token_rewards(scores, logps, ref_logps if reference is not None else None, mask, beta)
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    raw, returns = gae(rewards, values, mask, config.gamma, config.lam)  # returns of the raw advantages
-    batch = Batch(tokens, mask, logps, values, whiten(raw, mask), returns)
-    kl = (logps - ref_logps) * mask if reference is not None else torch.zeros_like(logps)
-    gap = ((logps - rollout.sampled_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
-    assert_same_policy(run, float(gap))
-    return batch, {"kl_ref": float(kl.sum()), "explained_variance": explained_variance(values, returns, mask)}
-
-
-def learn(run: Run, model: ActorCritic, batch: Batch, rows: Tensor, config: Config, first: bool) -> dict:
-    """The gradients of one minibatch, and its figures. ``first``: nothing has moved since sampling, so every ratio is
-    1."""
     n_tokens = processes.sum_over_processes(batch.mask[rows].sum()).clamp(min=1)
-    sums = dict.fromkeys(("policy_loss", "value_loss", "clipped", "value_clipped", "moved", "strayed"), 0.0)
+    sums = UpdateSums(config.clip_ratio, config.clip_ratio, totals=("value_loss", "value_clip_fraction", "ratio_gap"))
     for some, width in micro_batches(batch.mask, rows.to(batch.mask.device), config.micro_batch_size):
         mask, tokens = batch.mask[some, :width], batch.tokens[some, : width + 1]
         old, old_values, advantages, returns = (
             x[some, :width] for x in (batch.logps, batch.values, batch.advantages, batch.returns)
-        )
+        )  # (b, width) each
         with run.autocast():
             logps, values = model(tokens, mask, config.temperature)
-        policy = ppo_policy_loss(logps, old, advantages, mask, config.clip_ratio, n_tokens)
-        value = ppo_value_loss(values, old_values, returns, mask, config.clip_value, n_tokens)
-        run.scaler.scale(policy + config.value_weight * value).backward()
-        found = update_sums(logps, old, advantages, mask, config.clip_ratio, config.clip_ratio)
+        policy_loss = ppo_policy_loss(logps, old, advantages, mask, config.clip_ratio, n_tokens)
+        value_loss = ppo_value_loss(values, old_values, returns, mask, config.clip_value, n_tokens)
+        run.scaler.scale(policy_loss + config.value_weight * value_loss).backward()
         with torch.no_grad():
-            found["value_clipped"] = float((((values - old_values).abs() > config.clip_value) & mask).sum())
-            found["strayed"] = float((((logps - old).exp() - 1).abs() * mask).sum())
-        found = {name: value / float(n_tokens) for name, value in found.items()}
-        found |= {"policy_loss": float(policy.detach()), "value_loss": float(value.detach())}
-        sums = {name: value + found[name] for name, value in sums.items()}
-    total = processes.sum_over_processes(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-    sums = dict(zip(sums, total))
-    if first and not sums["strayed"] < (1e-3 if run.precision == "fp32" else 0.1):
-        raise AssertionError(
-            f"before the first update every ratio is 1, but they differ from it by {sums['strayed']:.4f}"
-        )
-    return sums
+            far = (((values - old_values).abs() > config.clip_value) & mask).sum() / n_tokens
+            gap = (((logps - old).exp() - 1).abs() * mask).sum() / n_tokens
+            sums.add(
+                logps, old, advantages, mask, loss=policy_loss, value_loss=value_loss, value_clip_fraction=far,
+                ratio_gap=gap,
+            )  # fmt: skip
+    statistics = sums.means()
+    if first:
+        assert_ratio_is_one(run, statistics["ratio_gap"])
+    return statistics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,31 +363,17 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last examination's figures. A finished run returns at once, an unfinished one continues."""
-    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
+    """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
+    config = with_start(config, "sft")
     check(config)
-    need_checkpoint(config.init_from, "python sft.py")
     if config.reward != "verifier":
         need_checkpoint(config.reward, "python reward.py")
-    run = start(config, "ppo")
-    policy, tokenizer, state = load_stage(config.init_from, device=run.device)
-    run.record_parent(state, config.init_from)
-    judge, context = None, policy.config.max_seq_len
-    if config.reward != "verifier":
-        judge, other, _ = load_reward_model(config.reward, run.device)
-        judge.requires_grad_(False)
-        if other.state() != tokenizer.state():
-            raise UserError(f"{config.reward} reads other tokens than {config.init_from} writes")
-        context = min(context, context_of(judge.backbone))  # an encoder may read less than the policy can write
-    longest = context - config.max_new_tokens
-    if longest < 1:
-        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {context} tokens")
-
-    # Data: prompts with gold answers; held-out ones for the examination.
-    prompts = load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)
-    encoded, prompts = encode_prompts(prompts, tokenizer, longest)
-    held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
-    held_ids, held = encode_prompts(held, tokenizer, longest)
+    run, policy, tokenizer = begin(config, "ppo", "python sft.py")
+    judge = load_judge(config, tokenizer, run.device)
+    context = policy.config.max_seq_len
+    if judge is not None:  # an encoder may read less than the policy can write
+        context = min(context, context_of(judge.backbone))
+    questions = Questions(config, tokenizer, longest_prompt(config, context))
 
     # The policy with its critic learns; the reference stays what the policy was at the start.
     reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
@@ -373,101 +382,77 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
     first = run.resume(model, optimizers)
     beta = float(run.state["extra"]["beta"]) if run.state and not run.finished else config.beta
+    size, tokens = model_size(policy, policy.config.max_seq_len), config.prompts_per_step * config.max_new_tokens
+    how = "eager (answers change shape every step)"
+    more = {"data": questions.describe(), "reward": config.reward, "starts": config.init_from}
+    run.banner(size, config.steps, tokens, how, **more)
+    if first == 0:
+        run.evaluation(0, accuracy=questions.accuracy(run, policy))
+    alarm = Alarm(run)
 
-    def rollout_of(step: int):
-        """This process's share of the answers of a step, what they earn, and whether they are right and well-formed."""
-        chosen = processes.my_share(epoch_batch(len(encoded), config.prompts_per_step, step, config.seed).tolist())
-        seed = ((config.seed * 1_000_000 + step) * 1_000 + processes.rank()) % 2**63
-        ids = [encoded[i] for i in chosen]
+    for step in run.steps(first, config.steps):
+        # 1. Every question is answered once; a rule, or a reward model, says what the answer is worth.
+        begun, batch = time.perf_counter(), questions.batch(step)
+        ids, asked, seed = [ids for ids, _ in batch], [one for _, one in batch], sampling_seed(config.seed, step)
         with run.autocast(), run.eager():
             rollout = sample_answers(policy, tokenizer, ids, 1, config.max_new_tokens, config.temperature, seed)
-        correct, formed = score(rollout.texts, [prompts[i].gold for i in chosen], rollout.finished)
+        correct, formed = score(rollout.texts, [question.gold for question in asked], rollout.finished)  # (N,) each
         if judge is None:
             scores = config.correct_weight * correct + config.format_weight * formed
         else:
-            scores = judged(run, judge, rollout, config.micro_batch_size)
+            scores = score_answers(run, judge, rollout, config.micro_batch_size)
         scores = scores - config.unfinished_penalty * (~rollout.finished)
-        return rollout, scores, correct, formed, prompts[chosen[0]]
 
-    if not run.finished:
-        run.banner(
-            model_size(policy, policy.config.max_seq_len), config.steps,
-            config.prompts_per_step * config.max_new_tokens, "eager (answers change shape every step)",
-            data=f"{config.data}: {len(encoded):,} prompts, {len(held):,} held-out questions",
-            reward=config.reward, starts=config.init_from,
-        )  # fmt: skip
-    if first == 0:
-        rollout, scores, correct, formed, asked = rollout_of(0)
-        flat = float(flat_groups(processes.gather(scores), config.prompts_per_step))
-        figures = {"correct": correct.mean(), "formatted": formed.mean(), "finished": rollout.finished.float().mean()}
-        report_start(run, rollout, correct, figures, flat, asked)
-        run.evaluation(0, accuracy=greedy_accuracy(run, policy, tokenizer, held_ids, held, config.max_new_tokens))
-    silent = 0
-    for step in run.steps(first, config.steps):
-        # 1. Answers, what they earn, and how that compares with what the critic foresaw.
-        started = time.perf_counter()
-        rollout, scores, correct, formed, asked = rollout_of(step)
-        batch, sums = prepare(run, model, reference, rollout, scores, beta, config)
-        rollout_seconds = time.perf_counter() - started
+        # 2. What the policy, its critic and the reference say of every token, before anything moves.
+        old_logps, values = policy_and_values(run, model, rollout, config)  # (N, T-1) each
+        ref_logps = policy_logps(run, reference, rollout, config) if reference is not None else None
+        assert_same_policy(run, sampler_gap(rollout, old_logps))
 
-        # 2. Epochs of minibatches on them.
+        # 3. The score comes at the last token, the cost of straying at each; the critic had foreseen some of it.
+        rewards = token_rewards(scores, old_logps, ref_logps, rollout.mask, beta)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, rollout.mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, rollout.mask, config.gamma, config.lam)
+        advantages = whiten(advantages, rollout.mask)  # the returns are those of the raw ones
+        batch = Batch(rollout.tokens, rollout.mask, old_logps, values, advantages, returns)
+        flat = float(flat_groups(processes.gather(scores), config.prompts_per_step))  # are all scores equal?
+        kl = torch.zeros_like(scores) if ref_logps is None else ((old_logps - ref_logps) * rollout.mask).sum(dim=1)
+        sampled = describe(rollout, {"score": scores, "correct": correct, "formatted": formed, "kl_ref": kl})
+        if step == 0:
+            report_start(run, rollout, correct, sampled, flat, asked[0])
+        sampling_seconds = time.perf_counter() - begun
+
+        # 4. Epochs of minibatches on the same answers; the clip keeps that honest.
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        updates: list[dict] = []
+        updates = []
         for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed + processes.rank()):
-                figures = learn(run, model, batch, rows.to(run.device), config, first=not updates)
-                updates.append(figures | {"grad_norm": update(run, model, optimizers, lr, config.clip)})
+                statistics = accumulate_gradients(run, model, batch, rows, config, first=not updates)
+                norm = update(run, model, optimizers, lr, config.clip)
+                updates.append(statistics | {"grad_norm": norm})
 
-        # 3. What happened.
-        lengths = rollout.mask.sum(dim=1).float()
-        means = torch.stack(
-            [
-                scores.mean(), correct.mean(), formed.mean(), rollout.finished.float().mean(), lengths.mean(),
-                -rollout.sampled_logps.sum() / len(rollout), torch.tensor(sums["kl_ref"] / len(rollout)).to(scores),
-            ]
-        )  # fmt: skip
-        means = (processes.sum_over_processes(means) / processes.world_size()).tolist()
-        names = ("score", "correct", "formatted", "finished", "length", "entropy", "kl_ref")
-        figures = dict(zip(names, means))
-        figures["entropy"] /= figures["length"]  # of an answer, until here; now of a token
-        of_updates = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        run.log(
-            step, int(figures["length"] * config.prompts_per_step) * config.epochs, always=True,
-            show=("score", "correct"), lr=lr, beta=beta, truncated=1 - figures["finished"], **figures,
-            explained_variance=sums["explained_variance"], policy_loss=of_updates["policy_loss"],
-            value_loss=of_updates["value_loss"], clip_fraction=of_updates["clipped"],
-            value_clip_fraction=of_updates["value_clipped"], kl_old=of_updates["moved"],
-            grad_norm=of_updates["grad_norm"], first_ratio_gap=updates[0]["strayed"],
-            rollout_share=rollout_seconds / (time.perf_counter() - started),
-        )  # fmt: skip
+        # 5. What happened.
+        figures = step_figures(sampled, updates) | {"beta": beta, "flat_groups": flat}
+        figures["policy_loss"] = figures.pop("loss")
+        figures["first_ratio_gap"] = updates[0]["ratio_gap"]
+        figures["explained_variance"] = explained_variance(values, returns, rollout.mask)
+        figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
+        run.log(step, int(figures.pop("tokens")), always=True, show=("score", "correct"), lr=lr, **figures)
+        alarm.check(figures)
         if config.kl_target is not None:
             beta = adapt_beta(beta, figures["kl_ref"], config.kl_target, config.prompts_per_step, config.kl_horizon)
-        flat = bool(flat_groups(processes.gather(scores), config.prompts_per_step))
-        silent = silent + 1 if flat or of_updates["grad_norm"] == 0 else 0
-        warn(run, silent, figures | {"flat_groups": float(flat)}, of_updates["grad_norm"])
-
         accuracy = None
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            accuracy = greedy_accuracy(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
+        if run.due(step, config.eval_every, config.steps):
+            accuracy = questions.accuracy(run, policy)
             run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked, rollout, correct, n=1))
+            run.sample(step + 1, render(asked[0], rollout, correct, n=1))
         if accuracy is not None or run.should_save(step, config.steps):
-            run.save(
-                step, config.steps, model, optimizers, tokenizer, metric=accuracy, lower_is_better=False,
-                extra={"beta": beta},
-            )  # fmt: skip
-    accuracy = greedy_accuracy(run, policy, tokenizer, held_ids, held, config.max_new_tokens)
+            extra = {"beta": beta}
+            run.save(step, config.steps, model, optimizers, tokenizer, accuracy, lower_is_better=False, extra=extra)
+    accuracy = questions.accuracy(run, policy)
     hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
     return {"accuracy": accuracy}
-
-
-@torch.no_grad()
-def judged(run: Run, judge, rollout: Rollout, size: int) -> Tensor:
-    """The reward model's scores of a rollout's answers, (N,)."""
-    parts = zip(rollout.tokens.split(size), real_tokens(rollout.tokens, rollout.mask).split(size))
-    with run.autocast(), run.eager():
-        return torch.cat([judge(tokens, real) for tokens, real in parts])
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prompt
+from data import Prompt, encode_prompts, epoch_batch, load_prompts
 from engine import can_decode_fast, fast_generate
 from generate import generate
+from runtime import processes
 from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Positive, TrainConfig
+from runtime.errors import UserError
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, token_logps
@@ -81,6 +83,65 @@ class Rollout:
         """Those rows alone, in that order. chosen: (n,), indices."""
         texts = [self.texts[i] for i in chosen.tolist()]
         return Rollout(self.tokens[chosen], self.mask[chosen], self.sampled_logps[chosen], texts, self.finished[chosen])
+
+
+class Questions:
+    """The questions of a stage as token ids: those it learns on, and the held-out ones of its evaluations.
+
+    Which questions a step asks is a function of the seed and the step, so a resumed run asks what it would have asked.
+    longest: the tokens that a prompt may have; longer ones are counted and left out. With ``warmup`` or ``fade`` the
+    first steps ask the embedded task alone, and the share of its questions then falls to 0 (see the fields
+    ``arith_warmup`` and ``arith_fade`` of grpo.py).
+    """
+
+    def __init__(self, config, tokenizer: Tokenizer, longest: int, warmup: int = 0, fade: int = 0):
+        self.config, self.tokenizer, self.warmup, self.fade = config, tokenizer, warmup, fade
+        sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
+        if warmup or fade:
+            sources["arith"] = load_prompts("arith", "train", seed=config.seed)
+        self.train = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
+        held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
+        self.held_ids, self.held = encode_prompts(held, tokenizer, longest)
+
+    def batch(
+        self, step: int, draw: int = 0, without: Sequence[Prompt] = (), most: int | None = None
+    ) -> list[tuple[list[int], Prompt]]:
+        """This process's share of the questions of a step, each as ids and as what it asks. A further ``draw`` of the
+        same step gives other questions: none of those it is to go ``without``, and at most ``most``."""
+        size, order = self.config.prompts_per_step, self.config.seed + 1_000_003 * draw
+        fading = (step + 1 - self.warmup) / (self.fade + 1)  # 0 while only arith, 1 when only data
+        from_data = round(size * min(1.0, max(0.0, fading))) if self.warmup or self.fade else size
+        batch = []
+        for name, n in {"arith": size - from_data, self.config.data: from_data}.items():
+            ids, prompts = self.train.get(name, ((), ()))
+            batch += [(ids[i], prompts[i]) for i in epoch_batch(len(ids), size, step, order)[:n]] if n else []
+        if 0 < from_data < size:  # mixed, so that no process and no further draw gets only one kind
+            batch = [batch[i] for i in epoch_batch(size, size, step, order)]
+        known = set(map(id, without))
+        return [one for one in processes.my_share(batch) if id(one[1]) not in known][:most]
+
+    def accuracy(self, run: Run, model: Transformer) -> float:
+        """The share of the held-out questions that the model, greedily, answers right."""
+        return greedy_accuracy(run, model, self.tokenizer, self.held_ids, self.held, self.config.max_new_tokens)
+
+    def describe(self) -> str:
+        return (
+            f"{self.config.data}: {len(self.train[self.config.data][0]):,} prompts, {len(self.held):,} held-out "
+            "questions"
+        )
+
+
+def longest_prompt(config, context: int) -> int:
+    """The tokens that a prompt may have beside an answer in ``context`` tokens; UserError if there is no room."""
+    longest = context - config.max_new_tokens
+    if longest < 1:
+        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in a context of {context}")
+    return longest
+
+
+def sampling_seed(seed: int, step: int, draw: int = 0, draws: int = 1) -> int:
+    """The seed of a step's answers, another one in each process."""
+    return (((seed * 1_000_000 + step) * draws + draw) * 1_000 + processes.rank()) % 2**63
 
 
 def join(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
@@ -184,9 +245,11 @@ def greedy_accuracy(
 
 
 def minibatches(n: int, count: int, step: int, epoch: int, seed: int) -> list[Tensor]:
-    """The rows of each of ``count`` minibatches of n answers, reshuffled in every epoch; a function of its arguments
-    alone.
+    """The rows of each of ``count`` minibatches of n answers, reshuffled in every epoch (one minibatch holds all of
+    them, in order); a function of its arguments alone.
     """
+    if count == 1:
+        return [torch.arange(n)]
     generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + epoch) % 2**63)
     return list(torch.randperm(n, generator=generator).tensor_split(count))
 

@@ -6,14 +6,15 @@ answers change a little. So each of its stages says what it sees, in these funct
 * Before the first step, ``report_start``: how often the policy is right already, how often it is cut off, and in how
   many groups all rewards are equal. Where nothing differs, nothing can be learned.
 * Before the first update on each rollout, ``assert_same_policy``: log-probabilities in training are those of sampling.
-* In each update, ``update_sums``: how many tokens the clip holds back, how far the policy has moved.
-* After each step, ``describe``: what the answers were like; and ``warn``, loudly, if all groups were flat, all answers
+* In each update, ``UpdateSums``: how many tokens the clip holds back, how far the policy has moved.
+* After each step, ``describe``: what the answers were like; and ``Alarm``, loudly, if all groups were flat, all answers
   cut off, or the gradient zero or not finite.
 
 Run ``python watch.py`` for the figures of eight answers.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,14 +35,14 @@ def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
     return (groups == groups[:, :1]).all(dim=1).float().mean()
 
 
-def kept_apart(rewards: Tensor, advantages: Tensor, group_size: int) -> float:
-    """How many different advantages there are for each different row of rewards, in groups that are not flat. Below 1,
-    answers that earned different things were treated as equals: their sum forgot the difference (gdpo.py).
+def distinct_advantages(rewards: Tensor, advantages: Tensor, group_size: int) -> float:
+    """Distinct advantages per distinct reward vector, over groups that are not flat. Below 1, answers that earned
+    different things were treated as equals: their sum forgot the difference (gdpo.py).
 
     rewards: (N, K), advantages: (N,).
 
     >>> rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
-    >>> round(kept_apart(rewards, torch.tensor([0.5, 0.5, -1.5, 0.5]), group_size=4), 3)
+    >>> round(distinct_advantages(rewards, torch.tensor([0.5, 0.5, -1.5, 0.5]), group_size=4), 3)
     0.667
     """
     combinations = distinct = 0
@@ -72,6 +73,29 @@ def mean_over_answers(figures: dict[str, float]) -> dict[str, float]:
     return {name: value / n for name, value in zip(names, sums)} | {"answers": n}
 
 
+def lessons(rewards: dict[str, Tensor], weights: dict[str, float], advantages: Tensor, group_size: int) -> dict:
+    """How much a step's rewards can teach: "flat_groups", the share of groups in which no answer has an advantage, and
+    "distinct_advantages". rewards: (N,) each, of which those with a weight count; advantages: (N,)."""
+    counted = [values for name, values in rewards.items() if weights[name]] or list(rewards.values())
+    distinct = distinct_advantages(torch.stack(counted, dim=1), advantages, group_size)
+    return {"flat_groups": float(flat_groups(advantages, group_size)), "distinct_advantages": distinct}
+
+
+def step_figures(sampled: dict[str, float], updates: Sequence[dict]) -> dict[str, float]:
+    """What a step logs: the figures of all processes' answers, see ``describe``, with the entropy of a token instead of
+    an answer; the means over the updates; "tokens", the sum of those that the updates trained on."""
+    figures = mean_over_answers(sampled)
+    figures["entropy"] /= figures["length"]
+    figures["truncated"] = 1 - figures["finished"]
+    means = {name: sum(one[name] for one in updates) / len(updates) for name in updates[0]}
+    return figures | means | {"tokens": sum(one["tokens"] for one in updates)}
+
+
+def mean_per_token(values: Tensor, mask: Tensor) -> float:
+    """The mean, over the tokens of all processes, of what was summed over each answer: values (N,), mask (N, C)."""
+    return float(torch.div(*processes.sum_over_processes(torch.stack([values.sum(), mask.sum().to(values)]))))
+
+
 def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str:
     """A question and the first ``n`` answers to it, for a human eye."""
     lines = [f"question: {prompt.messages[-1]['content']}", f"gold:     {prompt.gold}"]
@@ -87,13 +111,13 @@ def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str
 def report_start(run: Run, rollout: Rollout, correct: Tensor, figures: dict, flat: float, asked: Prompt) -> None:
     """What the policy can do before the first step: if it never succeeds, it has nothing to learn from.
 
-    figures: the means of "correct", "formatted" and "finished" over this process's answers; correct: (N,), of the
-    answers that are shown; flat: the share of flat groups, of all processes.
+    figures: those of ``describe``, of this process; correct: (N,), of the answers that are shown; flat: the share of
+    flat groups, of all processes.
     """
-    mine = torch.tensor([figures[name] for name in ("correct", "formatted", "finished")], dtype=torch.float64)
-    solved, shaped, finished = (processes.sum_over_processes(mine) / processes.world_size()).tolist()
+    means = mean_over_answers(figures)
+    finished = means["finished"]
     run.print(
-        f"  start      pass@1 {solved:.3f}, well-formed {shaped:.3f}, "
+        f"  start      pass@1 {means['correct']:.3f}, well-formed {means['formatted']:.3f}, "
         f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
     )
     run.print("             " + render(asked, rollout, correct, n=1).replace("\n", "\n             "))
@@ -106,21 +130,38 @@ def report_start(run: Run, rollout: Rollout, correct: Tensor, figures: dict, fla
         run.print("WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that can end")
 
 
-def warn(run: Run, silent: int, figures: dict, norm: float) -> None:
-    """Say loudly when a run learns nothing. ``silent``: how many steps in a row have taught nothing."""
-    if silent and silent % 10 == 0:
-        run.print(
-            f"WARNING: {silent} steps in a row taught nothing (flat groups: {figures['flat_groups']:.2f}, "
-            f"gradient {norm:.1e}): raise --temperature (grpo.py also has --group_size), or change the prompts"
-        )
-    if figures["finished"] == 0:
-        run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
-    if not math.isfinite(norm) and not run.scaler.is_enabled():  # the scaler of fp16 looks for its factor like this
-        run.print("WARNING: the gradient is not finite: lower --lr")
+class Alarm:
+    """Says loudly when a run learns nothing."""
+
+    def __init__(self, run: Run):
+        self.run, self.silent = run, 0  # silent: steps in a row from which nothing could be learned
+
+    def check(self, figures: dict[str, float]) -> None:
+        """figures: a step's "flat_groups", "finished" and "grad_norm"."""
+        flat, norm = figures["flat_groups"], figures["grad_norm"]
+        self.silent = self.silent + 1 if flat == 1 or norm == 0 else 0
+        if self.silent and self.silent % 10 == 0:
+            self.run.print(
+                f"WARNING: {self.silent} steps in a row taught nothing (flat groups: {flat:.2f}, gradient {norm:.1e}): "
+                "raise --temperature (grpo.py also has --group_size), or change the prompts"
+            )
+        if figures["finished"] == 0:
+            self.run.print("WARNING: every answer of this step was cut off: raise --max_new_tokens")
+        if not math.isfinite(norm) and not self.run.scaler.is_enabled():  # fp16's scaler looks for its factor like this
+            self.run.print("WARNING: the gradient is not finite: lower --lr")
+
+
+def sampler_gap(rollout: Rollout, old_logps: Tensor, rows: Tensor | None = None) -> float:
+    """How far, on average over the tokens of all processes, the log-probabilities that training begins with, (N, T-1),
+    lie from those of sampling. rows: (N,) boolean, the answers that are looked at; None: all."""
+    mask = rollout.mask if rows is None else rollout.mask & rows[:, None]
+    gaps = ((old_logps - rollout.sampled_logps).abs() * mask).sum()
+    total, n = processes.sum_over_processes(torch.stack([gaps, mask.sum().to(gaps)])).tolist()
+    return total / max(n, 1.0)
 
 
 def assert_same_policy(run: Run, gap: float) -> None:
-    """``gap``: how far, on average, the log-probabilities that training begins with lie from those of sampling."""
+    """The policy that trains is the policy that sampled, if the ``sampler_gap`` is no more than rounding."""
     if gap != gap:
         raise UserError("the policy's log-probabilities are not numbers any more: lower --lr")
     if not gap < (1e-3 if run.precision == "fp32" else 0.1):
@@ -130,31 +171,66 @@ def assert_same_policy(run: Run, gap: float) -> None:
         )
 
 
-@torch.no_grad()
-def update_sums(
-    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float,
-    sequence: bool = False, lower_bound: bool = True,
-) -> dict[str, float]:  # fmt: skip
-    """Figures of one part of an update, as sums over its tokens, so that those of all parts add up.
+def assert_ratio_is_one(run: Run, gap: float) -> None:
+    """Before the first update on a rollout nothing has moved: π / π_old is 1, up to rounding. gap: the mean distance
+    from it."""
+    if not gap < (1e-3 if run.precision == "fp32" else 0.1):
+        raise AssertionError(f"before the first update every ratio is 1, but they differ from it by {gap:.4f}")
 
-    logps, old_logps, mask: (B, C); advantages: (B,) or (B, C). sequence: one ratio for a whole answer (GSPO);
-    lower_bound: whether ratios below 1 - clip_low are clipped too (in CISPO they are not). Returns "tokens"; "pushed",
-    tokens with an advantage; "clipped", those of them whose gradient the clip takes away; "moved", the k3 estimate of
-    KL(π_old ‖ π) in nats.
+
+class UpdateSums:
+    """Statistics of one update, added up over its micro-batches and over all processes.
+
+    clip_low, clip_high: the ratios 1 - clip_low and 1 + clip_high are where the clip begins; ratio_level: "token", or
+    "sequence" for one ratio for a whole answer (GSPO); lower_bound: whether ratios are clipped from below too (in CISPO
+    they are not); totals: names of what else is added up.
     """
-    advantages = advantages if advantages.dim() == 2 else advantages[:, None]
-    change = log_ratio = logps - old_logps
-    if sequence:
-        change = (change * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    too_high, too_low = change.exp() > 1 + clip_high, change.exp() < 1 - clip_low
-    up, down = advantages > 0, advantages < 0
-    outside = (up & too_high) | (down & too_low) if lower_bound else (up | down) & too_high
-    return {
-        "tokens": float(mask.sum()),
-        "pushed": float(((up | down) & mask).sum()),
-        "clipped": float((outside & mask).sum()),
-        "moved": float(((torch.expm1(log_ratio) - log_ratio) * mask).sum()),
-    }
+
+    def __init__(
+        self, clip_low: float, clip_high: float, ratio_level: str = "token", lower_bound: bool = True,
+        totals: Sequence[str] = (),
+    ):  # fmt: skip
+        self.clip_low, self.clip_high = clip_low, clip_high
+        self.ratio_level, self.lower_bound, self.totals = ratio_level, lower_bound, tuple(totals)
+        names = ("loss", "tokens", "pushed", "clipped", "moved", "strayed", *self.totals)
+        self.sums: dict[str, float] = dict.fromkeys(names, 0.0)
+        self.has_reference = False
+
+    @torch.no_grad()
+    def add(
+        self, logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, ref_logps: Tensor | None = None,
+        loss: float | Tensor = 0.0, **totals: float | Tensor,
+    ) -> None:  # fmt: skip
+        """One micro-batch. logps, old_logps, ref_logps, mask: (B, C); advantages: (B,) or (B, C); loss and ``totals``:
+        its share of them."""
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+        change = log_ratio = logps - old_logps
+        if self.ratio_level == "sequence":
+            change = (change * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        too_high, too_low = change.exp() > 1 + self.clip_high, change.exp() < 1 - self.clip_low
+        up, down = advantages > 0, advantages < 0
+        outside = (up & too_high) | (down & too_low) if self.lower_bound else (up | down) & too_high
+        for name, value in {"loss": loss, **totals}.items():
+            self.sums[name] += float(value)
+        self.sums["tokens"] += float(mask.sum())
+        self.sums["pushed"] += float(((up | down) & mask).sum())  # tokens with an advantage
+        self.sums["clipped"] += float((outside & mask).sum())  # those of them whose gradient the clip takes away
+        self.sums["moved"] += float(((torch.expm1(log_ratio) - log_ratio) * mask).sum())  # k3 of KL(π_old ‖ π)
+        if ref_logps is not None:
+            strayed = logps - ref_logps
+            self.has_reference = True
+            self.sums["strayed"] += float(((torch.expm1(-strayed) + strayed) * mask).sum())  # k3 of KL(π ‖ π_ref)
+
+    def means(self) -> dict[str, float]:
+        """Of all processes: "loss"; "tokens", their number; "kl_old" and, with a reference, "kl_ref", nats of a token;
+        "clip_fraction", of the tokens with an advantage; and each of ``totals``, as it adds up."""
+        totals = processes.sum_over_processes(torch.tensor(list(self.sums.values()), dtype=torch.float64)).tolist()
+        sums = dict(zip(self.sums, totals))
+        n = max(sums["tokens"], 1.0)
+        means = {"loss": sums["loss"], "tokens": sums["tokens"], "kl_old": sums["moved"] / n}
+        means["clip_fraction"] = sums["clipped"] / max(sums["pushed"], 1.0)
+        means |= {name: sums[name] for name in self.totals}
+        return means | ({"kl_ref": sums["strayed"] / n} if self.has_reference else {})
 
 
 if __name__ == "__main__":
@@ -165,11 +241,12 @@ if __name__ == "__main__":
     old = -torch.rand(8, 3)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]] * 2).bool()
     for moved in (0.0, 0.1, 0.4):
-        sums = update_sums(old + moved * torch.randn(8, 3), old, advantages, mask, 0.2, 0.2)
-        n, pushed = sums["tokens"], sums["pushed"]
+        sums = UpdateSums(clip_low=0.2, clip_high=0.2)
+        sums.add(old + moved * torch.randn(8, 3), old, advantages, mask)
+        means = sums.means()
         print(
-            f"log-probabilities moved by about {moved}: clipped {sums['clipped']:.0f} of {pushed:.0f} tokens with an "
-            f"advantage, KL to the policy that sampled {sums['moved'] / n:.4f} nats a token"
+            f"log-probabilities moved by about {moved}: the clip holds back {means['clip_fraction']:.2f} of the tokens "
+            f"with an advantage, KL to the policy that sampled {means['kl_old']:.4f} nats a token"
         )
     for precision, gap in (("fp32", 1e-6), ("fp32", 0.05)):
         try:

@@ -108,7 +108,8 @@ class Ours:
         ref = clock.time("reference", grpo.policy_logps)(self.run, self.reference, rollout, self.config)
 
         def learn():
-            grpo.accumulate_gradients(self.run, self.model, rollout, advantages, self.config, None, ref)
+            old = grpo.policy_logps(self.run, self.model, rollout, self.config)
+            grpo.accumulate_gradients(self.run, self.model, rollout, advantages, self.config, old, ref)
             update(self.run, self.model, self.optimizers, self.config.lr, 1.0)
 
         clock.time("update", learn)()

@@ -39,7 +39,7 @@ def measure(stage: str, way: str, width: int) -> None:
     torch.manual_seed(0)
     tokens = torch.randint(V, (N, T))
     mask = torch.arange(1, T).expand(N, -1) >= PROMPT
-    config = grpo.Config(beta=0.04, minibatches=1, updates_per_rollout=1, max_new_tokens=T - PROMPT)
+    config = grpo.Config(beta=0.04, minibatches=1, epochs=1, max_new_tokens=T - PROMPT)
     with tempfile.TemporaryDirectory() as folder:
         run = start({"sft": sft, "grpo": grpo}[stage].Config(out_dir=folder, device="cpu"), stage)
         shape = ModelConfig(V, width, n_layers=8, n_heads=8, max_seq_len=T)
@@ -62,7 +62,8 @@ def measure(stage: str, way: str, width: int) -> None:
                 with adapters_off(reference):
                     ref_logps = grpo.policy_logps(run, reference, rollout, config)
                 advantages = torch.tensor([1.0, -1.0]).repeat(N // 2)
-                grpo.accumulate_gradients(run, model, rollout, advantages, config, None, ref_logps)
+                old_logps = grpo.policy_logps(run, model, rollout, config)
+                grpo.accumulate_gradients(run, model, rollout, advantages, config, old_logps, ref_logps)
             held = sum(p.grad.numel() for p in model.parameters() if p.grad is not None)
             update(run, model, optimizers, 1e-3, 1.0)
         moments = [x for o in optimizers for state in o.state.values() for x in state.values()]

@@ -82,8 +82,12 @@ def ppo_update(run, n: int, naive: bool):
             with torch.no_grad():
                 sampled = token_logps(policy.backbone, tokens[some], where=mask[some])
             rollout = Rollout(tokens[some], mask[some], sampled, [], torch.ones(len(some), dtype=torch.bool))
-            batch, _ = ppo.prepare(run, policy, reference, rollout, torch.ones(len(some)), 0.1, config)
-            ppo.learn(run, policy, batch, torch.arange(len(some)), config, first=True)
+            old, values = ppo.policy_and_values(run, policy, rollout, config)
+            ref = ppo.policy_logps(run, reference, rollout, config)
+            rewards = ppo.token_rewards(torch.ones(len(some)), old, ref, rollout.mask, 0.1)
+            advantages, returns = ppo.gae(rewards, values, rollout.mask, config.gamma, config.lam)
+            batch = ppo.Batch(rollout.tokens, rollout.mask, old, values, advantages, returns)
+            ppo.accumulate_gradients(run, policy, batch, torch.arange(len(some)), config, first=True)
         policy.zero_grad()
 
     return update, list(range(n)), [0]

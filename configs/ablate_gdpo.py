@@ -22,5 +22,5 @@ cells = [
     f"short for itself, groups of 16 | GDPO | conditioned=False {_sixteen}",
 ]
 starts = ["sft_96 | n_examples=96"]
-columns = ["start", "accuracy", "correct", "formatted", "short", "all", "length", "kl", "kept_apart"]
-curves = ["correct", "formatted", "short", "kept_apart"]
+columns = ["start", "accuracy", "correct", "formatted", "short", "all", "length", "kl", "distinct_advantages"]
+curves = ["correct", "formatted", "short", "distinct_advantages"]

@@ -16,5 +16,5 @@ warmup = 10
 eval_every = 50
 eval_prompts = 512
 save_every = 50
-updates_per_rollout = 1
+epochs = 1
 minibatches = 1

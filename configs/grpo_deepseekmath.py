@@ -3,6 +3,6 @@ question, lr 1e-6.)"""
 
 loss_type = "grpo"
 beta = 0.04
-updates_per_rollout = 1
+epochs = 1
 minibatches = 1
 out_dir = "out/arith/grpo_deepseekmath"

@@ -12,5 +12,5 @@ lr = 5e-5
 eval_every = 3
 eval_prompts = 16
 save_every = 3
-updates_per_rollout = 1
+epochs = 1
 minibatches = 1

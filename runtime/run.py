@@ -147,8 +147,11 @@ class Run:
         return torch.compiler.set_stance("force_eager")
 
     def banner(self, size, steps: int, tokens_per_step: int, how: str = "eager", **more) -> None:
-        """Say what the run will do. size: the model's ``ModelSize`` (transformer.py); more: further lines, by name."""
+        """Say what the run will do, unless it is done already. size: the model's ``ModelSize`` (transformer.py); more:
+        further lines, by name."""
         self.metrics.flops_per_token = size.flops_per_token
+        if self.finished:
+            return
         n, active, trained = size.parameters, size.active, size.trained
         facts = {
             "device": f"{self.device}, {self.precision}, {how}"
@@ -205,6 +208,10 @@ class Run:
     def has_sample(self, step: int) -> bool:
         """Whether samples.txt holds a text of that step."""
         return has_sample(self.folder, step)
+
+    def due(self, step: int, every: int, steps: int) -> bool:
+        """Whether ``step``, counted from 0, is one of every ``every``, or the last."""
+        return (step + 1) % every == 0 or step + 1 == steps
 
     def should_save(self, step: int, steps: int) -> bool:
         return (step + 1) % self.config.save_every == 0 or step + 1 == steps or self.progress.interrupted

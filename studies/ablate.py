@@ -375,8 +375,8 @@ def checked_cells(config: Config) -> list[Cell]:
     for name in (*columns_of(config), *config.scatter):
         if name.removesuffix("-first") not in known_columns or (name.endswith("-first") and name in config.scatter):
             raise UserError(f"there is no column {name}: {', '.join(known_columns)}")
-    if "kept_apart" in config.scatter or "kept_apart" in set(config.columns) - set(config.curves):
-        raise UserError("kept_apart is the mean of a curve: name it in curves and columns")
+    if "distinct_advantages" in config.scatter or "distinct_advantages" in set(config.columns) - set(config.curves):
+        raise UserError("distinct_advantages is the mean of a curve: name it in curves and columns")
     for name in kept_curves(config):
         if name not in known_curves and not (config.stage == "pretrain" and without_axis(name) in known_curves):
             raise UserError(f"there is no curve {name}: {', '.join(known_curves)}")
@@ -436,13 +436,14 @@ COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run, and
     "start": "greedy accuracy before", "accuracy": "greedy accuracy", "correct": "sampled, right",
     "believed": "right, says its verifier", "formatted": "in form", "short": "short", "all": "right and short",
     "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "tokens",
-    "finished": "finished", "answers": "answers sampled", "kept_apart": "kept apart, over the run",
+    "finished": "finished", "answers": "answers sampled", "distinct_advantages": "kept apart, over the run",
 }  # fmt: skip
 CURVES = {  # what a run logs about itself: rewards are those that it was trained with
     "accuracy": "greedy accuracy", "correct": "right, as rewarded", "formatted": "in form, as rewarded",
     "short": "short, as rewarded", "reward": "reward", "length": "tokens", "entropy": "entropy", "finished": "finished",
-    "flat_groups": "flat groups", "kept_apart": "kept apart", "clip_fraction": "clipped", "kl_ref": "KL to the start",
-    "kl_old": "KL to the sampler", "grad_norm": "gradient norm", "answers": "answers sampled",
+    "flat_groups": "flat groups", "distinct_advantages": "distinct advantages", "clip_fraction": "clipped",
+    "kl_ref": "KL to the start", "kl_old": "KL to the sampler", "grad_norm": "gradient norm",
+    "answers": "answers sampled",
 }  # fmt: skip
 DIGITS = {"kl": 2, "busiest": 2, "idlest": 2, "length": 1}  # decimals in the table; of whole numbers none, else 3
 DIGITS |= dict.fromkeys(("steps_90", "answers", "parameters", "active", "seconds"), 0)

@@ -136,7 +136,7 @@ def test_cells_and_their_configurations():
         ({"scatter": ("kl",)}, "two columns"),
         ({"scatter": ("kl", "akkuracy")}, "no column akkuracy"),
         ({"columns": ("speed",)}, "no column speed"),
-        ({"columns": ("kept_apart",)}, "name it in curves"),
+        ({"columns": ("distinct_advantages",)}, "name it in curves"),
         ({"curves": ("correct", "speed")}, "no curve speed"),
         ({"page": "nowhere.md"}, "no page nowhere.md"),
         ({"init_from": "nowhere"}, "there is no checkpoint in nowhere"),
@@ -209,9 +209,9 @@ def test_the_table_has_means_and_intervals_of_the_rows(study):
 
 def test_a_column_can_be_the_mean_of_a_curve(study):
     config, rows = study
-    config = replace(config, columns=("kept_apart",), curves=("accuracy", "kept_apart"))
+    config = replace(config, columns=("distinct_advantages",), curves=("accuracy", "distinct_advantages"))
     cells = read_cells(config)[:1]
-    rows = [{"cell": cells[0].key, "curves": {"kept_apart": [[1, 2, 3], [1.0, 0.5, x]]}} for x in (0.75, 0.0)]
+    rows = [{"cell": cells[0].key, "curves": {"distinct_advantages": [[1, 2, 3], [1.0, 0.5, x]]}} for x in (0.75, 0.0)]
     assert ablate.table(config, cells, rows).splitlines()[-1].endswith("| 0.625 ± 1.588 | 2 |")  # 12.706 · 0.125
 
 

@@ -16,7 +16,7 @@ from gdpo import Config, condition, gdpo_advantages, group_sums
 from grpo import accumulate_gradients, group_advantages
 from runtime.errors import UserError
 from runtime.run import Run
-from watch import kept_apart
+from watch import distinct_advantages
 
 NUMBERS = load_npz("advantages_grpo_gdpo")
 SETS = {meta["name"]: meta["G"] for meta in load_json("advantages_grpo_gdpo.meta.json")["sets"]}
@@ -237,11 +237,11 @@ def test_the_page_counts_the_lessons_as_the_code_does():
         assert gdpo.count_lessons(G, K) == tuple(counts)
 
 
-def test_kept_apart_counts_rewards_and_advantages():
+def test_distinct_advantages_counts_rewards_and_advantages():
     rewards = torch.tensor([[1.0, 0], [0, 1], [0, 0], [0, 1], [1, 1], [1, 1], [1, 1], [1, 1]])  # the second is dead
-    assert kept_apart(rewards, group_advantages(rewards.sum(1), 4), 4) == pytest.approx(2 / 3)
-    assert kept_apart(rewards, gdpo_advantages(rewards, 4), 4) == 1.0
-    assert kept_apart(rewards[4:], torch.zeros(4), 4) == 1.0
+    assert distinct_advantages(rewards, group_advantages(rewards.sum(1), 4), 4) == pytest.approx(2 / 3)
+    assert distinct_advantages(rewards, gdpo_advantages(rewards, 4), 4) == 1.0
+    assert distinct_advantages(rewards[4:], torch.zeros(4), 4) == 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy):  # noqa: F811
     found = []
     for size in (64, 5, 1):
         policy.zero_grad()
-        accumulate_gradients(StubRun(), policy, rollout, advantages, Config(temperature=0.7, micro_batch_size=size))
+        config = Config(temperature=0.7, micro_batch_size=size)
+        accumulate_gradients(StubRun(), policy, rollout, advantages, config, rollout.sampled_logps)
         found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-6, atol=1e-9)  # token_logps sums in float32 at least
@@ -321,7 +322,7 @@ def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):  # noqa
     assert 0 <= figures["accuracy"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
-    assert {"correct", "formatted", "short", "kept_apart", "flat_groups"} <= steps[0].keys()
+    assert {"correct", "formatted", "short", "distinct_advantages", "flat_groups"} <= steps[0].keys()
     assert ("integer" in steps[0]) == ("integer_weight" in changes)
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["stage"] == "gdpo"
     assert ("but for its last step" in capsys.readouterr().out) == ("length_weight" in changes)
@@ -345,7 +346,7 @@ def test_impossible_settings_are_refused(tmp_path, start, changes, word):  # noq
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, start, monkeypatch):  # noqa: F811
     stage = types.SimpleNamespace(main=gdpo.main, Run=Run)
-    settings = {"steps": 4, "minibatches": 2, "updates_per_rollout": 2, "draws": 2, "save_every": 1, "beta": 0.05}
+    settings = {"steps": 4, "minibatches": 2, "epochs": 2, "draws": 2, "save_every": 1, "beta": 0.05}
     whole, stopped = (tiny_gdpo(tmp_path / name, start, **settings) for name in ("whole", "stopped"))
     one, _ = assert_exact_resume(monkeypatch, stage, whole, stopped, saves=2)
     assert one["step"] == 4

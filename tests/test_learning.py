@@ -14,7 +14,7 @@ import optim
 import pretrain
 import sft
 from gdpo import gdpo_advantages
-from grpo import Config, accumulate_gradients, group_advantages, sample_answers
+from grpo import Config, accumulate_gradients, group_advantages, policy_logps, sample_answers
 from runtime.config import read_preset
 from runtime.run import start
 from tokenizer import ByteTokenizer
@@ -40,9 +40,9 @@ def practise(tmp_path, sign: float, form: dict | None = None, **settings) -> tup
         share = torch.tensor([text.count("a") / 6 for text in rollout.texts])
         shares.append(float(share.mean()))
         advantages = group_advantages(sign * share, 16, config.scale)
-        old = None
-        for _ in range(config.updates_per_rollout):
-            old, _ = accumulate_gradients(run, model, rollout, advantages, config, old)
+        old = policy_logps(run, model, rollout, config)
+        for _ in range(config.epochs):
+            accumulate_gradients(run, model, rollout, advantages, config, old)
             optim.update(run, model, optimizers, 5e-3, 1.0)
     return shares[0], shares[-1]
 
@@ -51,10 +51,10 @@ def practise(tmp_path, sign: float, form: dict | None = None, **settings) -> tup
     "settings",
     [
         {},
-        {"loss_type": "grpo", "updates_per_rollout": 3},
+        {"loss_type": "grpo", "epochs": 3},
         {"loss_type": "dr_grpo", "scale": "none"},
         {"loss_type": "cispo", "scale": "batch"},
-        {"loss_type": "grpo", "ratio_level": "sequence", "updates_per_rollout": 2},
+        {"loss_type": "grpo", "ratio_level": "sequence", "epochs": 2},
         {"temperature": 0.7},
     ],
     ids=str,
@@ -108,7 +108,7 @@ def test_gdpo_raises_both_of_two_rewards_and_with_both_negated_lowers_them(tmp_p
             rewards = [[float("a" in text), float("b" in text)] for text in rollout.texts]
             means.append(torch.tensor(rewards).mean(dim=0))
             advantages = gdpo_advantages(sign * torch.tensor(rewards), 16, lengths=lengths)
-            accumulate_gradients(run, model, rollout, advantages, config)
+            accumulate_gradients(run, model, rollout, advantages, config, policy_logps(run, model, rollout, config))
             optim.update(run, model, optimizers, 5e-3, 1.0)
         before, after = torch.stack(means[:3]).mean(dim=0), torch.stack(means[-3:]).mean(dim=0)
         assert ((after > before + 0.25) if sign > 0 else (after < 0.25 * before)).all(), (sign, before, after)

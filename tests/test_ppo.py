@@ -15,14 +15,15 @@ import reward
 import sft
 from ppo import (
     ActorCritic,
+    Batch,
     Config,
+    accumulate_gradients,
     adapt_beta,
     explained_variance,
     gae,
-    learn,
+    policy_and_values,
     ppo_policy_loss,
     ppo_value_loss,
-    prepare,
     token_rewards,
     whiten,
 )
@@ -32,6 +33,7 @@ from runtime.run import start
 from stages import load_stage
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, token_logps
+from watch import assert_same_policy, sampler_gap
 
 N = load_npz("ppo")
 META = load_json("ppo.meta.json")
@@ -282,6 +284,45 @@ def rolled(model, config, n=8):
     return sample_answers(model.backbone, T, prompts, 1, config.max_new_tokens, config.temperature, seed=0)
 
 
+def prepare(run, model, reference, rollout, scores, beta, config) -> Batch:
+    """What the stage does between the scores and the updates, see ``test_the_stage_puts_the_formulas_together``."""
+    logps, values = policy_and_values(run, model, rollout, config)
+    assert_same_policy(run, sampler_gap(rollout, logps))
+    ref_logps = None if reference is None else ppo.policy_logps(run, reference, rollout, config)
+    rewards = token_rewards(scores, logps, ref_logps, rollout.mask, beta)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, rollout.mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, rollout.mask, config.gamma, config.lam)
+    return Batch(rollout.tokens, rollout.mask, logps, values, whiten(advantages, rollout.mask), returns)
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+def test_the_stage_puts_the_formulas_together(tmp_path, folders, monkeypatch, whitened):
+    """Scores and KL become rewards, rewards and values advantages, and what an update sees of them is whitened, but for
+    the returns."""
+    names = ("token_rewards", "gae", "ppo_policy_loss", "ppo_value_loss")
+    seen = {name: recorded(monkeypatch, name) for name in names}
+    more = {"steps": 1, "epochs": 1, "minibatches": 1, "micro_batch_size": 64, "max_new_tokens": 3, "lam": 0.8}
+    judge = str(folders / "reward")
+    ppo.main(tiny(tmp_path, folders, reward=judge, beta=0.3, gamma=0.9, whiten_rewards=whitened, **more))
+    (rewarded,), (estimated,), (policy,), (value,) = (seen[name] for name in names)
+    scores, logps, ref_logps, mask, beta = rewarded
+    assert beta == 0.3 and scores.std() > 0
+    rewards = token_rewards(scores, logps, ref_logps, mask, 0.3)
+    rewards = whiten(rewards, mask, shift_mean=False) if whitened else rewards
+    close(estimated[0], rewards, 1e-6)
+    values = estimated[1]
+    assert torch.equal(estimated[2], mask) and estimated[3:] == [0.9, 0.8]
+    advantages, returns = gae(rewards, values, mask, 0.9, 0.8)
+    ends = mask.sum(dim=1)  # answers of one length are side by side in a part of the batch
+    order = ((mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1)).argsort(stable=True)
+    assert len(ends) == len(order)
+    close(policy[2], whiten(advantages, mask)[order], 1e-5)
+    close(policy[1], logps[order], 0)
+    close(value[1], values[order], 0)
+    close(value[2], returns[order], 1e-5)
+
+
 def test_a_rollout_prepared_equals_the_formulas(run):
     config = Config(max_new_tokens=6, temperature=0.8, micro_batch_size=3, lam=0.9)
     model = actor()
@@ -292,7 +333,7 @@ def test_a_rollout_prepared_equals_the_formulas(run):
             p.add_(0.02 * torch.randn_like(p))
     rollout = rolled(model, config)
     scores = torch.randn(8)
-    batch, figures = prepare(run, model, reference, rollout, scores, 0.3, config)
+    batch = prepare(run, model, reference, rollout, scores, 0.3, config)
     with torch.no_grad():
         logps, values = model(rollout.tokens, rollout.mask, 0.8)
         ref = token_logps(reference, rollout.tokens, 0.8, where=rollout.mask)
@@ -300,7 +341,6 @@ def test_a_rollout_prepared_equals_the_formulas(run):
     advantages, returns = gae(rewards, values, rollout.mask, 1.0, 0.9)
     close(batch.advantages, whiten(advantages, rollout.mask), 1e-4)
     close(batch.returns, returns, 1e-5)  # of the raw advantages, not of the whitened ones
-    assert figures["kl_ref"] == pytest.approx(float(((logps - ref) * rollout.mask).sum()), rel=1e-4)
     assert batch.advantages[~rollout.mask].abs().sum() == 0
 
 
@@ -320,25 +360,25 @@ def test_the_first_minibatch_has_ratio_1_and_that_is_asserted(run):
     config = Config(max_new_tokens=6)
     model = actor()
     rollout = rolled(model, config)
-    batch, _ = prepare(run, model, None, rollout, torch.randn(8), 0.0, config)
-    figures = learn(run, model, batch, torch.arange(8), config, first=True)
-    assert figures["strayed"] < 1e-5 and figures["clipped"] == 0 and abs(figures["policy_loss"]) < 1
+    batch = prepare(run, model, None, rollout, torch.randn(8), 0.0, config)
+    figures = accumulate_gradients(run, model, batch, torch.arange(8), config, first=True)
+    assert figures["ratio_gap"] < 1e-5 and figures["clip_fraction"] == 0 and abs(figures["loss"]) < 1
     with torch.no_grad():
         for p in model.backbone.parameters():
             p.add_(0.05 * torch.randn_like(p))
     with pytest.raises(AssertionError, match="every ratio is 1"):
-        learn(run, model, batch, torch.arange(8), config, first=True)
+        accumulate_gradients(run, model, batch, torch.arange(8), config, first=True)
 
 
 def test_micro_batches_give_the_gradient_of_the_minibatch(run):
     config = Config(max_new_tokens=6)
     model = actor()
     rollout = rolled(model, config)
-    batch, _ = prepare(run, model, None, rollout, torch.randn(8), 0.0, config)
+    batch = prepare(run, model, None, rollout, torch.randn(8), 0.0, config)
     grads = []
     for size in (8, 3):
         model.zero_grad()
-        learn(run, model, batch, torch.arange(8), replace(config, micro_batch_size=size), first=True)
+        accumulate_gradients(run, model, batch, torch.arange(8), replace(config, micro_batch_size=size), first=True)
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads):
         close(a, b, 1e-5)
@@ -348,14 +388,14 @@ def update_after_moving(run, model, reference, rollout, scores, beta, config, ro
     """The gradient that the stage takes on the answers ``rows`` of a rollout, when policy and critic have moved by a
     little noise since they sampled it. ``shift`` is added to the old log-probabilities.
     """
-    batch, _ = prepare(run, model, reference, rollout, scores, beta, config)
+    batch = prepare(run, model, reference, rollout, scores, beta, config)
     batch.logps = batch.logps + shift * batch.mask
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(moved * torch.randn(p.shape, generator=generator))
     model.zero_grad()
-    learn(run, model, batch, rows, config, first=first)
+    accumulate_gradients(run, model, batch, rows, config, first=first)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -455,11 +495,11 @@ def practise(run, sign: float) -> tuple[float, float]:
         rollout = sample_answers(model.backbone, T, prompts, 1, 6, 1.0, seed=step)
         share = torch.tensor([text.count("a") / 6 for text in rollout.texts])
         shares.append(float(share.mean()))
-        batch, _ = prepare(run, model, None, rollout, sign * share, 0.0, config)
+        batch = prepare(run, model, None, rollout, sign * share, 0.0, config)
         first = True
         for epoch in range(2):
             for rows in minibatches(64, 2, step, epoch, 0):
-                learn(run, model, batch, rows, config, first)
+                accumulate_gradients(run, model, batch, rows, config, first)
                 optim.update(run, model, optimizers, 5e-3, 1.0)
                 first = False
     return shares[0], shares[-1]
@@ -542,7 +582,7 @@ def test_an_answer_is_judged_as_if_it_stood_alone(run, folders):
     policy, _, _ = load_stage(str(folders / "sft"))
     prompts = [tokenizer.encode("What is 2+3?" * (1 + i % 3)) for i in range(9)]
     rollout = sample_answers(policy, tokenizer, prompts, 1, 12, 1.0, seed=3)
-    found = ppo.judged(run, judge, rollout, size=4)
+    found = ppo.score_answers(run, judge, rollout, size=4)
     lengths = set()
     for tokens, mask, score in zip(rollout.tokens, rollout.mask, found):
         n = int(mask.nonzero().max()) + 2  # the last answer token is one column behind its log-probability

@@ -46,7 +46,7 @@ def settings(stage: str, folder: Path, starts: dict, **changes):
     small = {
         "out_dir": str(folder), "init_from": str(starts["grpo"]), "steps": STEPS, "prompts_per_step": 2,
         "group_size": 4, "n_prompts": 32, "eval_prompts": 4, "max_new_tokens": 8, "device": "cpu", "beta": 0.05,
-        "updates_per_rollout": 2, "minibatches": 2, "draws": 2, "lr": 2e-3,
+        "epochs": 2, "minibatches": 2, "draws": 2, "lr": 2e-3,
     }  # fmt: skip
     return grpo.Config(**(small | changes))
 
@@ -272,7 +272,7 @@ def test_a_finished_run_returns_at_once_and_changes_nothing(stage, starts, never
     before = {name: (folder / name).read_bytes() for name in names}
     written = (folder / "ckpt.pt").stat().st_mtime_ns
     monkeypatch.setattr(STAGES[stage], "update", lambda *_: pytest.fail("it trains"))
-    figures = STAGES[stage].run(settings(stage, folder, starts))
+    figures = STAGES[stage].main(settings(stage, folder, starts))
     assert {name: (folder / name).read_bytes() for name in names} == before
     assert (folder / "ckpt.pt").stat().st_mtime_ns == written
     last = {k: v for row in rows_of(folder) for k, v in row.items()}
@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(stage, damage, starts, tmp_
     content = {"cut off": whole[: len(whole) // 2], "garbage": b"\x00\xff" * 500, "empty": b""}[damage]
     (tmp_path / "ckpt.pt").write_bytes(content)
     with pytest.raises(UserError) as error:
-        STAGES[stage].run(settings(stage, tmp_path, starts))
+        STAGES[stage].main(settings(stage, tmp_path, starts))
     assert str(tmp_path / "ckpt.pt") in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "ckpt.pt").read_bytes() == content  # and nothing was written over it
 

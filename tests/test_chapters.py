@@ -70,7 +70,7 @@ EXAMPLES = {
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
     "optim": ["lr 0.001000", "Muon, weight decay 0.1: [(8, 8)]"],
     "rollout": ["finished", "counts, log p"],
-    "watch": ["flat groups 0.50", "clipped 0 of 9 tokens", "the same policy", "differ by 0.0500"],
+    "watch": ["flat groups 0.50", "holds back 0.00 of the tokens", "the same policy", "differ by 0.0500"],
     "probe": ["learned positions", "rope positions", "before training", "after"],
     "preferences": ["pairs of arith", "a pair as two rows", "padding"],
 }

@@ -26,6 +26,7 @@ verl's own verl over tokens, so that long answers count more, and the answers of
 not 0 (``batch_over = tokens``). NVlabs leaves out the last step for a single reward, TRL does not, and neither do we.
 A reward of NaN is unknown (TRL): it enters no statistic and adds nothing; NVlabs takes it for 0.
 
+    python gdpo.py --example                                            # two questions, two rewards, step by step
     python gdpo.py                                                      # the embedded task, after sft.py
     python gdpo.py --combine sum --out_dir out/arith/summed             # the same rewards, GRPO's order
     python gdpo.py --no-conditioned --out_dir out/arith/gdpo_short      # short counts for itself
@@ -47,6 +48,7 @@ from grpo import (
     groups_that_teach,
     keep_groups,
     reference_logps,
+    show,
     total_reward,
 )
 from lora import load_state, start_lora
@@ -63,8 +65,8 @@ from rollout import (
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
-from runtime.config import Count, Finite, parse
-from runtime.errors import UserError, run_main
+from runtime.config import Count, Finite, run_stage
+from runtime.errors import UserError
 from stages import begin, with_start
 from transformer import model_size
 from verify import integer_reward, length_reward
@@ -322,5 +324,18 @@ def main(config: Config) -> dict:
     return {"accuracy": accuracy}
 
 
+def example() -> None:
+    """Two questions, two answers each, two rewards: what GRPO's sum forgets, and GDPO's three steps."""
+    rewards = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 1.0]])  # right, short
+    print("rewards (right, short)             ", "  ".join(f"{r[0]:.0f},{r[1]:.0f}" for r in rewards.tolist()))
+    print("GRPO: their sum                    ", show(rewards.sum(dim=1)))
+    print("      compared with siblings       ", show(group_advantages(rewards.sum(dim=1), group_size=2)))
+    for k, name in enumerate(("right", "short")):
+        print(f"GDPO: {name}, compared by itself   ", show(group_advantages(rewards[:, k], group_size=2)))
+    print("      the sum of both              ", show(group_sums(rewards, group_size=2)))
+    print("      over the std of the batch    ", show(gdpo_advantages(rewards, group_size=2)))
+    print("To GRPO one reward more is as good as two; to GDPO two are twice as good.")
+
+
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config, example)

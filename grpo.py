@@ -31,9 +31,21 @@ What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
 As long as each rollout serves one update (``epochs`` and ``minibatches`` 1), every ratio is 1, no clip
 acts, and GRPO, GSPO and CISPO differ in their reductions alone.
 
+What to watch, and what it should look like:
+
+* ``reward`` and ``correct``: up, together. If only the reward rises, it is being hacked.
+* ``flat_groups``: the share of groups whose answers all earned the same, from which nothing can be learned. Near 1 at
+  the start, the policy is too weak (or the questions too hard); towards the end it rises because all are right.
+* ``clip_fraction``: a few percent of the tokens with an advantage; ``kl_old``, nats of a token from the policy that
+  sampled: well below 0.1. More of either means too large steps.
+* ``entropy`` (an estimate, nats of a token): slowly down; near 0 nothing is explored any more.
+* ``kl_ref`` (with ``beta``), nats of a token to the reference: well below 1.
+* ``truncated``: near 0, or the answers need more room. ``sampler_gap``: rounding, 1e-6 in float32.
+
 The tokens are sampled at ``temperature`` with no top-k or top-p, and every log-probability is computed at the same
 temperature: the policy that samples is the policy that trains. The first update of each rollout asserts it.
 
+    python grpo.py --example                                 # four answers, step by step
     python grpo.py                                           # the embedded task, after sft.py
     python grpo.py configs/grpo_dapo.py
     python grpo.py configs/grpo_gsm8k.py --data_dir DIR
@@ -66,8 +78,8 @@ from rollout import (
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
-from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, parse, validate
-from runtime.errors import UserError, run_main
+from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, run_stage, validate
+from runtime.errors import UserError
 from runtime.run import Run
 from stages import begin, with_start
 from transformer import Transformer, model_size, token_logps
@@ -505,5 +517,38 @@ def main(config: Config) -> dict:
     return {"accuracy": accuracy}
 
 
+def example() -> None:
+    """One question, four answers of at most three tokens, one update: from rewards to a gradient."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])  # the tokens of each answer
+    old_logps = torch.tensor([[0.5, 0.5, 0.8], [0.4, 0.5, 1.0], [0.5, 0.2, 0.6], [0.3, 1.0, 1.0]]).log()
+    now = torch.tensor([[0.7, 0.5, 0.8], [0.2, 0.5, 1.0], [0.5, 0.3, 0.6], [0.33, 1.0, 1.0]])  # after one update
+    advantages = group_advantages(rewards, group_size=4)
+    print("rewards                  ", show(rewards))
+    print("mean, std of the group   ", show(torch.stack([rewards.mean(), rewards.std()])))
+    print("advantages               ", show(advantages), " (one for all tokens of an answer)")
+    logps = now.log().requires_grad_()
+    loss = grpo_loss(logps, old_logps, advantages, mask)
+    loss.backward()
+    ratios = now / old_logps.exp()
+    clipped = ratios.clamp(0.8, 1.2)
+    for i in range(4):
+        tokens = mask[i].bool()
+        rho, a = ratios[i, tokens], advantages[i]
+        print(f"answer {i + 1}: ratios ρ         ", show(rho))
+        print("          ρ A, clip(ρ) A ", show(rho * a), " ", show(clipped[i, tokens] * a))
+        print("          the smaller    ", show(torch.minimum(rho * a, clipped[i, tokens] * a)))
+        print("          dL / d log π   ", show(logps.grad[i, tokens]))
+    print(f"loss = -(their sum) / {int(mask.sum())} tokens = {loss.item():.4f}")
+    print(
+        "No gradient where the ratio has moved as far as the advantage wants: answer 1, token 1, and answer 2, token 1."
+    )
+    print("Answer 3, token 2 moved the wrong way, to 1.5: it keeps its gradient and comes back.")
+
+
+def show(values: Tensor) -> str:
+    return " ".join(f"{value + 0.0:7.4f}" for value in values.tolist())
+
+
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config, example)

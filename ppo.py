@@ -36,6 +36,7 @@ which has seen the tokens up to t), and the score stands on the answer's last to
 1.9 puts it one column later). Columns
 are those of ``token_logps``: column t is about token t+1.
 
+    python ppo.py --example                                   # one answer, token by token
     python ppo.py                                             # reward from the verifier, after sft.py
     python ppo.py --reward out/arith/reward --beta 0.05 --out_dir out/arith/ppo_reward      # from the reward model
     python ppo.py configs/ppo_hack.py                         # from a weak one without a leash: see the answers go bad
@@ -67,8 +68,8 @@ from rollout import (
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
-from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, parse, validate
-from runtime.errors import UserError, run_main
+from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, run_stage, validate
+from runtime.errors import UserError
 from runtime.run import Run
 from stages import begin, with_start
 from tokenizer import Tokenizer
@@ -455,5 +456,36 @@ def main(config: Config) -> dict:
     return {"accuracy": accuracy}
 
 
+def example() -> None:
+    """One answer of three tokens: from its score to advantages, to both losses and their gradients."""
+
+    def show(values: Tensor) -> str:
+        return " ".join(f"{value + 0.0:7.4f}" for value in values.flatten().tolist())
+
+    mask = torch.ones(1, 3)
+    old_logps, ref_logps = torch.tensor([[0.5, 0.4, 0.8]]).log(), torch.tensor([[0.5, 0.2, 0.8]]).log()
+    values = torch.tensor([[0.2, 0.5, 0.9]])  # what the critic foresaw before each token
+    rewards = token_rewards(torch.tensor([1.0]), old_logps, ref_logps, mask, beta=0.1)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.5)
+    print("log π_old - log π_ref         ", show(old_logps - ref_logps))
+    print("rewards: -0.1 of it, + score 1", show(rewards))
+    print("values V_t                    ", show(values))
+    following = torch.cat([values[:, 1:], torch.zeros(1, 1)], dim=1)
+    print("δ_t = r_t + V_t+1 - V_t       ", show(rewards + following - values), " (nothing after the last)")
+    print("A_t = δ_t + ½ A_t+1           ", show(advantages))
+    print("R_t = A_t + V_t               ", show(returns))
+    white = whiten(advantages, mask)
+    print("A, whitened                   ", show(white))
+    logps = torch.tensor([[0.65, 0.35, 0.8]]).log().requires_grad_()  # the policy and the critic have moved
+    new_values = torch.tensor([[0.1, 0.8, 0.9]]).requires_grad_()
+    policy_loss, value_loss = ppo_policy_loss(logps, old_logps, white, mask), ppo_value_loss(
+        new_values, values, returns, mask
+    )  # fmt: skip
+    (policy_loss + 0.1 * value_loss).backward()
+    print("ratios ρ, clipped at 0.8, 1.2 ", show((logps.detach() - old_logps).exp()))
+    print(f"policy loss {policy_loss.item():.4f}; dL/dlog π   ", show(logps.grad))
+    print(f"value loss  {value_loss.item():.4f}; 0.1 dL/dV    ", show(new_values.grad))
+
+
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config, example)

@@ -291,7 +291,7 @@ def run_cell(config: Config, cell: Cell, seed: int) -> dict:
             raise KeyboardInterrupt  # the study was killed: take nothing more from its queue
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                STAGES[config.stage].run(settings)
+                STAGES[config.stage].main(settings)
                 if config.stage == "pretrain":
                     row, curves = probe.measure(str(folder))
                 else:

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 import types
 from pathlib import Path
 
@@ -350,3 +351,16 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, start, monkeypatch):
     whole, stopped = (tiny_gdpo(tmp_path / name, start, **settings) for name in ("whole", "stopped"))
     one, _ = assert_exact_resume(monkeypatch, stage, whole, stopped, saves=2)
     assert one["step"] == 4
+
+
+def test_the_worked_example_is_worked_by_hand(capsys):
+    """Two answers: the better one is 1/√2 above the mean in stds; both rewards at once make it twice as good."""
+    gdpo.example()
+    lines = capsys.readouterr().out.splitlines()
+    found = [[float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines]
+    h = math.sqrt(0.5)
+    assert found[2] == pytest.approx([-h, h, -h, h], abs=2e-4)  # sums 0, 1 and 0, 2: the same lesson
+    assert found[3] == pytest.approx([0, 0, -h, h], abs=2e-4) and found[4] == pytest.approx([-h, h, -h, h], abs=2e-4)
+    assert found[5] == pytest.approx([-h, h, -2 * h, 2 * h], abs=4e-4)
+    std = math.sqrt((h**2 + h**2 + 4 * h**2 + 4 * h**2) / 3)
+    assert found[6] == pytest.approx([-h / std, h / std, -2 * h / std, 2 * h / std], abs=4e-4)

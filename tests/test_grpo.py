@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -1017,3 +1018,22 @@ def test_impossible_settings_are_refused(tmp_path, start, changes, word):
     with pytest.raises(UserError, match=word):
         grpo.main(tiny_grpo(tmp_path / "run", start, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_worked_example_is_worked_by_hand(capsys):
+    """Rewards 1, 0, 0, 1: mean ½, std √(4 · ¼ / 3); nine tokens in all."""
+    grpo.example()
+    lines = capsys.readouterr().out.splitlines()
+    numbers = {line.split("  ")[0]: [float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines}
+    a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    assert numbers["advantages"] == pytest.approx([a, -a, -a, a], abs=1e-4)
+    ratios = [[float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines if "ratios" in line]
+    assert ratios == [[1.4, 1.0, 1.0], [0.5, 1.0], [1.0, 1.5, 1.0], [1.1]]
+    smaller = [[1.2 * a, a, a], [-0.8 * a, -a], [-a, -1.5 * a, -a], [1.1 * a]]
+    found = [[float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines if "the smaller" in line]
+    assert found == [pytest.approx(row, abs=1e-4) for row in smaller]
+    total = sum(map(sum, smaller))
+    assert f"9 tokens = {-total / 9:.4f}" in lines[-3]
+    gradients = [[0, -a / 9, -a / 9], [0, a / 9], [a / 9, 1.5 * a / 9, a / 9], [-1.1 * a / 9]]  # -ρ A / 9, or nothing
+    found = [[float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines if "d log" in line]
+    assert found == [pytest.approx(row, abs=1e-4) for row in gradients]

@@ -744,7 +744,7 @@ def test_grpo_keeps_no_second_model_and_its_reference_is_the_start(base, tmp_pat
 )
 @pytest.mark.parametrize("stage", ["sft", "dpo", "grpo", "gdpo"])
 def test_what_cannot_work_is_refused_in_one_line(stage, changes, words, base, tmp_path):
-    assert words in refusal(STAGES[stage].run, of_stage(stage, tmp_path / "x", base, **changes))
+    assert words in refusal(STAGES[stage].main, of_stage(stage, tmp_path / "x", base, **changes))
 
 
 def test_sft_of_a_tied_model_names_the_head(tmp_path):

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -657,3 +658,29 @@ def test_what_is_logged_of_the_updates_is_what_the_losses_saw(tmp_path, folders,
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, folders, changes, words):
     with pytest.raises(UserError, match=words):
         ppo.main(tiny(tmp_path / "x", folders, **changes))
+
+
+def test_the_worked_example_is_worked_by_hand(capsys):
+    """λ = ½, a score of 1 at the end, a tenth of log 2 for straying at the second token."""
+    ppo.example()
+    lines = capsys.readouterr().out.splitlines()
+    found = [[float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines]
+    cost = 0.1 * math.log(2)
+    assert found[1] == pytest.approx([0, -cost, 1], abs=1e-4)
+    deltas = [0.3, 0.4 - cost, 0.1]
+    assert found[3] == pytest.approx(deltas, abs=1e-4)
+    a = [deltas[0] + deltas[1] / 2 + deltas[2] / 4, deltas[1] + deltas[2] / 2, deltas[2]]
+    assert found[4] == pytest.approx(a, abs=1e-4)
+    returns = [a[0] + 0.2, a[1] + 0.5, a[2] + 0.9]
+    assert found[5] == pytest.approx(returns, abs=1e-4)
+    mean = sum(a) / 3
+    std = math.sqrt(sum((x - mean) ** 2 for x in a) / 2)
+    w = [(x - mean) / std for x in a]
+    assert found[6] == pytest.approx(w, abs=1e-4)
+    assert found[7] == pytest.approx([1.3, 0.875, 1.0], abs=1e-4)
+    loss = -(1.2 * w[0] + 0.875 * w[1] + w[2]) / 3
+    assert found[8] == pytest.approx([loss, 0, -0.875 * w[1] / 3, -w[2] / 3], abs=1e-4)
+    # the critic: 0.1 is nearer to 0.2 than the clip; 0.8 counts as 0.7, which is worse and cannot move; 0.9 stays
+    errors = [0.1 - returns[0], 0.7 - returns[1], 0.9 - returns[2]]
+    value = sum(e * e for e in errors) / 6
+    assert found[9] == pytest.approx([value, 0.1 * errors[0] / 3, 0, 0.1 * errors[2] / 3], abs=1e-4)

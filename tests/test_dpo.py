@@ -396,7 +396,7 @@ def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
     [
         ({"max_length": 4096}, "more than the context"),
         ({"beta": 0.0}, "beta is"),
-        ({"label_smoothing": 0.5}, "half of the labels"),
+        ({"label_smoothing": 0.5}, "label_smoothing is 0.5: below 0.5"),
         ({"label_smoothing": 0.1, "method": "ipo"}, "belongs to --method dpo"),
         ({"data": "nothing"}, "no pairs called so"),
     ],

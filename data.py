@@ -483,7 +483,7 @@ def _gold(answer, skipped: Counter) -> Decimal | None:
 def load_prompts(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Prompt]:
     """``n`` prompts of "arith", "gsm8k" or "svamp"; split is "train", "validation" (every 50th row of train; of arith,
     held-out problems) or "test" (of arith, other wordings of held-out problems). The last two do not depend on the
-    seed, so that every run is examined on the same questions.
+    seed, so that every run is evaluated on the same questions.
     """
     if name == "arith":
         heldout = split != "train"

@@ -98,7 +98,8 @@ class Config(LoRARunConfig):
     Default: dpo and kto 0.5, ipo 5, simpo 10, orpo 0.1.
     """
     label_smoothing: Annotated[float, AtLeast(0, below=0.5)] = 0.0
-    """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO)."""
+    """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO). With half of them flipped
+    nothing would be left to learn."""
     ipo_average: bool = True
     """ipo: log-probabilities per token instead of sums."""
     gamma: NotNegative = 1.0

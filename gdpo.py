@@ -78,19 +78,18 @@ class Config(grpo.Config):
     combine: Literal["gdpo", "sum"] = "gdpo"
     """Normalise each reward, then add (GDPO); or add, then normalise (GRPO)."""
     format_weight: Annotated[float, Finite()] = 1.0
-    """Weight of the strict form, whatever the number."""
+    """The weight of the strict form, whatever the number."""
     length_weight: Annotated[float, Finite()] = 1.0
-    """Weight of an answer of at most length_limit tokens."""
+    """The weight of an answer of at most length_limit tokens."""
     length_limit: Count = 26
-    """Tokens, the end-of-text among them. Half of the fine-tuned model's answers are longer."""
+    """The longest short answer, in tokens, the end-of-text among them. Half of the fine-tuned model's are longer."""
     integer_weight: Annotated[float, Finite()] = 0.0
-    """Weight of an answer that is a whole number."""
+    """The weight of an answer that is a whole number."""
     conditioned: bool = True
-    """A short answer counts as short only if it is right (eq. 8). Otherwise answers are easiest to shorten by
-    thinking less, and the policy finds that out.
-    """
+    """Whether a short answer counts as short only if it is right (eq. 8). Otherwise the easiest way to shorten an
+    answer is to think less, and the policy finds that out."""
     batch_over: Literal["sequences", "tokens"] = "sequences"
-    """What the batch's mean and std are taken over."""
+    """What the mean and std of the batch are taken over."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

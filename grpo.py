@@ -101,55 +101,46 @@ from watch import (
 @dataclass(frozen=True)
 class Config(RolloutConfig, LoRARunConfig):
     arith_warmup: CountOrZero = 0
-    """Draw the prompts of the first steps from the embedded task: a weak model finds no reward in GSM8K to begin
-    with.
-    """
+    """The number of first steps whose prompts come from the embedded task: a weak model finds no reward in GSM8K."""
     arith_fade: CountOrZero = 0
-    """Then let the share of its prompts fall to 0 over so many steps."""
+    """The number of steps after these over which the share of its prompts falls to 0."""
     prompts_per_step: Count = 64
-    """Prompts of one rollout, over all processes."""
+    """The prompts of one rollout, over all processes."""
     group_size: Annotated[int, AtLeast(2)] = 4
-    """Answers for each prompt. The papers have 8 to 64; with few answers in all, more questions teach more."""
+    """Answers to each prompt. The papers have 8 to 64; with few answers in all, more questions teach more."""
     verifier: Literal["strict", "last", "any"] = "strict"
-    """What counts as right: the strict form; or a lax rule, the text's last number or any of them (to see it
-    outwitted). Examinations are always strict.
-    """
+    """What counts as right: the strict form, or, for the reward-hacking study, the text's last number or any number.
+    Evaluations are always strict."""
     correct_weight: Annotated[float, Finite()] = 1.0
-    """Reward for the right answer. Negative: the policy should unlearn; a test of the signs."""
+    """The reward for the right answer. Negative, it makes the policy unlearn: a test of the signs."""
     overlong_buffer: CountOrZero = 0
-    """Reward falls by up to 1 over the last so many tokens before max_new_tokens (DAPO: 4096 of 20480). 0: never."""
+    """The number of tokens before max_new_tokens over which the reward falls by up to 1 (DAPO: 4096 of 20480)."""
     mask_truncated: bool = False
-    """Answers that were cut off are not learned from; they stay in the mean of their group (DAPO's overlong
-    filtering).
-    """
+    """Whether answers that were cut off leave the loss (DAPO); they stay in the mean of their group."""
     draws: Count = 1
-    """Groups in which no reward differs between the answers are replaced by those of other prompts, drawn up to so many
-    times (DAPO's dynamic sampling; then whatever there is fills the batch). 1: never.
-    """
+    """The most draws of prompts in a step (DAPO's dynamic sampling): groups in which no reward differs are replaced by
+    those of the next draw; after the last, flat ones fill the batch. 1: nothing is replaced."""
     scale: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the std of the group, of the whole batch, or not at all."""
+    """What divides the advantages: the std of the group, of the whole batch, or nothing."""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"
-    """How tokens are weighed; see above."""
+    """How the tokens are weighted; see above."""
     ratio_level: Literal["token", "sequence"] = "token"
-    """One ratio for each token, or one for the answer (GSPO)."""
+    """One ratio for each token, or one for the whole answer (GSPO)."""
     clip_low: NotNegative = 0.2
     """Ratios below 1 - clip_low are clipped. GSPO: 3e-4 and 4e-4."""
     clip_high: NotNegative = 0.2
     """Ratios above 1 + clip_high are clipped. DAPO: 0.28; CISPO, in TRL: 4."""
     beta: NotNegative = 0.0
-    """Weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: no reference
-    is kept.
-    """
+    """The weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: none."""
     kl: Literal["k1", "k2", "k3"] = "k3"
     """The estimator of the KL."""
     kl_in: Literal["loss", "reward"] = "loss"
-    """The KL as a term of the loss, or subtracted from each answer's reward. There, scale = group makes a full-size
-    advantage of it wherever the other rewards are equal, whatever beta is.
-    """
+    """Where the KL goes: a term of the loss, or subtracted from each answer's reward. In the reward, scale = group
+    makes a full-size advantage of it wherever the other rewards are equal, whatever beta is."""
     kl_times_ratio: bool = False
-    """Weigh k1 or k3 in the loss by the ratio, which makes its gradient that of the KL (TRL's default since 1.16)."""
+    """Whether k1 or k3 in the loss is weighted by the ratio, which makes its gradient that of the KL (TRL's way)."""
     epochs: Count = 2
-    """Passes over the same answers; from the second update on, ratios differ from 1 and clipping acts."""
+    """Passes over the same answers. From the second update on, ratios differ from 1 and the clip acts."""
     lr: NotNegative = 2e-4
 
 

@@ -1,4 +1,4 @@
-"""The whole book in one command: pretrain, fine-tune, reinforce, and examine every stage.
+"""The whole book in one command: pretrain, fine-tune, reinforce, and evaluate every stage.
 
     python pipeline.py                       # the embedded task, on a laptop
     python pipeline.py --quick               # the same path with little training, to see it run

@@ -22,7 +22,7 @@ rollout nothing has moved yet, so every ρ_t is 1, and we assert it. In the fiel
 
 What to watch, and what it should look like:
 
-* ``score`` and ``correct``: up, together. If only the score rises, the reward is being outwitted.
+* ``score`` and ``correct``: up, together. If only the score rises, the reward is being hacked.
 * ``kl_ref``, nats of an answer to the reference: a few. If it runs away, raise --beta or lower --lr.
 * ``entropy`` (an estimate, nats of a token): slowly down; near 0 nothing is explored any more.
 * ``clip_fraction``: a few percent; ``kl_old``, nats of a token from the policy that sampled: well below 0.1. More of
@@ -93,15 +93,15 @@ class Config(RolloutConfig):
     reward: str = "verifier"
     """Where the score comes from: "verifier" (verify.py), or the folder of a reward model (reward.py)."""
     correct_weight: Annotated[float, Finite()] = 1.0
-    """verifier: reward for the right answer in the strict form. Negative: the policy should unlearn."""
+    """The verifier's reward for the right answer in the strict form. Negative, it makes the policy unlearn."""
     unfinished_penalty: Annotated[float, Finite()] = 1.0
-    """Taken off the score of an answer that was cut off."""
+    """What an answer that was cut off loses of its score."""
     prompts_per_step: Annotated[int, AtLeast(2)] = 256
-    """Prompts of one rollout, over all processes, with one answer each."""
+    """The prompts of one rollout, over all processes, with one answer each."""
     epochs: Count = 2
     """Passes over each rollout."""
     gamma: Annotated[float, AtLeast(0, most=1)] = 1.0
-    """Discount of what comes later."""
+    """The discount γ of later rewards."""
     lam: Annotated[float, AtLeast(0, most=1)] = 1.0
     """GAE's λ. TRL and the papers have 0.95, for longer answers and a critic that has had time to learn."""
     clip_ratio: Positive = 0.2
@@ -109,17 +109,15 @@ class Config(RolloutConfig):
     clip_value: Positive = 0.2
     """Values farther than this from what they were at sampling are clipped."""
     value_weight: NotNegative = 0.1
-    """Weight of the critic's loss."""
+    """The weight of the critic's loss."""
     beta: NotNegative = 0.02
-    """Cost of straying from the reference, per nat of KL. 0: no reference is kept."""
+    """The cost of straying from the reference, per nat of KL. 0: no reference is kept."""
     kl_target: Annotated[float | None, Above(0)] = None
-    """Adapt beta so that the KL of an answer stays near this many nats (Ziegler et al. 2019: 6). None: beta is
-    fixed."""
+    """The KL of an answer, in nats, near which an adapting beta keeps it (Ziegler et al. 2019: 6). None: beta is fixed."""
     kl_horizon: Count = 10_000
-    """An adapting beta changes by at most a fifth in so many answers."""
+    """The number of answers in which an adapting beta changes by at most a fifth."""
     whiten_rewards: bool = False
-    """Give the tokens' rewards standard deviation 1, around the mean they had (lm-human-preferences does, TRL does
-    not)."""
+    """Whether the tokens' rewards are given standard deviation 1 (lm-human-preferences does it, TRL does not)."""
     lr: NotNegative = 3e-4
 
 

@@ -69,7 +69,7 @@ def format_reward(text: str) -> float:
 def lax_correctness_reward(text: str, gold: Decimal | str | int, verifier: str = "last") -> float:
     """1.0 if the "last" number of the text, wherever it stands, equals ``gold``; or if "any" of its numbers does.
 
-    Many public verifiers fall back on such rules. They are here to be outwitted (docs/experiments/hack.md); nothing
+    Many public verifiers fall back on such rules. They are here to be hacked (docs/experiments/hack.md); nothing
     in the book trains with them unless told to.
 
     >>> [lax_correctness_reward(text, 7) for text in ("so it is 7", "7 or 8")]

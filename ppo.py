@@ -113,7 +113,7 @@ class Config(RolloutConfig):
     beta: NotNegative = 0.02
     """The cost of straying from the reference, per nat of KL. 0: no reference is kept."""
     kl_target: Annotated[float | None, Above(0)] = None
-    """The KL of an answer, in nats, near which an adapting beta keeps it (Ziegler et al. 2019: 6). None: beta is fixed."""
+    """The KL of an answer, in nats, near which an adapting beta keeps it (Ziegler et al. 2019: 6). None: fixed."""
     kl_horizon: Count = 10_000
     """The number of answers in which an adapting beta changes by at most a fifth."""
     whiten_rewards: bool = False

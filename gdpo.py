@@ -48,14 +48,14 @@ from grpo import (
     groups_that_teach,
     keep_groups,
     reference_logps,
-    show,
     total_reward,
 )
-from lora import load_state, start_lora
+from lora import start_lora
 from optim import learning_rate, make_optimizers, update
 from rollout import (
     Questions,
     Rollout,
+    announce,
     join,
     longest_prompt,
     minibatches,
@@ -64,13 +64,11 @@ from rollout import (
     sampling_seed,
 )
 from runtime import processes
-from runtime.checkpoint import need_checkpoint
 from runtime.config import Count, Finite, run_stage
 from runtime.errors import UserError
-from stages import begin, with_start
-from transformer import model_size
+from stages import begin, context_length, with_start
 from verify import integer_reward, length_reward
-from watch import Alarm, assert_same_policy, describe, lessons, render, report_start, sampler_gap, step_figures
+from watch import Alarm, assert_same_policy, describe, lessons, render, report_start, sampler_gap, show, step_figures
 
 
 @dataclass(frozen=True)
@@ -240,8 +238,7 @@ def main(config: Config) -> dict:
     """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
     config = with_start(config, "sft")
     check(config)
-    need_checkpoint(config.init_from, "python sft.py")
-    longest = longest_prompt(config, load_state(config.init_from)["model_config"]["max_seq_len"])
+    longest = longest_prompt(config, context_length(config.init_from, "python sft.py"))
     processes.print_once(*notes(config))
     run, policy, tokenizer = begin(config, "gdpo", "python sft.py")
     questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
@@ -251,9 +248,7 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
     first = run.resume(policy, optimizers)
     G, share = config.group_size, config.prompts_per_step // processes.world_size()  # of answers; of prompts
-    size, tokens = model_size(policy, policy.config.max_seq_len), config.prompts_per_step * G * config.max_new_tokens
-    how = "eager (answers change shape every step)"
-    run.banner(size, config.steps, tokens, how, data=questions.describe(), starts=config.init_from)
+    announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
         run.evaluation(0, accuracy=questions.accuracy(run, policy))
     weights, alarm = weights_of(config), Alarm(run)
@@ -262,8 +257,7 @@ def main(config: Config) -> dict:
         # 1. Every question is answered G times, and rules say what each answer is worth, each reward by its name.
         begun, rollouts, asked, missing = time.perf_counter(), [], [], share
         for draw in range(config.draws):
-            batch = questions.batch(step, draw, without=asked, most=2 * missing)
-            if not batch:
+            if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):
                 break
             seed, ids = sampling_seed(config.seed, step, draw, config.draws), [ids for ids, _ in batch]
             with run.autocast(), run.eager():

@@ -61,12 +61,13 @@ import torch
 from torch import Tensor
 
 from data import Prompt
-from lora import LoRARunConfig, adapters_off, check_lora, load_state, start_lora
+from lora import LoRARunConfig, adapters_off, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
 from rollout import (
     Questions,
     Rollout,
     RolloutConfig,
+    announce,
     join,
     longest_prompt,
     micro_batches,
@@ -77,12 +78,11 @@ from rollout import (
     score,
 )
 from runtime import processes
-from runtime.checkpoint import need_checkpoint
 from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, run_stage, validate
 from runtime.errors import UserError
 from runtime.run import Run
-from stages import begin, with_start
-from transformer import Transformer, model_size, token_logps
+from stages import begin, context_length, with_start
+from transformer import Transformer, token_logps
 from verify import overlong_penalty
 from watch import (
     Alarm,
@@ -94,6 +94,7 @@ from watch import (
     render,
     report_start,
     sampler_gap,
+    show,
     step_figures,
 )
 
@@ -416,8 +417,7 @@ def main(config: Config) -> dict:
     """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
     config = with_start(config, "sft")
     check(config)
-    need_checkpoint(config.init_from, "python sft.py")
-    longest = longest_prompt(config, load_state(config.init_from)["model_config"]["max_seq_len"])
+    longest = longest_prompt(config, context_length(config.init_from, "python sft.py"))
     processes.print_once(*notes(config))
     run, policy, tokenizer = begin(config, "grpo", "python sft.py")
     questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
@@ -427,9 +427,7 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
     first = run.resume(policy, optimizers)
     G, share = config.group_size, config.prompts_per_step // processes.world_size()  # of answers; of prompts
-    size, tokens = model_size(policy, policy.config.max_seq_len), config.prompts_per_step * G * config.max_new_tokens
-    how = "eager (answers change shape every step)"
-    run.banner(size, config.steps, tokens, how, data=questions.describe(), starts=config.init_from)
+    announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
         run.evaluation(0, accuracy=questions.accuracy(run, policy))
     weights, alarm = weights_of(config), Alarm(run)
@@ -439,8 +437,7 @@ def main(config: Config) -> dict:
         #    in place of those whose answers all earn the same: twice as many, since half of them may be flat again.)
         begun, rollouts, asked, missing = time.perf_counter(), [], [], share
         for draw in range(config.draws):
-            batch = questions.batch(step, draw, without=asked, most=2 * missing)
-            if not batch:
+            if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):
                 break
             seed, ids = sampling_seed(config.seed, step, draw, config.draws), [ids for ids, _ in batch]
             with run.autocast(), run.eager():
@@ -535,10 +532,6 @@ def example() -> None:
         "No gradient where the ratio has moved as far as the advantage wants: answer 1, token 1, and answer 2, token 1."
     )
     print("Answer 3, token 2 moved the wrong way, to 1.5: it keeps its gradient and comes back.")
-
-
-def show(values: Tensor) -> str:
-    return " ".join(f"{value + 0.0:7.4f}" for value in values.tolist())
 
 
 if __name__ == "__main__":

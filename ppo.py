@@ -58,6 +58,7 @@ from rollout import (
     Questions,
     Rollout,
     RolloutConfig,
+    announce,
     longest_prompt,
     micro_batches,
     minibatches,
@@ -73,7 +74,7 @@ from runtime.errors import UserError
 from runtime.run import Run
 from stages import begin, with_start
 from tokenizer import Tokenizer
-from transformer import Transformer, hidden_logps, model_size
+from transformer import Transformer, hidden_logps
 from watch import (
     Alarm,
     UpdateSums,
@@ -84,6 +85,7 @@ from watch import (
     render,
     report_start,
     sampler_gap,
+    show,
     step_figures,
 )
 
@@ -381,10 +383,7 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
     first = run.resume(model, optimizers)
     beta = float(run.state["extra"]["beta"]) if run.state and not run.finished else config.beta
-    size, tokens = model_size(policy, policy.config.max_seq_len), config.prompts_per_step * config.max_new_tokens
-    how = "eager (answers change shape every step)"
-    more = {"data": questions.describe(), "reward": config.reward, "starts": config.init_from}
-    run.banner(size, config.steps, tokens, how, **more)
+    announce(run, policy, questions, config.prompts_per_step, reward=config.reward, starts=config.init_from)
     if first == 0:
         run.evaluation(0, accuracy=questions.accuracy(run, policy))
     alarm = Alarm(run)
@@ -456,10 +455,6 @@ def main(config: Config) -> dict:
 
 def example() -> None:
     """One answer of three tokens: from its score to advantages, to both losses and their gradients."""
-
-    def show(values: Tensor) -> str:
-        return " ".join(f"{value + 0.0:7.4f}" for value in values.flatten().tolist())
-
     mask = torch.ones(1, 3)
     old_logps, ref_logps = torch.tensor([[0.5, 0.4, 0.8]]).log(), torch.tensor([[0.5, 0.2, 0.8]]).log()
     values = torch.tensor([[0.2, 0.5, 0.9]])  # what the critic foresaw before each token

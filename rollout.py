@@ -31,7 +31,7 @@ from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Pos
 from runtime.errors import UserError
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
-from transformer import ModelConfig, Transformer, token_logps
+from transformer import ModelConfig, Transformer, model_size, token_logps
 from verify import correctness_reward, format_reward, lax_correctness_reward
 
 
@@ -129,6 +129,13 @@ class Questions:
             f"{self.config.data}: {len(self.train[self.config.data][0]):,} prompts, {len(self.held):,} held-out "
             "questions"
         )
+
+
+def announce(run: Run, model: Transformer, questions: Questions, answers: int, **more: str) -> None:
+    """Say what the run will do, with that many answers in a step; more: further lines, by name."""
+    config, size = questions.config, model_size(model, model.config.max_seq_len)
+    how = "eager (answers change shape every step)"
+    run.banner(size, config.steps, answers * config.max_new_tokens, how, data=questions.describe(), **more)
 
 
 def longest_prompt(config, context: int) -> int:

@@ -62,6 +62,12 @@ def begin(config, stage: str, command: str) -> tuple[Run, Transformer, Tokenizer
     return run, model, tokenizer
 
 
+def context_length(path: str, command: str) -> int:
+    """The most tokens that the model of a stage can read; if it is missing, ``command`` is what makes it."""
+    need_checkpoint(path, command)
+    return load_state(path)["model_config"]["max_seq_len"]
+
+
 def with_start(config, stage: str):
     """The configuration with ``init_from`` filled in: by default the folder of that earlier stage of the same task."""
     return dataclasses.replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/{stage}"))

@@ -104,6 +104,11 @@ def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str
     return "\n".join(lines)
 
 
+def show(values: Tensor) -> str:
+    """Numbers side by side, for the worked examples."""
+    return " ".join(f"{value + 0.0:7.4f}" for value in values.flatten().tolist())  # + 0.0: no -0.0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Whether it can learn, and whether it does
 

@@ -433,6 +433,7 @@ def main(config: Config) -> dict:
         figures = step_figures(sampled, updates) | {"beta": beta, "flat_groups": flat}
         figures["policy_loss"] = figures.pop("loss")
         figures["first_ratio_gap"] = updates[0]["ratio_gap"]
+        del figures["ratio_gap"]  # later it only says how far the updates went
         figures["explained_variance"] = explained_variance(values, returns, rollout.mask)
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
         run.log(step, int(figures.pop("tokens")), always=True, show=("score", "correct"), lr=lr, **figures)

@@ -2,7 +2,10 @@
 window, with other positions and norms."""
 
 import io
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +88,18 @@ def test_every_stage_talks(chain, monkeypatch, capsys):
         chat.main()
         text = capsys.readouterr().out
         assert text.removeprefix("Tom has 4" if raw else "").strip(), name
+
+
+def test_every_figure_is_explained(chain):
+    """Each name in the stages' metrics.jsonl stands once in the first column of a table of docs/metrics.md."""
+    root, _ = chain
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    explained = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert len(set(explained)) >= 45
+    for path in root.glob("*/metrics.jsonl"):
+        for line in path.read_text().splitlines():
+            for name in json.loads(line):
+                name = re.sub(r"^load_\d+_\d+$", "load_L_E", name)
+                known = name in explained or name.startswith("val_") and name.removeprefix("val_") in explained
+                assert known, f"{path.parent.name}: {name}"

@@ -88,14 +88,13 @@ def measure(stage: str) -> dict[str, int]:
     loop = max(loops, key=lambda n: n.end_lineno - n.lineno)
     parameters = [a for f in functions for a in (*f.args.args, *f.args.kwonlyargs) if a.annotation]
     config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    nested = [
-        inner for f in functions for inner in ast.walk(f) if isinstance(inner, ast.FunctionDef) and inner is not f
-    ]
+    inside = [node for f in functions for node in ast.walk(f) if node is not f]
     return {
         "lines": source.count("\n"), "code": code_lines(source), "loop at": loop.lineno,
         "loop": loop.end_lineno - loop.lineno + 1, "longest": max(f.end_lineno - f.lineno + 1 for f in functions),
         "own fields": sum(isinstance(node, ast.AnnAssign) for node in config.body),
-        "handed": sum("Callable" in ast.unparse(a.annotation) for a in parameters), "nested": sum(isinstance(node, ast.FunctionDef) for node in inside),
+        "handed": sum("Callable" in ast.unparse(a.annotation) for a in parameters),
+        "nested": sum(isinstance(node, ast.FunctionDef) for node in inside),
         "files": len(files_of_a_step(loop, tree, imported(tree, names)) | {stage}),
         "modules": len(reached(stage, names)),
     }  # fmt: skip

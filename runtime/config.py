@@ -20,7 +20,7 @@ from typing import Annotated
 
 import tyro
 
-from runtime.errors import UserError
+from runtime.errors import UserError, run_main
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bounds, which stand at the fields: ``steps: Annotated[int, AtLeast(1)] = 45``
@@ -311,3 +311,13 @@ def _reads(text: str, hint) -> bool:
 
 def as_dict(config) -> dict:
     return dataclasses.asdict(config)
+
+
+def run_stage(main, config_class, example=None) -> None:
+    """A stage as a command: ``main`` on the configuration that the command line asks for, or, with ``--example`` and
+    nothing else, the worked example that ``example()`` prints. Errors end as in ``run_main``.
+    """
+    if example is not None and sys.argv[1:] == ["--example"]:
+        run_main(example)
+    else:
+        run_main(lambda: main(parse(config_class)))

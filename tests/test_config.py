@@ -208,16 +208,24 @@ def test_a_stray_word_is_one_line(argv):
 
 SCRIPT = """
 from dataclasses import dataclass
-from runtime.config import RunConfig, parse
-from runtime.errors import run_main
+from runtime.config import RunConfig, run_stage
+from runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     lr: float = 1e-3
     '''Learning rate.'''
 
+def main(config):
+    if config.lr > 100:
+        raise UserError("no stage can work with that")
+    print("lr", config.lr)
+
+def example():
+    print("four answers")
+
 if __name__ == "__main__":
-    run_main(lambda: print("lr", parse(Config).lr))
+    run_stage(main, Config, example)
 """
 
 
@@ -227,6 +235,9 @@ if __name__ == "__main__":
         (["--lr", "2"], 0, "lr 2.0"),
         (["--help"], 0, "Learning rate."),
         (["--lrr", "2"], 1, "error: no field 'lrr' in the stage configuration; did you mean lr?"),
+        (["--lr", "101"], 1, "error: no stage can work with that"),
+        (["--example"], 0, "four answers"),
+        (["--example", "--lr", "2"], 1, "error: no field 'example' in the stage configuration"),
     ],
 )
 def test_a_script_is_configured(tmp_path, argv, code, says):

@@ -429,6 +429,15 @@ def epoch_batch(n: int, batch: int, step: int, seed: int, shuffle: bool = True) 
     return np.array(rows)
 
 
+def parts_of(rows: Sequence, size: int) -> list:
+    """The rows of a batch in parts of ``size``, the last one perhaps smaller; of size 0 all in one.
+
+    >>> parts_of([5, 3, 8, 1, 2], 2)
+    [[5, 3], [8, 1], [2]]
+    """
+    return [rows[i : i + size] for i in range(0, len(rows), size)] if size else [rows]
+
+
 def similar_lengths(lengths: Sequence[int], batch: int, seed: int) -> list[list[int]]:
     """All rows in batches of ``batch``, those of similar length together, so that little is padding. ``epoch_batch``
     over the batches gives each epoch its order.

@@ -227,8 +227,7 @@ def main(config: Config) -> dict:
         return {"val_loss": loss, "bits_per_byte": bpb}
 
     if not run.finished:
-        work = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_step
-        how = run.maybe_compile(model, config.steps, step_seconds=work / (1e11 if run.device.type == "cpu" else 1e14))
+        how = run.maybe_compile(model, config.steps, tokens_per_step)
         run.banner(
             model_size(model, config.seq_len), config.steps, tokens_per_step, how,
             data=f"{config.data}: {len(file):,} tokens, {file.bytes_per_token['train']:.2f} bytes each",

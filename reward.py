@@ -57,7 +57,7 @@ from attention import at_least_float32
 from data import epoch_batch, similar_lengths
 from encoder import load_encoder, pool
 from optim import learning_rate, make_optimizers, update
-from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, with_own_pairs
+from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, own_pairs, sources
 from rollout import sample_answers
 from runtime import processes
 from runtime.checkpoint import load_weights, need_checkpoint
@@ -341,9 +341,10 @@ def load_reward_model(path: str, device="cpu") -> tuple[RewardModel, Tokenizer, 
     return model, tokenizer, state
 
 
-def training_pairs(config: Config) -> list[Pair]:
+def training_pairs(config: Config, own: str = "") -> list[Pair]:
+    """The pairs of all sources; own: the file with those of the starting policy's own answers."""
     pairs = []
-    for name in with_own_pairs(config.data, config.init_from, config.seed, config.device):
+    for name in sources(config.data, own):
         pairs += load_pairs(name, "train", config.data_dir, config.seed, config.n_pairs or DEFAULTS.get(name))
         if name == "arith" and config.n_sums:
             pairs += load_pairs("sums", "train", seed=config.seed, n=config.n_sums)
@@ -373,9 +374,10 @@ def main(config: Config) -> dict:
         raise UserError(f"max_length {config.max_length} is more than the context of {policy.config.max_seq_len}")
     run.record_parent(state, config.init_from)
 
-    # Data: pairs as rows of tokens.
-    pairs = training_pairs(config)
-    rows = encode_pairs(pairs, tokenizer, config.max_length)
+    # Pairs as rows of tokens. "own" are on-policy: the starting policy answers, and a right answer is paired with a
+    # wrong one.
+    own = own_pairs(policy, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
+    rows = encode_pairs(training_pairs(config, own), tokenizer, config.max_length)
     held = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)
     random.Random("held out").shuffle(held)  # of several sources, some of each
     held = held[: config.eval_pairs]

@@ -374,14 +374,11 @@ class PackedRows:
         return self.tokens[rows], self.loss_mask[rows], self.segments[rows]
 
 
-def pack(
-    chats: Sequence[Sequence[dict]], tokenizer: Tokenizer, length: int, packing: bool = True, by_length: bool = False
-) -> PackedRows:
+def pack(chats: Sequence[Sequence[dict]], tokenizer: Tokenizer, length: int, packing: bool = True) -> PackedRows:
     """Lay conversations into rows of ``length`` tokens, each whole; one that is longer than a row is counted,
     reported and left out.
 
-    A conversation goes into the first of the open rows with room for it. packing=False: one in each row. by_length:
-    shortest first, and rows stay in that order.
+    A conversation goes into the first of the open rows with room for it. packing=False: one in each row.
     """
     encoded = [encode_chat(tokenizer, chat) for chat in chats]
     skipped = Counter(f"longer than {length} tokens" for ids, _ in encoded if len(ids) > length)
@@ -389,8 +386,6 @@ def pack(
     encoded = [(ids, mask) for ids, mask in encoded if len(ids) <= length]
     if not encoded:
         raise UserError(f"every conversation is longer than {length} tokens: use a larger max_seq_len")
-    if by_length:
-        encoded.sort(key=lambda row: len(row[0]))
     rows: list[list] = []
     open_rows: list[int] = []  # indices of the rows that may still take one
     room: list[int] = []
@@ -400,7 +395,7 @@ def pack(
             place = len(rows)
             rows.append([])
             room.append(length)
-            open_rows = [*open_rows, place][-(1 if by_length else 64) :]
+            open_rows = [*open_rows, place][-64:]
         rows[place].append((ids, mask))
         room[place] -= len(ids)
     tokens = torch.full((len(rows), length), tokenizer.pad_id)
@@ -417,7 +412,7 @@ def pack(
     return PackedRows(tokens, loss_mask, segments)
 
 
-def epoch_batch(n: int, batch: int, step: int, seed: int, shuffle: bool = True) -> np.ndarray:
+def epoch_batch(n: int, batch: int, step: int, seed: int) -> np.ndarray:
     """Which of ``n`` rows make batch number ``step``: every row once in each epoch, each epoch in its own order.
 
     A function of the step and nothing else, so a resumed run goes on with the very next rows.
@@ -425,8 +420,17 @@ def epoch_batch(n: int, batch: int, step: int, seed: int, shuffle: bool = True) 
     rows = []
     for place in range(step * batch, (step + 1) * batch):
         epoch, i = divmod(place, n)
-        rows.append(_epoch_order(n, seed, epoch)[i] if shuffle else i)
+        rows.append(_epoch_order(n, seed, epoch)[i])
     return np.array(rows)
+
+
+def parts_of(rows: Sequence, size: int) -> list:
+    """The rows of a batch in parts of ``size``, the last one perhaps smaller; of size 0 all in one.
+
+    >>> parts_of([5, 3, 8, 1, 2], 2)
+    [[5, 3], [8, 1], [2]]
+    """
+    return [rows[i : i + size] for i in range(0, len(rows), size)] if size else [rows]
 
 
 def similar_lengths(lengths: Sequence[int], batch: int, seed: int) -> list[list[int]]:

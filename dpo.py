@@ -12,17 +12,17 @@ them, the prompt not), βΔ, the answer's *implicit reward*, and w, l for chosen
     SimPO   - log σ( β (a_w - a_l) - γ )                            a = mean log π of a token; no reference
     ORPO    NLL(chosen) - β log σ( log (odds_w / odds_l) )          odds = e^a / (1 - e^a); no reference
 
-(Azar et al. 2023; Ethayarajh et al. 2024; Meng et al. 2024; Hong et al. 2024.) KTO's z is the mean Δ of answers to
-other prompts, or 0 if that is negative. ORPO's NLL, per token of the chosen row with its prompt, is the fine-tuning
-that the other methods expect to have happened before. Mind what is summed and what is averaged: DPO and KTO sum, SimPO
-and ORPO average. IPO's paper sums, TRL averages since its authors said so; ``ipo_average`` chooses.
+(Azar et al. 2023; Meng et al. 2024; Hong et al. 2024.) KTO learns from single answers, in ``kto.py``. ORPO's NLL, per
+token of the chosen row with its prompt, is the fine-tuning that the other methods expect to have happened before. Mind
+what is summed and what is averaged: DPO sums, SimPO and ORPO average. IPO's paper sums, TRL averages since its authors
+said so; ``ipo_average`` chooses.
 
 What to watch, and what it should look like:
 
 * ``accuracy``, how often the chosen answer has the higher implicit reward: up, from 0 (at first all rewards are 0, and
   a tie counts as wrong). In SimPO and ORPO the "reward" is log π per token itself, and starts where the start stands.
 * ``val_questions``, greedy accuracy on held-out questions of the embedded task: what it is all for. ``val_accuracy``
-  need not rise with it: those pairs were written by others.
+  need not rise with it: those pairs are off-policy.
 * ``margin``, the difference of the two rewards: up.
 * ``logp_chosen``, the log-probability of a token of the chosen answer: often *down*, though less than
   ``logp_rejected``. The loss sees the difference alone. If it falls far, the policy has forgotten how to answer:
@@ -31,14 +31,15 @@ What to watch, and what it should look like:
 Both answers of all pairs of a batch go through the model together. The reference never changes, so its
 log-probabilities are computed once, before the first step.
 
-    python dpo.py                                     # after sft.py: on right and wrong answers of its model
-    python dpo.py --method kto
-    python dpo.py --data arith --out_dir out/arith/dpo_others      # on pairs that others wrote: it helps little
+    python dpo.py                                  # after sft.py: on right and wrong answers of its model
+    python dpo.py --method orpo
+    python dpo.py --data arith --out_dir out/arith/dpo_others      # on off-policy pairs: it helps little
     python dpo.py configs/dpo_hh_cpu.py --data_dir DIR             # HH-RLHF
+    python dpo.py --example                                        # from four log-probabilities to a gradient, by hand
 """
 
 import math
-import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -47,78 +48,63 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import encode_prompts, epoch_batch, load_prompts
+from data import encode_prompts, epoch_batch, load_prompts, parts_of
 from lora import LoRARunConfig, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
-from preferences import (
-    JudgedRows,
-    PairRows,
-    encode_judged,
-    encode_pairs,
-    has_labels,
-    held_out_of,
-    load_judged,
-    load_pairs,
-    with_own_pairs,
-)
+from preferences import PairRows, encode_pairs, held_out_of, load_pairs, own_pairs, sources
 from rollout import greedy_accuracy
 from runtime import processes
-from runtime.checkpoint import need_checkpoint
-from runtime.config import Above, AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, parse, validate
-from runtime.errors import UserError, run_main
-from runtime.run import Run, start
+from runtime.config import Above, AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
+from runtime.errors import UserError
+from runtime.run import Run
 from sft import answers
-from stages import load_stage
+from stages import begin, with_start
+from tokenizer import Tokenizer
 from transformer import Transformer, answer_logps, model_size, token_logps
 
-# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, KTO, ORPO) and 2 (SimPO): with those the
+# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO): with those the
 # embedded task's policy learns to tell the answers apart, and forgets how to give one.
-BETAS = {"dpo": 0.5, "ipo": 5.0, "kto": 0.5, "simpo": 10.0, "orpo": 0.1}
+BETAS = {"dpo": 0.5, "ipo": 5.0, "simpo": 10.0, "orpo": 0.1}
+MAX_NEW_TOKENS = 48  # of an answer to a held-out question
 
 
 @dataclass(frozen=True)
 class Config(LoRARunConfig):
-    method: Literal["dpo", "ipo", "kto", "simpo", "orpo"] = "dpo"
-    """Which loss."""
+    method: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"
+    """The loss. (kto is refused: it has a command of its own, python kto.py.)"""
     data: str = "own"
-    """own (right and wrong answers of the starting policy to the embedded questions), arith (pairs about them that the
-    policy did not write), hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt, chosen,
-    rejected (for kto also prompt, completion, label).
+    """The pairs: own (right and wrong answers of the starting policy to the embedded questions, on-policy), arith (the
+    same questions, off-policy), hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt,
+    chosen, rejected; several joined by "+".
     """
     eval_data: str = ""
     """Where held-out pairs come from, and questions, if it is arith. Default: the same data; for own, arith."""
     n_pairs: CountOrNone = None
-    """Use only so many (None: 2048 of arith, all of the others)."""
+    """Use at most this many pairs of each source (None: 2048 of arith, all of the others)."""
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
     max_length: Annotated[int, AtLeast(8)] = 256
-    """Tokens of a row; a longer one loses the beginning of its prompt."""
+    """The tokens of a row; a longer one loses the beginning of its prompt."""
     beta: Annotated[float | None, Above(0)] = None
-    """How strongly the loss reacts to a difference; in DPO, IPO and KTO also how much it costs to leave the reference.
-    Default: dpo and kto 0.5, ipo 5, simpo 10, orpo 0.1.
+    """How strongly the loss reacts to a difference; in DPO and IPO also how much it costs to leave the reference.
+    Default: dpo 0.5, ipo 5, simpo 10, orpo 0.1.
     """
     label_smoothing: Annotated[float, AtLeast(0, below=0.5)] = 0.0
     """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO). With half of them flipped
     nothing would be left to learn."""
     ipo_average: bool = True
-    """ipo: log-probabilities per token instead of sums."""
+    """ipo: whether log-probabilities are averaged per token instead of summed."""
     gamma: NotNegative = 1.0
     """simpo: the margin by which the better answer should win (the paper's γ; β times its "gamma_beta_ratio")."""
-    desirable_weight: NotNegative = 1.0
-    """kto: weight of answers with a thumb up. With n_D and n_U answers of either kind, the paper wants
-    desirable_weight · n_D / (undesirable_weight · n_U) between 1 and 4/3.
-    """
-    undesirable_weight: NotNegative = 1.0
-    """kto: weight of answers with a thumb down."""
     batch_size: Count = 16
-    """Pairs of one step, over all processes; for kto twice as many single answers."""
+    """The pairs of one step, over all processes."""
     epochs: Positive = 1.0
     """Passes over the data."""
     lr: NotNegative = 1e-4
     eval_pairs: Count = 512
-    """Held-out pairs of a validation."""
+    """The held-out pairs of a validation."""
     eval_prompts: Count = 128
-    """Held-out questions answered at each validation, if the data is the embedded task."""
+    """The held-out questions answered at each validation, if the data is the embedded task."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,28 +141,6 @@ def ipo_loss(
     """
     gap = (policy_chosen - ref_chosen) - (policy_rejected - ref_rejected)
     return (gap - 1 / (2 * beta)).square().mean()
-
-
-def kto_loss(
-    policy: Tensor,
-    ref: Tensor,
-    desirable: Tensor,
-    kl: Tensor,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Tensor:
-    """Gains and losses as people feel them, against a reference point (Ethayarajh et al. 2024, eq. 8).
-
-    policy, ref: summed log-probabilities of the answers, (B,); desirable: (B,) boolean; kl: a scalar, how far the
-    policy is from the reference on average, estimated from answers to *other* prompts; below zero it is noise, and
-    is taken as 0; no gradient flows through it. Returns the mean over all answers (not of two class means).
-    """
-    gain = policy - ref
-    kl = kl.detach().clamp(min=0)
-    liked = desirable_weight * (1 - torch.sigmoid(beta * (gain - kl)))
-    disliked = undesirable_weight * (1 - torch.sigmoid(beta * (kl - gain)))
-    return torch.where(desirable, liked, disliked).mean()
 
 
 def simpo_loss(chosen_avg: Tensor, rejected_avg: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
@@ -222,51 +186,61 @@ def reference_logps(model: Transformer, layout, n: int, batch: int = 32, show: b
     pairs, (2, n), on the CPU. ``model`` must still be the reference.
     """
     parts = []
-    for first in tqdm(range(0, n, batch), desc="reference", leave=False, disable=not show):
-        rows = range(first, min(first + batch, n))
+    for rows in tqdm(parts_of(range(n), batch), desc="reference", leave=False, disable=not show):
         tokens, mask, _ = layout(rows, model.head.weight.device)
         parts.append(answer_logps(model, tokens, mask)[0].view(-1, len(rows)).cpu())
     return torch.cat(parts, dim=1).squeeze(0)
 
 
-def pair_loss(
-    config: Config, model: Transformer, rows: PairRows, ref: Tensor | None, some: list[int], n_words: Tensor | None, run
-) -> tuple[Tensor, dict]:
-    """The loss of the pairs ``some``, their mean, and their figures, summed.
-
-    ref: (2, N) from ``reference_logps``. n_words: for ORPO, the tokens of the chosen rows per pair of the whole batch.
+def where_needed(config: Config, mask: Tensor, real: Tensor) -> Tensor:
+    """(2b, T-1): the tokens whose log-probability the loss needs, those of the answers; for ORPO's NLL the whole chosen
+    rows, too, which are the first b.
     """
-    tokens, mask, real = rows.batch(some, run.device)  # (2b, T), (2b, T-1), (2b, T)
-    b, beta = len(some), config.beta
-    where = mask
-    if config.method == "orpo":
-        where = mask.clone()
-        where[:b] = real[:b, 1:]  # of the chosen rows all, the prompt too
-    with run.autocast():
-        logps = token_logps(model, tokens, where=where)  # (2b, T-1)
+    if config.method != "orpo":
+        return mask
+    return torch.cat([real[: len(mask) // 2, 1:], mask[len(mask) // 2 :]])
+
+
+def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, n_words: Tensor) -> Tensor:
+    """The method's loss of b pairs, their mean.
+
+    logps: (2b, T-1), 0 where it was not needed, the chosen answers above the rejected ones; mask: (2b, T-1), 1 on the
+    answers; ref: (2, b), summed, of the reference; n_words: for ORPO, see ``chosen_words``.
+    """
+    b, beta = ref.shape[1], config.beta
     sums, lengths = (logps * mask).sum(dim=1), mask.sum(dim=1)  # (2b,)
-    chosen, rejected = sums.chunk(2)
+    chosen, rejected = sums.chunk(2)  # (b,)
     chosen_avg, rejected_avg = (sums / lengths).chunk(2)
-    if config.method in ("dpo", "ipo"):
-        reference = ref[:, some].to(run.device)  # (2, b)
-        if config.method == "dpo":
-            loss = dpo_loss(chosen, rejected, *reference, beta, config.label_smoothing)
-        elif config.ipo_average:
-            reference = reference / lengths.view(2, b)
-            loss = ipo_loss(chosen_avg, rejected_avg, *reference, beta)
-        else:
-            loss = ipo_loss(chosen, rejected, *reference, beta)
-        rewards = beta * (sums.view(2, b) - ref[:, some].to(run.device))
-    elif config.method == "simpo":
-        loss, rewards = simpo_loss(chosen_avg, rejected_avg, beta, config.gamma), beta * (sums / lengths).view(2, b)
-    else:
-        nll = -logps[:b].sum() / (b * n_words)
-        loss, rewards = orpo_loss(chosen_avg, rejected_avg, nll, beta), beta * (sums / lengths).view(2, b)
-    return loss, _figures(rewards.detach(), (sums / lengths).detach().view(2, b))
+    if config.method == "dpo":
+        return dpo_loss(chosen, rejected, *ref, beta, config.label_smoothing)
+    if config.method == "ipo" and config.ipo_average:
+        return ipo_loss(chosen_avg, rejected_avg, *(ref / lengths.view(2, b)), beta)
+    if config.method == "ipo":
+        return ipo_loss(chosen, rejected, *ref, beta)
+    if config.method == "simpo":
+        return simpo_loss(chosen_avg, rejected_avg, beta, config.gamma)
+    return orpo_loss(chosen_avg, rejected_avg, -logps[:b].sum() / (b * n_words), beta)
 
 
-def _figures(rewards: Tensor, averages: Tensor) -> dict:
-    """Sums over the pairs; both (2, b)."""
+def chosen_words(rows: PairRows, batch: list[int]) -> float:
+    """The predicted tokens of the chosen rows, prompts included: what ORPO's NLL is a mean over."""
+    return sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in batch)
+
+
+def pair_figures(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> dict:
+    """What is logged of b pairs, as sums over them: the implicit rewards of ``rewards_of``, and log π per token."""
+    averages = (logps.detach() * mask).sum(dim=1) / mask.sum(dim=1)
+    return reward_figures(rewards_of(config, logps.detach(), mask, ref), averages.view(2, -1))
+
+
+def rewards_of(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
+    """(2, b) implicit rewards: β Δ, or, of the methods without a reference, β times log π per token."""
+    sums = (logps * mask).sum(dim=1).view(2, -1)
+    return config.beta * (sums - ref if has_reference(config) else (sums.flatten() / mask.sum(dim=1)).view(2, -1))
+
+
+def reward_figures(rewards: Tensor, averages: Tensor) -> dict:
+    """Sums over b pairs; rewards and log-probabilities per token, both (2, b)."""
     return {
         "accuracy": float((rewards[0] > rewards[1]).sum()),  # a tie is no preference
         "margin": float((rewards[0] - rewards[1]).sum()),
@@ -277,91 +251,56 @@ def _figures(rewards: Tensor, averages: Tensor) -> dict:
     }
 
 
-def judged_loss(
-    config: Config, model: Transformer, rows: JudgedRows, ref: Tensor, some: list[int], kl: Tensor, run
-) -> tuple[Tensor, dict]:
-    """KTO's loss of the answers ``some``, their mean; figures as sums over either class, with their counts."""
-    tokens, mask, _ = rows.batch(some, run.device)
-    with run.autocast():
-        sums, lengths = answer_logps(model, tokens, mask)  # (b,)
-    desirable, reference = rows.desirable[some].to(run.device), ref[some].to(run.device)
-    loss = kto_loss(
-        sums, reference, desirable, kl, config.beta, config.desirable_weight, config.undesirable_weight
-    )  # fmt: skip
-    rewards, averages = config.beta * (sums - reference).detach(), (sums / lengths).detach()
-    return loss, {
-        "desirable": float(desirable.sum()),
-        "reward_chosen": float(rewards[desirable].sum()),
-        "reward_rejected": float(rewards[~desirable].sum()),
-        "logp_chosen": float(averages[desirable].sum()),
-        "logp_rejected": float(averages[~desirable].sum()),
-    }
+def has_reference(config: Config) -> bool:
+    return config.method in ("dpo", "ipo")
 
 
-@torch.no_grad()
-def batch_kl(run: Run, model: Transformer, rows: JudgedRows, ref: Tensor, some: list[int], size: int) -> Tensor:
-    """KTO's z: the mean over the whole batch, of all processes, of Δ for prompts with answers to *other* prompts.
+# ----------------------------------------------------------------------------------------------------------------------
+# What it has learned
 
-    With the right answers it would be the very gain that the loss compares with it.
-    """
-    total = torch.zeros((), dtype=torch.float64)
-    for part in (some[i : i + size] for i in range(0, len(some), size)):
-        tokens, mask, _ = rows.mismatched(part, run.device)
-        with run.autocast():
-            sums = answer_logps(model, tokens, mask)[0].cpu()
-        total += (sums - ref[part]).sum(dtype=torch.float64)
-    n = processes.sum_over_processes(torch.tensor([float(total), len(some)], dtype=torch.float64))
-    return (n[0] / n[1]).float().to(run.device)
+
+@dataclass
+class Questions:
+    """Held-out questions of the embedded task, if the data has to do with it; none otherwise."""
+
+    ids: list[list[int]]
+    prompts: list
+
+
+def load_questions(data: list[str], tokenizer: Tokenizer, model: Transformer, n: int) -> Questions:
+    """At most ``n`` questions that leave the model room for an answer, if "arith" is among the sources ``data``."""
+    if "arith" not in data:
+        return Questions([], [])
+    prompts = load_prompts("arith", "validation", n=n)
+    return Questions(*encode_prompts(prompts, tokenizer, model.config.max_seq_len - MAX_NEW_TOKENS))
+
+
+def question_accuracy(run: Run, model: Transformer, tokenizer: Tokenizer, questions: Questions) -> dict:
+    """The share of the questions that are answered right, greedily; nothing if there are none."""
+    if not questions.ids:
+        return {}
+    accuracy = greedy_accuracy(run, model, tokenizer, questions.ids, questions.prompts, MAX_NEW_TOKENS)
+    return {"val_questions": accuracy}
+
+
+def as_chats(liked: list[tuple]) -> list[list[dict]]:
+    """(prompt, answer) as conversations, for ``sft.answers``."""
+    return [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in liked]
 
 
 @torch.no_grad()
 def validation(run: Run, model: Transformer, rows: PairRows, ref: Tensor, config: Config) -> dict:
-    """Figures of held-out pairs; the loss is the method's own, of KTO with the batch's own KL taken as 0."""
-    sums, total, words = {}, 0.0, sum(len(p) + len(c) - 1 for p, c in zip(rows.prompts, rows.chosen)) / len(rows)
-    for first in range(0, len(rows), 32):
-        some = list(range(first, min(first + 32, len(rows))))
-        if config.method == "kto":
-            tokens, mask, _ = rows.batch(some, run.device)
-            with run.autocast():
-                logps, lengths = answer_logps(model, tokens, mask)
-            reference = ref[:, some].to(run.device)
-            gains, averages = logps.view(2, -1) - reference, (logps / lengths).view(2, -1)
-            desirable = torch.arange(2 * len(some), device=run.device) < len(some)
-            loss = kto_loss(
-                logps, reference.flatten(), desirable, torch.zeros((), device=run.device), config.beta,
-                config.desirable_weight, config.undesirable_weight,
-            )  # fmt: skip
-            figures = _figures(config.beta * gains, averages)
-        else:
-            loss, figures = pair_loss(config, model, rows, ref, some, torch.tensor(words), run)
-        total += float(loss) * len(some)
-        sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
-    n = len(rows)
-    return {"val_loss": total / n} | {f"val_{name}": value / n for name, value in sums.items()}
-
-
-@torch.no_grad()
-def judged_validation(run: Run, model: Transformer, rows: JudgedRows, ref: Tensor, config: Config) -> dict:
-    """The same for single answers: means of either class, and how often a desirable one has the higher reward."""
-    rewards, total = torch.empty(len(rows)), 0.0
-    for first in range(0, len(rows), 64):
-        some = list(range(first, min(first + 64, len(rows))))
-        tokens, mask, _ = rows.batch(some, run.device)
-        with run.autocast():
-            gains = answer_logps(model, tokens, mask)[0].cpu() - ref[some]
-        rewards[some] = config.beta * gains
-        total += len(some) * float(
-            kto_loss(
-                gains, torch.zeros_like(gains), rows.desirable[some], torch.zeros(()), config.beta,
-                config.desirable_weight, config.undesirable_weight,
-            )
-        )  # fmt: skip
-    liked, disliked = rewards[rows.desirable], rewards[~rows.desirable]
-    figures = {"val_loss": total / len(rows)}
-    if len(liked) and len(disliked):
-        figures["val_accuracy"] = float((liked[:, None] > disliked[None, :]).float().mean())
-        figures["val_margin"] = float(liked.mean() - disliked.mean())
-    return figures
+    """The loss and the figures of held-out pairs."""
+    total, sums = 0.0, Counter()
+    n_words = torch.tensor(chosen_words(rows, range(len(rows))) / len(rows))
+    for part in parts_of(list(range(len(rows))), 32):
+        tokens, mask, real = rows.batch(part, run.device)
+        with run.autocast(), run.eager():
+            logps = token_logps(model, tokens, where=where_needed(config, mask, real))
+        part_ref = ref[:, part].to(run.device)
+        total += float(pair_loss(config, logps, mask, part_ref, n_words)) * len(part)
+        sums.update(pair_figures(config, logps, mask, part_ref))
+    return {"val_loss": total / len(rows)} | {f"val_{name}": value / len(rows) for name, value in sums.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,141 +310,127 @@ def judged_validation(run: Run, model: Transformer, rows: JudgedRows, ref: Tenso
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     validate(config)
+    if config.method == "kto":
+        raise UserError("KTO learns from single answers and has a command of its own: python kto.py")
     if config.label_smoothing and config.method != "dpo":
         raise UserError("label_smoothing belongs to --method dpo")
     check_lora(config)
     check_shared("batch_size", config.batch_size)
 
 
-def main(config: Config) -> dict:
-    """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
-    beta = BETAS[config.method] if config.beta is None else config.beta
-    config = replace(
-        config, beta=beta, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"),
-        out_dir=config.out_dir or f"out/{config.task}/{config.method}",
-    )  # fmt: skip
-    check(config)
-    need_checkpoint(config.init_from, "python sft.py")
-    run = start(config, config.method)
-    model, tokenizer, state = load_stage(config.init_from, device=run.device)
+def check_context(config, model: Transformer) -> None:
     if config.max_length > model.config.max_seq_len:
         raise UserError(f"max_length {config.max_length} is more than the context of {model.config.max_seq_len}")
-    run.record_parent(state, config.init_from)
 
-    # Data: pairs as rows, or single answers; held-out pairs; held-out questions, if there are any.
-    kto, eval_data = config.method == "kto", held_out_of(config.eval_data or config.data)
-    encode, load = (encode_judged, load_judged) if kto else (encode_pairs, load_pairs)
-    data = with_own_pairs(config.data, config.init_from, config.seed, config.device)
-    rows = encode(load(data, "train", config.data_dir, config.seed, config.n_pairs), tokenizer, config.max_length)
-    if kto and len(rows) < 2:
-        raise UserError("kto compares answers with those to other prompts: it needs at least two")
-    if kto and has_labels(eval_data):
-        judged = load_judged(eval_data, "validation", config.data_dir)[: config.eval_pairs]
-        held = encode_judged(judged, tokenizer, config.max_length)
-        liked = [(one.prompt, one.answer) for one in judged if one.desirable]
-    else:
-        pairs = load_pairs(eval_data, "validation", config.data_dir)[: config.eval_pairs]
-        held = encode_pairs(pairs, tokenizer, config.max_length)
-        liked = [(pair.prompt, pair.chosen) for pair in pairs]
-    liked = [[*prompt, {"role": "assistant", "content": answer}] for prompt, answer in liked]
-    ids, prompts = [], []
-    if "arith" in eval_data:
-        prompts = load_prompts("arith", "validation", n=config.eval_prompts)
-        ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - 48)
-    per_step = 2 * config.batch_size if kto else config.batch_size
-    steps = max(1, math.ceil(config.epochs * len(rows) / per_step))
 
-    # The reference is the policy as it is now: what it says of every answer is noted, and then it may go. Adapters
-    # change nothing before their first update.
+def announce(run: Run, model: Transformer, config: Config, rows: PairRows, held_out: PairRows, steps: int) -> None:
+    """Say what the run will do."""
+    run.banner(
+        model_size(model, config.max_length), steps, 2 * config.batch_size * config.max_length,
+        "eager (rows differ in length)", data=f"{config.data}: {len(rows):,} pairs, {len(held_out):,} held out",
+        method=f"{config.method}, beta {config.beta:g}", starts=config.init_from,
+    )  # fmt: skip
+
+
+def main(config: Config) -> dict:
+    """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
+    check(config)
+    beta = BETAS[config.method] if config.beta is None else config.beta
+    config = with_start(replace(config, beta=beta), "sft")
+    run, model, tokenizer = begin(config, config.method, "python sft.py")
+    check_context(config, model)
+
+    # Pairs. "own" are on-policy: the starting policy answers, and a right answer is paired with a wrong one.
+    own = own_pairs(model, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
+    pairs = load_pairs(sources(config.data, own), "train", config.data_dir, config.seed, config.n_pairs)
+    eval_data = held_out_of(config.eval_data or config.data)
+    held_out_pairs = load_pairs(eval_data, "validation", config.data_dir)[: config.eval_pairs]
+    rows = encode_pairs(pairs, tokenizer, config.max_length)
+    held_out = encode_pairs(held_out_pairs, tokenizer, config.max_length)
+    questions = load_questions(eval_data, tokenizer, model, config.eval_prompts)
+    chats = as_chats([(pair.prompt, pair.chosen) for pair in held_out_pairs])
+    steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
+
+    # The reference is the policy as it is now: what it says of every answer is noted, and then it may go. (Adapters
+    # change nothing before their first update.)
     start_lora(model, config)
     model.activation_checkpointing = config.activation_checkpointing
-    ref = ref_other = held_ref = None
-    if config.method in ("dpo", "ipo", "kto"):
+    ref, held_out_ref = torch.zeros(2, len(rows)), torch.zeros(2, len(held_out))
+    if has_reference(config):
         with run.autocast():
-            held_ref = reference_logps(model, held.batch, len(held), show=run.is_main)
-            if not run.finished:
-                ref = reference_logps(model, rows.batch, len(rows), show=run.is_main)
-                ref_other = reference_logps(model, rows.mismatched, len(rows), show=run.is_main) if kto else None
+            held_out_ref = reference_logps(model, held_out.batch, len(held_out), show=run.is_main)
+            ref = ref if run.finished else reference_logps(model, rows.batch, len(rows), show=run.is_main)  # (2, N)
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:
-        what = "answers" if kto else "pairs"
-        run.banner(
-            model_size(model, config.max_length), steps, (1 if kto else 2) * per_step * config.max_length,
-            "eager (rows differ in length)", data=f"{config.data}: {len(rows):,} {what}, {len(held):,} held out",
-            method=f"{config.method}, beta {config.beta:g}", starts=config.init_from,
-        )  # fmt: skip
-
-    def evaluate(step: int) -> dict:
-        with run.eager():
-            how = judged_validation if isinstance(held, JudgedRows) else validation
-            figures = how(run, model, held, held_ref, config)
-            if ids:
-                figures["val_questions"] = greedy_accuracy(run, model, tokenizer, ids, prompts, 48)
-            run.sample(step, answers(run, model, tokenizer, liked))
-        run.evaluation(step, **figures)
-        return figures
-
+        announce(run, model, config, rows, held_out, steps)
     if first == 0:
-        figures = evaluate(0)
-        if config.method in ("dpo", "ipo", "kto") and not abs(figures.get("val_margin", 0.0)) < 0.05:
-            raise AssertionError(f"before the first step policy and reference differ: {figures['val_margin']:.4f}")
-    for step in run.steps(first, steps):
-        mine = processes.my_share(epoch_batch(len(rows), per_step, step, config.seed)).tolist()
-        size = (config.micro_batch_size or config.batch_size) * (2 if kto else 1)
-        kl = batch_kl(run, model, rows, ref_other, mine, size) if kto else None
-        words = None
-        if config.method == "orpo":  # tokens of the chosen rows, prompts included, per pair of the whole batch
-            count = sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in mine)
-            words = processes.sum_over_processes(torch.tensor(count / config.batch_size, device=run.device))
-        sums: dict[str, float] = {"loss": 0.0}
-        n_tokens = 0
-        for some in (mine[i : i + size] for i in range(0, len(mine), size)):
-            if kto:
-                loss, figures = judged_loss(config, model, rows, ref, some, kl, run)
-                n_tokens += sum(min(len(rows.prompts[i]) + len(rows.answers[i]), rows.length) for i in some)
-            else:
-                loss, figures = pair_loss(config, model, rows, ref, some, words, run)
-                n_tokens += sum(2 * len(rows.prompts[i]) + len(rows.chosen[i]) + len(rows.rejected[i]) for i in some)
-            share = len(some) / per_step  # parts add up to the mean over the whole batch
-            run.scaler.scale(loss * share).backward()
-            sums["loss"] += float(loss.detach()) * share
-            sums |= {name: sums.get(name, 0.0) + value for name, value in figures.items()}
-        lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        norm = update(run, model, optimizers, lr, config.clip)
-        numbers = torch.tensor([*sums.values(), n_tokens], dtype=torch.float64)
-        *values, n_tokens = processes.sum_over_processes(numbers).tolist()
-        figures = means(dict(zip(sums, values)), per_step, kto)
-        run.log(
-            step, int(n_tokens), show=("loss", "accuracy", "margin"), grad_norm=norm, lr=lr, kl=kl, **figures,
-        )  # fmt: skip
+        figures = validation(run, model, held_out, held_out_ref, config)
+        figures |= question_accuracy(run, model, tokenizer, questions)
+        run.sample(0, answers(run, model, tokenizer, chats))
+        run.evaluation(0, **figures)
+        assert_same_start(config, figures)
 
+    for step in run.steps(first, steps):
+        batch = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed)).tolist()
+        n_words = torch.tensor(chosen_words(rows, batch) / config.batch_size, device=run.device)
+        n_words = processes.sum_over_processes(n_words)  # per pair of the whole batch
+        loss, tokens_seen, sums = 0.0, 0.0, Counter()
+        for part in parts_of(batch, config.micro_batch_size):
+            tokens, mask, real = rows.batch(part, run.device)  # (2b, T): the chosen answers above the rejected ones
+            with run.autocast():
+                logps = token_logps(model, tokens, where=where_needed(config, mask, real))  # (2b, T-1)
+            part_ref = ref[:, part].to(run.device)  # (2, b), summed over the answers
+            part_loss = pair_loss(config, logps, mask, part_ref, n_words)
+            share = len(part) / config.batch_size  # parts add up to the mean over the whole batch
+            run.scaler.scale(part_loss * share).backward()
+            loss, tokens_seen = loss + float(part_loss.detach()) * share, tokens_seen + int(real.sum())
+            sums.update(pair_figures(config, logps, mask, part_ref))
+        lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
+        grad_norm = update(run, model, optimizers, lr, config.clip)
+
+        loss, tokens_seen, *sums_of_all = processes.sum_numbers([loss, tokens_seen, *sums.values()])
+        figures = {"loss": loss} | {name: value / config.batch_size for name, value in zip(sums, sums_of_all)}
+        run.log(step, int(tokens_seen), show=("loss", "accuracy", "margin"), **figures, grad_norm=grad_norm, lr=lr)
         figures = {}
         if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            figures = evaluate(step + 1)
+            figures = validation(run, model, held_out, held_out_ref, config)
+            figures |= question_accuracy(run, model, tokenizer, questions)
+            run.sample(step + 1, answers(run, model, tokenizer, chats))
+            run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
-    with run.eager():
-        how = judged_validation if isinstance(held, JudgedRows) else validation
-        figures = how(run, model, held, held_ref, config)
-    hint = "" if has_labels(eval_data) else f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
-    run.close(f"held-out pairs: accuracy {figures.get('val_accuracy', math.nan):.3f}", next_command=hint)
+
+    figures = validation(run, model, held_out, held_out_ref, config)
+    hint = f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
+    run.close(f"held-out pairs: accuracy {figures['val_accuracy']:.3f}", next_command=hint)
     return figures
 
 
-def means(sums: dict, n: int, kto: bool) -> dict:
-    """Figures of a batch from its sums: per pair, or, of single answers, per answer of each class."""
-    if not kto:
-        return {name: value if name == "loss" else value / n for name, value in sums.items()}
-    liked, disliked = sums["desirable"], n - sums["desirable"]
-    out = {"loss": sums["loss"]}
-    for name, count in (("chosen", liked), ("rejected", disliked)):
-        if count:
-            out |= {f"{what}_{name}": sums[f"{what}_{name}"] / count for what in ("reward", "logp")}
-    if liked and disliked:
-        out["margin"] = out["reward_chosen"] - out["reward_rejected"]
-    return out
+def assert_same_start(config: Config, figures: dict) -> None:
+    """Before the first step, policy and reference are the same, and every implicit reward is 0."""
+    if has_reference(config) and not abs(figures["val_margin"]) < 0.05:
+        raise AssertionError(f"before the first step policy and reference differ: {figures['val_margin']:.4f}")
+
+
+def example() -> None:
+    """DPO's loss of one pair, from four log-probabilities to the gradient."""
+    beta = 0.5
+    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-8.0, -7.0))
+    ref_chosen, ref_rejected = torch.tensor([-10.0]), torch.tensor([-6.0])
+    print("log-probability of the whole answer, summed over its tokens")
+    print("            policy   reference   log-ratio Δ   implicit reward βΔ")
+    for name, logp, ref in (("chosen", chosen, ref_chosen), ("rejected", rejected, ref_rejected)):
+        ratio = (logp - ref).item()
+        print(f"{name:9} {logp.item():8.2f}  {ref.item():10.2f}  {ratio:12.2f}  {beta * ratio:19.2f}")
+    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected)).item()
+    print(f"margin β (Δ_w - Δ_l) = {margin:.4f}")
+    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    loss.backward()
+    print(f"loss -log σ(margin) = {loss.item():.4f}   (log 2 = 0.6931 at the start, where all Δ are 0)")
+    print(f"gradient for log π(chosen) {chosen.grad.item():.4f}, for log π(rejected) {rejected.grad.item():.4f}")
+    print("that is -β σ(-margin) and its opposite: the surer the policy is of the pair, the smaller the push")
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config, example)

@@ -21,6 +21,7 @@ import dpo
 import evaluate
 import gdpo
 import grpo
+import kto
 import ppo
 import pretrain
 import reward
@@ -99,7 +100,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("reward", "Reward model", reward.main, reward.Config(**judge), ("accuracy", "val_accuracy")),
         pairs("dpo", "DPO"),
         pairs("ipo", "IPO"),
-        pairs("kto", "KTO"),
+        Stage("kto", "KTO", kto.main, kto.Config(**settings("kto", "sft", "pairs")), ("val_accuracy", "val_questions")),
         pairs("simpo", "SimPO"),
         pairs("orpo", "ORPO"),
         Stage("ppo_reward", "PPO, reward model", ppo.main, ppo.Config(**judged), ("score", *policy)),

@@ -2,7 +2,7 @@
 
 A person who cannot write the best answer can still say which of two is better, and that is what most alignment data is:
 ``{prompt, chosen, rejected}``. The reward model learns to predict the choice; DPO and its relatives train the policy
-on it directly; KTO needs only single answers, each with a thumb up or down.
+on it directly; KTO needs only single answers, each labelled desirable or undesirable.
 
 The loss of all of them lives in the difference between two answers, so the one thing that must not go wrong is to
 lose it: too long a dialogue is cut at the beginning of its prompt, and the same prompt stands before both answers; a
@@ -65,7 +65,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judged:
-    """One answer and a thumb: what KTO learns from."""
+    """One answer and its label: what KTO learns from."""
 
     prompt: tuple[dict, ...]
     answer: str
@@ -112,7 +112,7 @@ def load_pairs(
 def load_judged(
     name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None
 ) -> list[Judged]:
-    """Single answers with a thumb, in random order: both answers of each of ``n`` pairs, or the rows of a ``.jsonl``
+    """Single answers with a label, in random order: both answers of each of ``n`` pairs, or the rows of a ``.jsonl``
     file with the columns prompt, completion and label.
     """
     if has_labels(name):
@@ -138,16 +138,19 @@ def load_judged(
 
 
 def has_labels(data: str | list[str]) -> bool:
-    """Is this a file of single answers with thumbs?"""
+    """Is this a file of single answers with labels?"""
     first, *more = sources(data)
     return not more and first.endswith(".jsonl") and Path(first).is_file() and "label" in next(_lines(first), {})
 
 
-def sources(data: str | list[str]) -> list[str]:
-    """The parts of "a+b"; a file may have a plus in its name."""
+def sources(data: str | list[str], own: str = "") -> list[str]:
+    """The parts of "a+b", with the file ``own`` in place of "own", if it is given; a file may have a plus in its
+    name.
+    """
     if isinstance(data, list):
         return data
-    return [data] if Path(data).is_file() else data.split("+")
+    parts = [data] if Path(data).is_file() else data.split("+")
+    return [own if own and part == "own" else part for part in parts]
 
 
 def _rows(name: str, split: str, data_dir: str):
@@ -158,7 +161,7 @@ def _rows(name: str, split: str, data_dir: str):
         rows, own = read_dataset(hub_id, config, test if split == "test" else train, data_dir), split == "test"
     else:
         if name == "own":
-            raise UserError("own pairs need the policy whose they are: --policy out/arith/sft")
+            raise UserError("own answers need the policy that gives them: --policy out/arith/sft")
         raise UserError(f"--data {name}: no pairs called so; there are arith, {', '.join(SOURCES)}, or a .jsonl file")
     return rows if own else (row for i, row in enumerate(rows) if (i % 50 == 0) == (split != "train"))
 
@@ -245,21 +248,35 @@ def sample_pairs(
     return pairs
 
 
-def with_own_pairs(data: str, init_from: str, seed: int, device: str = "auto") -> list[str]:
-    """The parts of ``data``, with "own" replaced by a file of pairs of ``init_from``'s own answers to the embedded
-    questions.
+def own_pairs(policy: Transformer, tokenizer: Tokenizer, checkpoint: str, seed: int) -> str:
+    """The file with pairs of the policy's own answers to the embedded questions: on-policy pairs.
 
-    They are sampled once for each seed, and kept beside the checkpoint until that changes.
+    They are sampled once for each seed, four answers to each of 4,096 questions, and kept beside the policy's
+    checkpoint until that changes, so that all methods learn from the same ones.
     """
-    parts = sources(data)
-    if "own" in parts:
-        checkpoint = find_checkpoint(init_from)
-        path = checkpoint.with_name(f"own_pairs_{checkpoint.stem}_{seed}.jsonl")
-        if processes.rank() == 0 and not (path.exists() and path.stat().st_mtime >= checkpoint.stat().st_mtime):
-            write_pairs(path, collect(Config(policy=init_from, seed=seed, device=device)))
-        processes.barrier()
-        parts = [str(path) if part == "own" else part for part in parts]
-    return parts
+    found = find_checkpoint(checkpoint)
+    path = found.with_name(f"own_pairs_{found.stem}_{seed}.jsonl")
+    if processes.rank() == 0 and not (path.exists() and path.stat().st_mtime >= found.stat().st_mtime):
+        prompts = load_prompts("arith", "train", seed=seed)
+        write_pairs(path, pairs_of_answers(policy, tokenizer, prompts, checkpoint, seed=seed))
+    processes.barrier()
+    return str(path)
+
+
+def pairs_of_answers(
+    policy: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], name: str, n: int = 4, max_new: int = 48,
+    seed: int = 0,
+) -> list[Pair]:  # fmt: skip
+    """``sample_pairs``, with a line about what came of it; a policy without any pair is refused."""
+    if policy.config.max_seq_len <= max_new:
+        raise UserError(f"max_new_tokens {max_new} leaves no room in {policy.config.max_seq_len} tokens")
+    pairs = sample_pairs(policy, tokenizer, prompts, n, max_new, seed)
+    if not pairs:
+        raise UserError(
+            f"{name} gave no question both a right and a wrong answer: try more --samples or another --data"
+        )
+    print(f"{len(prompts):,} questions, {n} answers each: {len(pairs):,} pairs of a right and a wrong one")
+    return pairs
 
 
 def held_out_of(data: str) -> list[str]:
@@ -406,19 +423,19 @@ class Config:
     """arith, sums, hh-harmless, hh-helpful, ultrafeedback, a .jsonl file, or several, joined by "+"; with --policy:
     arith, gsm8k or svamp."""
     split: Literal["train", "validation", "test"] = "train"
-    """Which part."""
+    """The split of the data."""
     data_dir: str = ""
     """A local mirror of datasets, looked in before the hub."""
     n: CountOrNone = None
-    """At most so many pairs; with --policy, so many questions (None: 4096 of arith, all of the others)."""
+    """Use at most this many pairs; with --policy, questions (None: 4096 of arith, all of the others)."""
     seed: int = 0
-    """Of the embedded pairs, and of the sampling."""
+    """The seed of the embedded pairs and of the sampling."""
     write: str = ""
     """Write them to this JSONL file."""
     policy: str = ""
     """Make pairs of this model's own answers: a run's folder or a checkpoint."""
     samples: Annotated[int, AtLeast(2)] = 4
-    """With --policy: answers to each question."""
+    """With --policy: the number of answers to each question."""
     max_new_tokens: Count = 48
     """With --policy: an answer that does not end by then is passed over."""
     device: str = "auto"
@@ -431,16 +448,9 @@ def collect(config: Config) -> list[Pair]:
     if not config.policy:
         return load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
     policy, tokenizer, _ = load_stage(config.policy, device=pick_device(config.device))
-    if policy.config.max_seq_len <= config.max_new_tokens:
-        raise UserError(f"max_new_tokens {config.max_new_tokens} leaves no room in {policy.config.max_seq_len} tokens")
     prompts = load_prompts(config.data, config.split, config.data_dir, config.seed, config.n)
-    pairs = sample_pairs(policy, tokenizer, prompts, config.samples, config.max_new_tokens, config.seed)
-    if not pairs:
-        raise UserError(
-            f"{config.policy} gave no question both a right and a wrong answer: try more --samples or another --data"
-        )
-    print(f"{len(prompts):,} questions, {config.samples} answers each: {len(pairs):,} pairs of a right and a wrong one")
-    return pairs
+    answers = config.samples, config.max_new_tokens, config.seed
+    return pairs_of_answers(policy, tokenizer, prompts, config.policy, *answers)
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:

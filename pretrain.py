@@ -8,6 +8,15 @@ Nothing else happens in this stage, and everything the later ones shape comes fr
 all of them: a step with its accumulated gradients, and the validation loss as bits per byte, which unlike the loss does
 not depend on the tokenizer. (The optimizer and the learning rate's schedule are those of ``optim.py``.)
 
+What to watch, and what it should look like:
+
+* ``loss``: at first about ln(vocabulary size), the surprise of guessing; a fast fall while the model learns which
+  tokens are frequent, then a slow one. A jump that does not come back: lower --lr, or raise --warmup.
+* ``val_loss`` and ``bits_per_byte``: down with it. While they are, more --steps help; a gap to ``loss`` that grows
+  means that the text is being learned by heart.
+* ``grad_norm``: highest in the first steps, then steady, mostly below the norm at which it is cut.
+* ``samples.txt``: first frequent words, then grammar, then sense.
+
     python pretrain.py                                            # the embedded task, two minutes on a laptop
     python pretrain.py configs/pretrain_tinystories_cpu.py --data_dir DIR
     python pretrain.py --optimizer adamw --lr 2e-3 --steps 2000
@@ -19,7 +28,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from data import TokenFile, bits_per_byte, prepare_tokens, train_tokenizer
+from data import TokenFile, bits_per_byte, parts_of, prepare_tokens, train_tokenizer
 from generate import generate
 from layers import ModelConfig
 from moe import (
@@ -40,10 +49,10 @@ from runtime.config import (
     NotNegative,
     TrainConfig,
     check_shared,
-    parse,
+    run_stage,
     validate,
 )
-from runtime.errors import UserError, run_main
+from runtime.errors import UserError
 from runtime.run import Run, start
 from tokenizer import Tokenizer, load_tokenizer
 from transformer import Transformer, model_size, token_logps
@@ -52,24 +61,24 @@ from transformer import Transformer, model_size, token_logps
 @dataclass(frozen=True)
 class Config(TrainConfig):
     data: str = "arith"
-    """arith, tinystories, pile, books, or the path of a text file or of a folder with .txt files."""
+    """The text: arith, tinystories, pile, books, or the path of a text file or of a folder with .txt files."""
     max_documents: CountOrNone = None
-    """Read only so many documents of each split (None: all)."""
+    """Read at most this many documents of each split (None: all)."""
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
-    """bpe is trained on the data; r50k is GPT-2's."""
+    """The tokenizer: bpe is trained on the data, r50k is GPT-2's."""
     vocab_size: int = 512
-    """Of the BPE, special tokens included."""
+    """The vocabulary of the BPE, special tokens included."""
 
     d_model: Count = 128
-    """Width of the model."""
+    """The width of the model."""
     n_layers: Count = 4
-    """Blocks."""
+    """The number of blocks."""
     n_heads: Count = 4
-    """Query heads."""
+    """The number of query heads."""
     n_kv_heads: Count = 2
-    """Key/value heads, each shared by n_heads / n_kv_heads query heads."""
+    """The number of key/value heads, each shared by n_heads / n_kv_heads query heads."""
     d_ff: int | None = None
-    """Width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
+    """The width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
     max_seq_len: int = 256
     """The longest row that later stages may use."""
     positions: Literal["rope", "learned", "sinusoidal"] = "rope"
@@ -79,65 +88,67 @@ class Config(TrainConfig):
     mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
     """The feed-forward layer."""
     bias: bool = False
-    """Biases in the linear layers."""
+    """Whether the linear layers have biases."""
     qk_norm: bool = False
-    """Normalise queries and keys."""
+    """Whether queries and keys are normalised."""
     tie_embeddings: bool = False
-    """One matrix for reading and for predicting tokens."""
+    """Whether one matrix both reads and predicts tokens."""
     window: int | None = None
-    """Sliding-window attention (None: full)."""
+    """The width of sliding-window attention (None: full attention)."""
     sinks: int = 0
-    """With a window: the first tokens that stay visible."""
+    """With a window: how many of the first tokens stay visible."""
     n_experts: CountOrZero = 0
-    """More than 0: the feed-forward layers are mixtures of so many experts (moe.py)."""
+    """The number of experts of each feed-forward layer (moe.py; 0: a dense layer)."""
     n_experts_per_token: int = 2
-    """Experts that each token goes to."""
+    """The number of experts that each token goes to."""
     n_shared_experts: CountOrZero = 0
-    """Experts that every token goes to, besides."""
+    """The number of experts that every token goes to, besides."""
     d_expert: int | None = None
-    """Width of an expert (None: a token's experts together are as wide as d_ff)."""
+    """The width of an expert (None: a token's experts together are as wide as d_ff)."""
     expert_layers: tuple[int, ...] | None = None
-    """Blocks with experts, counted from 0 (None: all); the others stay dense."""
+    """The blocks with experts, counted from 0 (None: all); the others stay dense."""
     router: Literal["softmax", "sigmoid"] = "softmax"
     """How a router's scores are made."""
     balance: Literal["loss", "pooled", "bias", "none"] = "loss"
     """What keeps all experts at work: a loss for each layer (Switch), one for all layers together (as transformers has
     it for Mixtral), or a bias."""
     balance_weight: NotNegative = 0.01
-    """Of the balancing loss, each layer's or the pooled one."""
+    """The weight of the balancing loss, each layer's or the pooled one."""
     balance_rate: NotNegative = 1e-3
     """With --balance bias: what a step adds to the bias of an expert with too little to do."""
     z_weight: NotNegative = 1e-3
-    """Of the router z-loss."""
+    """The weight of the router z-loss."""
 
     seq_len: Count = 128
-    """Tokens of a training window."""
+    """The tokens of a training window."""
     batch_size: Count = 16
-    """Windows of one step, over all processes."""
+    """The windows of one step, over all processes."""
     steps: Count = 800
-    """Updates."""
+    """Training steps."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: for the matrices inside the blocks; everything else stays with AdamW. adamw: for all."""
+    """The optimizer. muon: of the matrices inside the blocks; everything else stays with AdamW. adamw: of all."""
     lr: NotNegative = 4e-3
     """Peak learning rate. With adamw alone, half of this is a better start."""
     warmup: CountOrZero = 50
     weight_decay: NotNegative = 0.1
     beta2: Annotated[float, AtLeast(0, below=1)] = 0.95
-    """AdamW's memory of squared gradients."""
+    """AdamW's memory of squared gradients, β2."""
     eval_every: Count = 200
     eval_windows: Count = 128
-    """Windows of a validation, spread evenly over the split."""
+    """The windows of a validation, spread evenly over the split."""
     sample_prompt: str = "Tom has 4 apples. Mia gives Tom 3 more."
-    """What the model continues at each validation."""
+    """The text that the model continues at each validation."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The stage
 
 
-def balancing(seen: dict[int, list[Tensor]], config: Config) -> Tensor:
-    """What is added to the loss of a part of the batch so that its routers stay balanced and calm."""
-    layers = [torch.cat(parts) for parts in seen.values()]  # (N, E) each
+def balancing(routers: dict[int, list[Tensor]], config: Config) -> Tensor | float:
+    """What a mixture of experts adds to the loss of a part of the batch, so that its routers stay balanced and calm."""
+    if not routers:
+        return 0.0
+    layers = [torch.cat(parts) for parts in routers.values()]  # (N, E) each
     extra = config.z_weight * router_z_loss(layers)
     counted_together = {"loss": layers, "pooled": [layers]}.get(config.balance, [])
     for logits in counted_together:  # of each layer, or all layers at once
@@ -147,24 +158,26 @@ def balancing(seen: dict[int, list[Tensor]], config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, model: Transformer, file: TokenFile, windows: int, seq_len: int, batch: int) -> float:
-    """Mean loss, in nats per token, over windows spread evenly over the validation split."""
-    n = len(file.file["validation"]) - seq_len - 1
+def validation(run: Run, model: Transformer, file: TokenFile, config: Config) -> dict:
+    """Mean loss, in nats per token, over windows spread evenly over the validation split, and bits per byte."""
+    n = len(file.file["validation"]) - config.seq_len - 1
     if n < 0:
-        raise UserError(f"the validation split is shorter than one window of {seq_len + 1} tokens")
-    starts = torch.linspace(0, n, min(windows, n + 1), dtype=torch.float64).long().tolist()
+        raise UserError(f"the validation split is shorter than one window of {config.seq_len + 1} tokens")
+    starts = torch.linspace(0, n, min(config.eval_windows, n + 1), dtype=torch.float64).long().tolist()
     total = 0.0
-    for first in range(0, len(starts), batch):
-        tokens = file.windows("validation", starts[first : first + batch], seq_len + 1).to(run.device)
-        with run.autocast():
+    for part in parts_of(starts, config.batch_size):
+        tokens = file.windows("validation", part, config.seq_len + 1).to(run.device)
+        with run.autocast(), run.eager():
             total -= float(token_logps(model, tokens).sum(dtype=torch.float64))
-    return total / (len(starts) * seq_len)
+    loss = total / (len(starts) * config.seq_len)
+    return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, file.bytes_per_token["validation"])}
 
 
 def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str, n: int = 60) -> str:
+    """How the model goes on after ``prompt``, sampled."""
     ids = (tokenizer.encode(prompt) or [tokenizer.eot_id])[-(model.config.max_seq_len // 2) :]
     n = min(n, model.config.max_seq_len - len(ids))
-    with run.autocast():
+    with run.autocast(), run.eager():
         tokens, mask, _ = generate(model, [ids], n, temperature=0.8, eot_id=tokenizer.eot_id, seed=0)
     return prompt + tokenizer.decode(tokens[0][mask[0]].tolist())
 
@@ -192,86 +205,79 @@ def model_config(config: Config, vocab_size: int) -> ModelConfig:
     return ModelConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in names})
 
 
+def tokens_of(run: Run, config: Config) -> tuple[Tokenizer, TokenFile]:
+    """A tokenizer, and the data as tokens in a file of the run's folder; both are made once."""
+    data = config.data, config.data_dir, config.seed, config.max_documents
+    if run.state is not None:
+        tokenizer = load_tokenizer(run.state["tokenizer"])
+    else:
+        tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, *data)
+    if run.is_main:
+        prepare_tokens(run.folder / "tokens.h5", tokenizer, *data)
+    processes.barrier()
+    return tokenizer, TokenFile(run.folder / "tokens.h5")
+
+
+def announce(run: Run, model: Transformer, config: Config, file: TokenFile) -> None:
+    """Compile the model if that pays, and say what the run will do."""
+    tokens_per_step = config.batch_size * config.seq_len
+    how = run.maybe_compile(model, config.steps, tokens_per_step)
+    data = f"{config.data}: {len(file):,} tokens, {file.bytes_per_token['train']:.2f} bytes each"
+    run.banner(model_size(model, config.seq_len), config.steps, tokens_per_step, how, data=data)
+
+
 def main(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
     check(config)
     run = start(config, "pretrain")
+    tokenizer, file = tokens_of(run, config)
 
-    # Data: a tokenizer, and a file of tokens made with it.
-    if run.state is not None:
-        tokenizer = load_tokenizer(run.state["tokenizer"])
-    else:
-        tokenizer = train_tokenizer(
-            config.tokenizer, config.vocab_size, config.data, config.data_dir, config.seed, config.max_documents
-        )
-    path = run.folder / "tokens.h5"
-    if run.is_main:
-        prepare_tokens(path, tokenizer, config.data, config.data_dir, config.seed, config.max_documents)
-    processes.barrier()
-    file = TokenFile(path)
-
-    # Model and optimizer.
     torch.manual_seed(config.seed)
     model = Transformer(model_config(config, tokenizer.vocab_size)).to(run.device)
     model.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2, config.optimizer)
     first = run.resume(model, optimizers)
-    tokens_per_step = config.batch_size * config.seq_len
-
-    def evaluate(step: int) -> dict:
-        with run.eager():
-            loss = validation_loss(run, model, file, config.eval_windows, config.seq_len, config.batch_size)
-            text = continuation(run, model, tokenizer, config.sample_prompt)
-        bpb = bits_per_byte(loss, file.bytes_per_token["validation"])
-        run.sample(step, text)
-        return {"val_loss": loss, "bits_per_byte": bpb}
-
     if not run.finished:
-        work = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_step
-        how = run.maybe_compile(model, config.steps, step_seconds=work / (1e11 if run.device.type == "cpu" else 1e14))
-        run.banner(
-            model_size(model, config.seq_len), config.steps, tokens_per_step, how,
-            data=f"{config.data}: {len(file):,} tokens, {file.bytes_per_token['train']:.2f} bytes each",
-        )  # fmt: skip
+        announce(run, model, config, file)
+
+    tokens_per_step = config.batch_size * config.seq_len
     for step in run.steps(first, config.steps):
-        # Each step's windows depend on the seed and the step alone: a resumed run sees what it would have seen.
+        # The windows of a step depend on the seed and the step alone: a resumed run sees what it would have seen.
         windows = file.random_windows("train", config.batch_size, config.seq_len + 1, (config.seed, step))
         windows = processes.my_share(windows).to(run.device)  # (B, T+1)
-        loss, loads, routing = torch.zeros((), device=run.device), 0, {}
-        for tokens in windows.split(config.micro_batch_size or len(windows)):
-            with run.autocast(), watch_routers(model) as seen:
-                logps = token_logps(model, tokens)  # (b, T)
-            part = -logps.sum() / tokens_per_step  # over the whole batch, so that parts add up to its mean
-            loss += part.detach()
-            if config.n_experts:
-                part = part + balancing(seen, config) * len(tokens) / config.batch_size
-                loads = loads + expert_loads(model, seen)
-            run.scaler.scale(part).backward()
+        loss, loads = torch.zeros((), device=run.device), 0
+        for tokens in parts_of(windows, config.micro_batch_size):
+            with run.autocast(), watch_routers(model) as routers:
+                logps = token_logps(model, tokens)  # (b, T): log p(token t+1 | tokens ≤ t)
+            part_loss = -logps.sum() / tokens_per_step  # divided by the whole batch, so that parts add up to its mean
+            loss += part_loss.detach()
+            part_loss = part_loss + balancing(routers, config) * len(tokens) / config.batch_size
+            run.scaler.scale(part_loss).backward()
+            loads = loads + expert_loads(model, routers) if config.n_experts else loads
         if config.n_experts:
-            loads = processes.sum_over_processes(loads)
+            loads = processes.sum_over_processes(loads)  # tokens of each expert, in the whole batch
             if config.balance == "bias":
                 move_balance_bias(model, loads, config.balance_rate)
-            if run.logs(step):
-                routing = router_statistics(loads, seen)
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        norm = update(run, model, optimizers, lr, config.clip)
-        loss = processes.sum_over_processes(loss)
-        run.log(step, tokens=tokens_per_step, show=("loss",), loss=loss, grad_norm=norm, lr=lr, **routing)
+        grad_norm = update(run, model, optimizers, lr, config.clip)
 
+        routing = router_statistics(loads, routers) if config.n_experts and run.logs(step) else {}
+        figures = {"loss": processes.sum_over_processes(loss), "grad_norm": grad_norm, "lr": lr} | routing
+        run.log(step, tokens_per_step, show=("loss",), **figures)
         figures = {}
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            figures = evaluate(step + 1)
+            figures = validation(run, model, file, config)
+            run.sample(step + 1, continuation(run, model, tokenizer, config.sample_prompt))
             run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, config.steps):
             run.save(step, config.steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
-    with run.eager():
-        loss = validation_loss(run, model, file, config.eval_windows, config.seq_len, config.batch_size)
+
+    figures = validation(run, model, file, config)
     file.close()
-    figures = {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, file.bytes_per_token["validation"])}
     hint = f"python sft.py --task {config.task} --init_from {run.folder}"
     run.close(f"{figures['bits_per_byte']:.3f} bits per byte", next_command=hint)
     return figures
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config)

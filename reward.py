@@ -7,8 +7,8 @@ sigmoid of the difference (Ouyang et al. 2022, InstructGPT, eq. 1)::
     P(chosen ≻ rejected) = σ(r_chosen - r_rejected)
     L = - mean log σ(r_chosen - r_rejected - margin)  +  center · mean (r_chosen + r_rejected)²
 
-One bit about a whole answer is little to learn from, so the pairs are also compared at every token behind the first
-difference of the two answers, as far as the shorter one goes: an answer that has gone wrong should score less from then
+One bit about a whole answer is little to learn from, so the pairs are also compared at every token after the first one
+that differs, as far as the shorter one goes: an answer that has gone wrong should score less from then
 on, whatever stands beside it (the verifiers of Cobbe et al. 2021 also judge at every
 token, though one answer at a time)::
 
@@ -22,7 +22,7 @@ shift and scale the head so that answers of the starting policy to training prom
 (Ziegler et al. 2019); to fresh ones they begin a little lower. ``margin`` asks for more distance (where the judge was
 more certain, in Touvron et al. 2023, Llama 2, eq. 2).
 
-The model is the fine-tuned policy with its words taken away: one linear map from the stream to a number. The score of
+The model is the fine-tuned policy, its output head replaced by one linear map from the stream to a number. The score of
 an answer is read at the last real token, which has seen the whole answer. "Last real" by the mask, never by position
 -1, where padding may stand, nor by looking for the padding's id, which a text may contain.
 
@@ -30,9 +30,17 @@ To see that 12+15=28 is wrong, a language model that would itself write 27 still
 another skill. On the embedded task it practises on plain sums among the stories (``n_sums``), as large
 reward models are first trained on cheap comparisons (Askell et al. 2021).
 
+What to watch, and what it should look like:
+
+* ``accuracy``, how often the chosen answer scores higher: from about 0.5 up. ``val_accuracy`` follows it, below.
+* ``margin``, the difference of the two scores: up. While it grows and ``val_accuracy`` does not, the model becomes
+  surer of pairs that it gets wrong, and ``val_calibration_error`` rises.
+* ``samples.txt``: the flaws that it sees and those that it does not, and whether it prefers long answers as such.
+
     python reward.py                                                    # the embedded pairs, after sft.py
     python reward.py configs/reward_hh_cpu.py --data_dir DIR            # HH-RLHF, harmless-base
     python reward.py --encoder out/arith/mlm                            # an encoder reads the answers (encoder.py)
+    python reward.py --example                                          # from two scores to a gradient, by hand
 
 To score answers of your own::
 
@@ -43,7 +51,6 @@ To score answers of your own::
 """
 
 import math
-import os
 import random
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -54,10 +61,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention import at_least_float32
-from data import epoch_batch, similar_lengths
+from data import epoch_batch, parts_of, similar_lengths
 from encoder import load_encoder, pool
 from optim import learning_rate, make_optimizers, update
-from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, with_own_pairs
+from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, own_pairs, sources
 from rollout import sample_answers
 from runtime import processes
 from runtime.checkpoint import load_weights, need_checkpoint
@@ -70,12 +77,12 @@ from runtime.config import (
     Positive,
     TrainConfig,
     check_shared,
-    parse,
+    run_stage,
     validate,
 )
-from runtime.errors import UserError, run_main
-from runtime.run import Run, start
-from stages import load_stage
+from runtime.errors import UserError
+from runtime.run import Run
+from stages import begin, load_stage, with_start
 from tokenizer import Tokenizer
 from transformer import Transformer, model_size
 
@@ -89,34 +96,34 @@ class Config(TrainConfig):
     ultrafeedback, a .jsonl file with the columns prompt, chosen, rejected, or several of these, joined by "+".
     """
     n_pairs: CountOrNone = None
-    """Use only so many (None: 8192 of arith, all of the others)."""
+    """Use at most this many pairs of each source (None: 8192 of arith, all of the others)."""
     n_sums: CountOrZero = 32_768
-    """arith: pairs about plain sums among them."""
+    """arith: the number of pairs about plain sums among them."""
     init_from: str = ""
     """The fine-tuned policy whose body it takes: a run's folder or a checkpoint. Default: out/<task>/sft."""
     encoder: str = ""
     """Take the body of this masked language model (encoder.py) instead; it must have the policy's tokenizer."""
     max_length: Annotated[int, AtLeast(8)] = 256
-    """Tokens of a row; a longer one loses the beginning of its prompt."""
+    """The tokens of a row; a longer one loses the beginning of its prompt."""
     batch_size: Count = 32
-    """Pairs of one step, over all processes; they are of similar length."""
+    """The pairs of one step, over all processes; they are of similar length."""
     epochs: Positive = 1.0
     """Passes over the pairs."""
     token_weight: Annotated[float | None, AtLeast(0, most=1)] = None
-    """Weight of the loss at every token behind the first difference; that of the whole answer has the rest (None: 0.7,
-    and 0 with an encoder, whose tokens see what comes after them)."""
+    """The weight of the loss at every token after the first one that differs; that of the whole answer has the rest
+    (None: 0.7, and 0 with an encoder, whose tokens see what comes after them)."""
     margin: NotNegative = 0.0
-    """Distance that the scores of a pair should keep."""
+    """The distance that the scores of a pair should keep."""
     center: NotNegative = 0.05
-    """Weight of the pull of the scores to zero (Eisenstein et al.: 0.01; 0: none)."""
+    """The weight of the pull of the scores to zero (Eisenstein et al.: 0.01; 0: none)."""
     normalize_on: CountOrZero = 128
-    """Answers of the starting policy whose scores get mean 0 and variance 1 at the end (0: leave the scores as they
-    are).
+    """The number of answers of the starting policy whose scores get mean 0 and variance 1 at the end (0: leave the
+    scores as they are).
     """
     max_new_tokens: Count = 48
-    """Length of those answers at most."""
+    """The length of those answers, at most."""
     optimizer: Literal["adamw", "muon"] = "muon"
-    """muon: for the matrices inside the blocks."""
+    """The optimizer. muon: of the matrices inside the blocks."""
     lr: NotNegative = 2e-3
     """Peak learning rate; with adamw a tenth of it is a better start."""
     final_lr: NotNegative = 0.0
@@ -124,7 +131,7 @@ class Config(TrainConfig):
     weight_decay: NotNegative = 0.01
     eval_every: Count = 200
     eval_pairs: Count = 512
-    """Held-out pairs of a validation."""
+    """The held-out pairs of a validation."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,9 +348,10 @@ def load_reward_model(path: str, device="cpu") -> tuple[RewardModel, Tokenizer, 
     return model, tokenizer, state
 
 
-def training_pairs(config: Config) -> list[Pair]:
+def training_pairs(config: Config, own: str = "") -> list[Pair]:
+    """The pairs of all sources; own: the file with those of the starting policy's own answers."""
     pairs = []
-    for name in with_own_pairs(config.data, config.init_from, config.seed, config.device):
+    for name in sources(config.data, own):
         pairs += load_pairs(name, "train", config.data_dir, config.seed, config.n_pairs or DEFAULTS.get(name))
         if name == "arith" and config.n_sums:
             pairs += load_pairs("sums", "train", seed=config.seed, n=config.n_sums)
@@ -358,111 +366,138 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
+def make_body(run: Run, config: Config, tokenizer: Tokenizer) -> Transformer:
+    """The body that the head is put on: the starting policy's once more, or the encoder's, which must read what the
+    policy writes."""
+    if not config.encoder:
+        return load_stage(config.init_from, device=run.device)[0]
+    body, its_tokenizer, its_state = load_encoder(config.encoder, run.device)
+    if its_tokenizer.state() != tokenizer.state() or its_state["extra"]["lowercase"]:
+        raise UserError(
+            f"{config.encoder} reads other tokens than {config.init_from} writes; make one that reads them with: "
+            f"python encoder.py --objective mlm --tokenizer_from {config.init_from}"
+        )
+    if config.max_length > context_of(body):
+        raise UserError(f"max_length {config.max_length} is more than the encoder's {context_of(body)}")
+    return body
+
+
+def load_held_out(config: Config, tokenizer: Tokenizer) -> PairRows:
+    """The held-out pairs as rows; of several sources, some of each."""
+    pairs = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)
+    random.Random("held out").shuffle(pairs)
+    return encode_pairs(pairs[: config.eval_pairs], tokenizer, config.max_length)
+
+
+def held_out_scores(run: Run, model: RewardModel, rows: PairRows) -> tuple[Tensor, Tensor]:
+    with run.autocast(), run.eager():
+        return scores(model, rows)
+
+
+def announce(run: Run, model: RewardModel, config: Config, rows: PairRows, held_out: PairRows, steps: int) -> None:
+    """Say what the run will do."""
+    run.banner(
+        model_size(model.backbone, config.max_length, words=0.0), steps, 2 * config.batch_size * config.max_length,
+        "eager (rows differ in length)", starts=config.encoder or config.init_from,
+        data=f"{config.data}: {len(rows):,} pairs, {len(held_out):,} held out",
+    )  # fmt: skip
+
+
 def main(config: Config) -> dict:
     """Train, and return the held-out accuracy. A finished run returns at once, an unfinished one continues."""
-    config = replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/sft"))
+    config = with_start(config, "sft")
     check(config)
     if config.token_weight is None:
         config = replace(config, token_weight=0.0 if config.encoder else 0.7)
-    need_checkpoint(config.init_from, "python sft.py")
     if config.encoder:
         need_checkpoint(config.encoder, f"python encoder.py --objective mlm --tokenizer_from {config.init_from}")
-    run = start(config, "reward")
-    policy, tokenizer, state = load_stage(config.init_from, device=run.device)
+    run, policy, tokenizer = begin(config, "reward", "python sft.py")
     if config.max_length > policy.config.max_seq_len:
         raise UserError(f"max_length {config.max_length} is more than the context of {policy.config.max_seq_len}")
-    run.record_parent(state, config.init_from)
 
-    # Data: pairs as rows of tokens.
-    pairs = training_pairs(config)
-    rows = encode_pairs(pairs, tokenizer, config.max_length)
-    held = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)
-    random.Random("held out").shuffle(held)  # of several sources, some of each
-    held = held[: config.eval_pairs]
-    held = encode_pairs(held, tokenizer, config.max_length)
+    # Pairs as rows of tokens. "own" are on-policy: the starting policy answers, and a right answer is paired with a
+    # wrong one.
+    own = own_pairs(policy, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
+    rows = encode_pairs(training_pairs(config, own), tokenizer, config.max_length)
+    held_out = load_held_out(config, tokenizer)
     batches = similar_lengths(rows.lengths(), config.batch_size, config.seed)
     steps = max(1, math.ceil(config.epochs * len(batches)))
 
     # The policy's body under a new head.
     torch.manual_seed(config.seed)
-    if config.encoder:
-        backbone, its_tokenizer, its_state = load_encoder(config.encoder, run.device)
-        if its_tokenizer.state() != tokenizer.state() or its_state["extra"]["lowercase"]:
-            raise UserError(
-                f"{config.encoder} reads other tokens than {config.init_from} writes; make one that reads them with: "
-                f"python encoder.py --objective mlm --tokenizer_from {config.init_from}"
-            )
-        if config.max_length > context_of(backbone):
-            raise UserError(f"max_length {config.max_length} is more than the encoder's {context_of(backbone)}")
-    else:
-        backbone, _, _ = load_stage(config.init_from, device=run.device)
-    prompts_with_room(policy, backbone, rows, config)
-    model = RewardModel(backbone)
-    backbone.activation_checkpointing = config.activation_checkpointing
+    body = make_body(run, config, tokenizer)
+    prompts_with_room(policy, body, rows, config)  # refuses what leaves none
+    model = RewardModel(body)
+    body.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
     if not run.finished:
-        run.banner(
-            model_size(backbone, config.max_length, words=0.0), steps, 2 * config.batch_size * config.max_length,
-            "eager (rows differ in length)", starts=config.encoder or config.init_from,
-            data=f"{config.data}: {len(rows):,} pairs, {len(held):,} held out",
-        )  # fmt: skip
-
-    def held_scores() -> tuple[Tensor, Tensor]:
-        with run.autocast(), run.eager():
-            return scores(model, held)
+        announce(run, model, config, rows, held_out, steps)
 
     for step in run.steps(first, steps):
-        chosen_rows = processes.my_share(batches[epoch_batch(len(batches), 1, step, config.seed)[0]])
-        loss = accuracy = margin = 0.0
-        size, n_tokens = config.micro_batch_size or len(chosen_rows), 0
-        for some in (chosen_rows[i : i + size] for i in range(0, len(chosen_rows), size)):
-            tokens, _, real = rows.batch(some, run.device)  # (2b, T): chosen above rejected
+        batch = processes.my_share(batches[epoch_batch(len(batches), 1, step, config.seed)[0]])
+        loss = right = margin = tokens_seen = 0.0
+        for part in parts_of(batch, config.micro_batch_size):
+            tokens, _, real = rows.batch(part, run.device)  # (2b, T): the chosen answers above the rejected ones
             with run.autocast():
                 if config.encoder:
                     scored = model(tokens, real)  # (2b,)
                 else:
                     every = model.at_every_token(tokens, real)  # (2b, T)
-                    scored = every.gather(1, last_real(real)[:, None])[:, 0]
+                    scored = every.gather(1, last_real(real)[:, None])[:, 0]  # (2b,)
             chosen, rejected = scored.chunk(2)  # (b,) each
-            part = bradley_terry_loss(chosen, rejected, config.margin, config.center)
+            part_loss = bradley_terry_loss(chosen, rejected, config.margin, config.center)
             if config.token_weight:
                 of_tokens = token_loss(*every.chunk(2), behind_the_difference(tokens, real))
-                part = (1 - config.token_weight) * part + config.token_weight * of_tokens
-            part = part * len(some) / config.batch_size
-            run.scaler.scale(part).backward()
-            loss += float(part.detach())
-            accuracy += float((chosen > rejected).sum()) / config.batch_size
+                part_loss = (1 - config.token_weight) * part_loss + config.token_weight * of_tokens
+            part_loss = part_loss * len(part) / config.batch_size  # parts add up to the mean over the whole batch
+            run.scaler.scale(part_loss).backward()
+            loss, tokens_seen = loss + float(part_loss.detach()), tokens_seen + int(real.sum())
+            right += float((chosen > rejected).sum()) / config.batch_size
             margin += float((chosen - rejected).detach().sum()) / config.batch_size
-            n_tokens += int(real.sum())
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        norm = update(run, model, optimizers, lr, config.clip)
-        figures = torch.tensor([loss, accuracy, margin, n_tokens], dtype=torch.float64)
-        loss, accuracy, margin, n_tokens = processes.sum_over_processes(figures).tolist()
-        run.log(
-            step, int(n_tokens), show=("loss", "accuracy"), loss=loss, accuracy=accuracy, margin=margin, grad_norm=norm,
-            lr=lr,
-        )  # fmt: skip
+        grad_norm = update(run, model, optimizers, lr, config.clip)
 
-        figures = {}
-        last = step + 1 == steps
-        if (step + 1) % config.eval_every == 0 or last:
-            figures = judge(*held_scores(), config.margin, config.center)
+        loss, right, margin, tokens_seen = processes.sum_numbers([loss, right, margin, tokens_seen])
+        figures = {"loss": loss, "accuracy": right, "margin": margin, "grad_norm": grad_norm, "lr": lr}
+        run.log(step, int(tokens_seen), show=("loss", "accuracy"), **figures)
+        last, figures = step + 1 == steps, {}
+        if last or (step + 1) % config.eval_every == 0:
+            figures = judge(*held_out_scores(run, model, held_out), config.margin, config.center)
             run.evaluation(step + 1, **figures)
         if last:  # the report comes first: a scaled head no longer says what it means
-            text = report(held, *held_scores())
+            text = report(held_out, *held_out_scores(run, model, held_out))
             run.sample(steps, text)
             run.print(text)
-            if config.normalize_on:
-                mean, std = normalize(run, model, policy, tokenizer, rows, config)
-                run.print(f"scores of the starting policy's answers had mean {mean:.2f}, std {std:.2f}; now 0 and 1")
+        if last and config.normalize_on:
+            mean, std = normalize(run, model, policy, tokenizer, rows, config)
+            run.print(f"scores of the starting policy's answers had mean {mean:.2f}, std {std:.2f}; now 0 and 1")
         if figures or run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer)  # no best.pt: only the last one's scores are scaled
-    accuracy = judge(*held_scores())["val_accuracy"]  # the one figure that scaling leaves as it was
+
+    accuracy = judge(*held_out_scores(run, model, held_out))["val_accuracy"]  # which scaling leaves as it was
     hint = f"python ppo.py --reward {run.folder} --beta 0.05 --out_dir {run.folder.parent / 'ppo_reward'}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint if "arith" in held_out_of(config.data) else "")
     return {"val_accuracy": accuracy}
 
 
+def example() -> None:
+    """The loss of one pair, from two scores to the gradient."""
+    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (1.5, 0.5))
+    print(f"score of the chosen answer {chosen.item():.4f}, of the rejected one {rejected.item():.4f}")
+    difference = (chosen - rejected).item()
+    print(f"difference {difference:.4f}")
+    print(f"P(chosen is preferred) = σ(difference) = {torch.tensor(difference).sigmoid().item():.4f}")
+    loss = bradley_terry_loss(chosen, rejected)
+    loss.backward()
+    print(f"loss -log σ(difference) = {loss.item():.4f}")
+    print(f"gradient for the chosen score {chosen.grad.item():.4f}, for the rejected one {rejected.grad.item():.4f}")
+    print("that is -(1 - P) and its opposite: only the difference is learned, and the less, the surer it is")
+    with_margin = bradley_terry_loss(chosen.detach(), rejected.detach(), margin=1.0).item()
+    print(f"with a margin of 1 the loss is {with_margin:.4f}")
+    centered = bradley_terry_loss(chosen.detach(), rejected.detach(), center=0.05).item()
+    print(f"with center 0.05 it is {centered:.4f}: 0.05 · (1.5 + 0.5)² is added")
+
+
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config, example)

@@ -12,15 +12,23 @@ and processes.
 
 Short conversations share a row (packing): a token attends to its own conversation only, positions restart in each.
 
+What to watch, and what it should look like:
+
+* ``loss``: down within the first steps, because the form of an answer is learned first; then slowly.
+* ``val_loss``: down, then flat. When it rises while ``loss`` falls, the answers are learned by heart: fewer --epochs.
+* ``val_token_accuracy``: up. An answer is right only if all its tokens are, so 0.9 is less than it sounds.
+* ``share_learned``, the share of a batch that counts: steady. Near 0 the rows are mostly padding or questions.
+* ``samples.txt``: answers that end by themselves, in the form of the reference beside them.
+
     python sft.py                                            # the embedded task, after pretrain.py
     python sft.py configs/sft_gsm8k.py --data_dir DIR        # GSM8K, Dolly and Alpaca together
     python sft.py --sweep 3e-4 1e-3 3e-3                     # one run for each learning rate: a table and a plot
+    python sft.py --example                                  # the loss of five tokens, by hand
 """
 
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,18 +36,18 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from data import PackedRows, epoch_batch, load_chats, pack
+from data import PackedRows, epoch_batch, load_chats, pack, parts_of
 from generate import generate
 from lora import TARGETS, LoRARunConfig, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
 from runtime import processes
-from runtime.checkpoint import need_checkpoint, write_text
-from runtime.config import AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, parse, validate
-from runtime.errors import UserError, run_main
+from runtime.checkpoint import write_text
+from runtime.config import AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
+from runtime.errors import UserError
 from runtime.folder import run_folder
 from runtime.plots import plot_sweep
-from runtime.run import Run, start
-from stages import load_stage
+from runtime.run import Run
+from stages import begin, with_start
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, model_size, token_logps
 
@@ -47,19 +55,17 @@ from transformer import Transformer, model_size, token_logps
 @dataclass(frozen=True)
 class Config(LoRARunConfig):
     data: str = "arith"
-    """arith, gsm8k, alpaca, dolly, or several joined by +."""
+    """The conversations: arith, gsm8k, alpaca, dolly, hh-harmless, hh-helpful, or several joined by "+"."""
     n_examples: CountOrNone = None
-    """Conversations of each source (None: 192 of arith, all of the others)."""
+    """Use at most this many conversations of each source (None: 192 of arith, all of the others)."""
     init_from: str = ""
     """The pretrained model: a run's folder or a checkpoint. Default: out/<task>/pretrain."""
     seq_len: Annotated[int, AtLeast(2)] = 256
-    """Tokens of a row."""
+    """The tokens of a row."""
     packing: bool = True
-    """Several conversations in one row, unable to see each other."""
-    curriculum: bool = False
-    """Short conversations first, in every epoch; otherwise a new random order in each."""
+    """Whether several conversations share a row, unable to see each other."""
     batch_size: Count = 2
-    """Rows of one step, over all processes."""
+    """The rows of one step, over all processes."""
     epochs: Positive = 8.0
     """Passes over the data."""
     weight_decay: NotNegative = 0.01
@@ -67,7 +73,7 @@ class Config(LoRARunConfig):
     """The linear layers that get adapters. Here the head is one of them: pretraining never showed the tokens of the
     answer's form, their rows of the head are all alike, and frozen they would stay it."""
     sweep: Annotated[tuple[float, ...], AtLeast(0)] = ()
-    """Learning rates to try, one run for each, in <out_dir>/lr_<rate>; the table and the plot stand in <out_dir>."""
+    """The learning rates to try, one run for each in <out_dir>/lr_<rate>; table and plot stand in <out_dir>."""
 
 
 def sft_loss(logps: Tensor, loss_mask: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ def validation(run: Run, model: Transformer, rows: PackedRows, batch: int) -> di
     total = right = count = 0.0
     for first in range(0, len(rows), batch):
         tokens, mask, segments = (x.to(run.device) for x in rows.batch(range(first, min(first + batch, len(rows)))))
-        with run.autocast():
+        with run.autocast(), run.eager():
             hidden = model.forward_hidden(tokens, segments=segments)[:, :-1][mask[:, 1:]]  # (n, D)
             logps = model.head(hidden).float().log_softmax(dim=-1)
         targets = tokens[:, 1:][mask[:, 1:]]
@@ -101,20 +107,24 @@ def validation(run: Run, model: Transformer, rows: PackedRows, batch: int) -> di
 
 
 def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: int = 3) -> str:
-    """The model's own answers to the first questions of ``chats``, beside the reference."""
-    asked = [(chat, encode_chat(tokenizer, chat[:-1], add_generation_prompt=True)[0]) for chat in chats]
-    asked = [(chat, ids) for chat, ids in asked if len(ids) < model.config.max_seq_len][:n]
-    if not asked:
+    """The model's greedy answers to the first questions of ``chats``, beside the reference."""
+    prompts = [encode_chat(tokenizer, chat[:-1], add_generation_prompt=True)[0] for chat in chats]
+    short = [(chat, ids) for chat, ids in zip(chats, prompts) if len(ids) < model.config.max_seq_len][:n]
+    if not short:
         return "every question is longer than the context"
-    chats, prompts = zip(*asked)
-    new = min(200, model.config.max_seq_len - max(map(len, prompts)))
-    with run.autocast():
-        tokens, mask, _ = generate(model, prompts, new, temperature=0, eot_id=tokenizer.eot_id)
+    chats, prompts = zip(*short)
+    max_new = min(200, model.config.max_seq_len - max(map(len, prompts)))
+    with run.autocast(), run.eager():
+        tokens, mask, _ = generate(model, prompts, max_new, temperature=0, eot_id=tokenizer.eot_id)
     lines = []
     for chat, ids, real in zip(chats, tokens, mask):
         lines += [f"question:  {chat[-2]['content']}", f"answer:    {tokenizer.decode(ids[real].tolist())}"]
         lines += [f"reference: {chat[-1]['content']}", ""]
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stage
 
 
 def check(config: Config) -> None:
@@ -124,22 +134,30 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
+def announce(run: Run, model: Transformer, config: Config, rows: PackedRows, n_chats: int, steps: int) -> None:
+    """Compile the model if that pays, and say what the run will do."""
+    tokens_per_step = config.batch_size * config.seq_len
+    how = run.maybe_compile(model, steps, tokens_per_step)
+    learned = f"{int(rows.loss_mask.sum()):,} tokens to learn"
+    run.banner(
+        model_size(model, config.seq_len), steps, tokens_per_step, how, starts=config.init_from,
+        data=f"{config.data}: {n_chats:,} conversations in {len(rows):,} rows, {learned}",
+    )  # fmt: skip
+
+
 def main(config: Config) -> dict:
     """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
-    config = dataclasses.replace(config, init_from=os.path.normpath(config.init_from or f"out/{config.task}/pretrain"))
+    config = with_start(config, "pretrain")
     check(config)
-    need_checkpoint(config.init_from, "python pretrain.py")
-    run = start(config, "sft")
-    model, tokenizer, state = load_stage(config.init_from, device=run.device)
+    run, model, tokenizer = begin(config, "sft", "python pretrain.py")
     if config.seq_len > model.config.max_seq_len:
         raise UserError(f"seq_len {config.seq_len} is longer than the model's max_seq_len {model.config.max_seq_len}")
-    run.record_parent(state, config.init_from)
 
-    # Data: conversations in rows of seq_len tokens.
+    # Conversations, packed into rows of T = seq_len tokens; the mask is 1 on what the assistant says.
     chats = load_chats(config.data, "train", config.data_dir, config.seed, config.n_examples)
-    held = load_chats(config.data, "validation", config.data_dir, config.seed, config.n_examples)
-    rows = pack(chats, tokenizer, config.seq_len, config.packing, config.curriculum)
-    held_rows = pack(held, tokenizer, config.seq_len)
+    held_out = load_chats(config.data, "validation", config.data_dir, config.seed, config.n_examples)
+    rows = pack(chats, tokenizer, config.seq_len, config.packing)
+    held_out_rows = pack(held_out, tokenizer, config.seq_len)
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
 
     start_lora(model, config)
@@ -147,55 +165,46 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:
-        tokens_per_step = config.batch_size * config.seq_len
-        work = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_step
-        how = run.maybe_compile(model, steps, step_seconds=work / (1e11 if run.device.type == "cpu" else 1e14))
-        counted = int(rows.loss_mask.sum())
-        run.banner(
-            model_size(model, config.seq_len), steps, tokens_per_step, how,
-            data=f"{config.data}: {len(chats):,} conversations in {len(rows):,} rows, {counted:,} tokens to learn",
-            starts=config.init_from,
-        )  # fmt: skip
-
-    def evaluate() -> dict:
-        with run.eager():
-            return validation(run, model, held_rows, config.batch_size)
+        announce(run, model, config, rows, len(chats), steps)
 
     for step in run.steps(first, steps):
-        chosen = epoch_batch(len(rows), config.batch_size, step, config.seed, shuffle=not config.curriculum)
-        tokens, mask, segments = (processes.my_share(x).to(run.device) for x in rows.batch(chosen))  # (B, T) each
-        count = mask[:, 1:].sum()
-        whole_count = processes.sum_over_processes(count).clamp(min=1)  # of the whole batch
+        batch = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed))
+        learned = rows.loss_mask[batch, 1:].sum().to(run.device)
+        learned = processes.sum_over_processes(learned).clamp(min=1)  # tokens to learn in the whole batch
         loss = torch.zeros((), device=run.device)
-        size = config.micro_batch_size or len(tokens)
-        for tok, m, seg in zip(tokens.split(size), mask.split(size), segments.split(size)):
+        for part in parts_of(batch, config.micro_batch_size):
+            tokens, mask, segments = (x.to(run.device) for x in rows.batch(part))  # (b, T) each
+            mask = mask[:, 1:]  # (b, T-1): is token t+1 one to learn?
             with run.autocast():
-                logps = token_logps(model, tok, where=m[:, 1:], segments=seg)  # (b, T-1)
-            part = sft_loss(logps, m[:, 1:]) * m[:, 1:].sum() / whole_count  # this part's share of the whole mean
-            run.scaler.scale(part).backward()
-            loss += part.detach()
+                logps = token_logps(model, tokens, where=mask, segments=segments)  # (b, T-1): log p(token t+1 | ≤ t)
+            # A sum over this part, divided by the count of the whole batch: parts and processes add up to the mean.
+            part_loss = sft_loss(logps, mask) * mask.sum() / learned
+            run.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        norm = update(run, model, optimizers, lr, config.clip)
-        loss = processes.sum_over_processes(loss)
-        run.log(
-            step, tokens=config.batch_size * config.seq_len, show=("loss",), loss=loss, grad_norm=norm, lr=lr,
-            share_learned=whole_count / (config.batch_size * config.seq_len),
-        )  # fmt: skip
+        grad_norm = update(run, model, optimizers, lr, config.clip)
 
-        figures = {}
-        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            figures = evaluate()
+        loss, tokens_per_step = processes.sum_over_processes(loss), config.batch_size * config.seq_len
+        figures = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "share_learned": learned / tokens_per_step}
+        run.log(step, tokens_per_step, show=("loss",), **figures)
+        last, figures = step + 1 == steps, {}
+        if last or (step + 1) % config.eval_every == 0:
+            figures = validation(run, model, held_out_rows, config.batch_size)
             run.evaluation(step + 1, **figures)
-        if step + 1 == steps:
-            with run.eager():
-                run.sample(steps, answers(run, model, tokenizer, held))
+        if last:
+            run.sample(steps, answers(run, model, tokenizer, held_out))
         if figures or run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
-    figures = evaluate()
-    data = next((name for name in ("arith", "gsm8k") if name in config.data.split("+")), "")
-    hint = f"python grpo.py --task {config.task} --data {data} --init_from {run.folder}" if data else ""
-    run.close(f"validation loss {figures['val_loss']:.4f}", next_command=hint)
+
+    figures = validation(run, model, held_out_rows, config.batch_size)
+    run.close(f"validation loss {figures['val_loss']:.4f}", next_command=next_command(config, run))
     return figures
+
+
+def next_command(config: Config, run: Run) -> str:
+    """GRPO, if there are questions with a known answer among the data."""
+    data = next((name for name in ("arith", "gsm8k") if name in config.data.split("+")), "")
+    return f"python grpo.py --task {config.task} --data {data} --init_from {run.folder}" if data else ""
 
 
 def sweep(config: Config) -> None:
@@ -226,5 +235,23 @@ def train_or_sweep(config: Config) -> None:
     sweep(config) if config.sweep else main(config)
 
 
+def example() -> None:
+    """The loss of one question and its answer, token by token."""
+    tokens = ["<user>", "2+3?", "<assistant>", "5", "<eot>"]
+    probabilities = torch.tensor([[0.10, 0.20, 0.50, 0.80]])  # of each token after the first, given those before it
+    mask = torch.tensor([[0, 0, 1, 1]])
+    logps = probabilities.log().requires_grad_()
+    print(f"{'token':12} mask     p     log p\n{tokens[0]:12}              (nothing predicts the first one)")
+    for t, token in enumerate(tokens[1:]):
+        print(f"{token:12} {mask[0, t]:4d}  {probabilities[0, t]:.2f}  {logps[0, t].item():8.4f}")
+    loss = sft_loss(logps, mask)
+    loss.backward()
+    print(f"loss = -(sum of the log p where the mask is 1) / {int(mask.sum())} = {loss.item():.4f}")
+    print("its gradient at each log p:      ", " ".join(f"{g + 0.0:7.4f}" for g in logps.grad[0]))
+    at_logit = logps.grad * (1 - probabilities)
+    print("at each token's own logit, (1-p)·:", " ".join(f"{g + 0.0:7.4f}" for g in at_logit[0]))
+    print("the question gets no gradient; the surer the model is of a token, the smaller the push")
+
+
 if __name__ == "__main__":
-    run_main(lambda: train_or_sweep(parse(Config)))
+    run_stage(train_or_sweep, Config, example)

@@ -54,7 +54,9 @@ def dpo_update(run, n: int, naive: bool):
             ref[:, some] = dpo.reference_logps(
                 reference, lambda i, device: rows.batch([some[j] for j in i], device), len(some), show=False
             ).view(2, -1)
-            loss, _ = dpo.pair_loss(config, policy, rows, ref, some, None, run)
+            tokens, mask, _ = rows.batch(some)
+            logps = token_logps(policy, tokens, where=mask)
+            loss = dpo.pair_loss(config, logps, mask, ref[:, some], None)
         loss.backward()
         policy.zero_grad()
 

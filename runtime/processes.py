@@ -94,6 +94,11 @@ def my_share(rows):
     return rows[rank() * n // world : (rank() + 1) * n // world]
 
 
+def sum_numbers(numbers: list[float]) -> list[float]:
+    """The sum of each number over all processes, which must have equally many."""
+    return sum_over_processes(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
 @torch.no_grad()
 def sum_gradients(parameters) -> None:
     """Replace each gradient by its sum over all processes. A weight that none of them used (an idle expert's) keeps

@@ -119,15 +119,16 @@ class Run:
     def autocast(self):
         return autocast(self.device, self.precision)
 
-    def maybe_compile(self, model, steps: int, step_seconds: float) -> str:
-        """Compile the blocks if ``compile`` says so; with auto, if about ``steps · step_seconds`` of work pay back
-        the warm-up.
+    def maybe_compile(self, model, steps: int, tokens_per_step: int) -> str:
+        """Compile the blocks if ``compile`` says so; with auto, if the work is long enough to pay back the warm-up.
 
         The choice depends on the configuration alone, never on where a run resumes: compiled and eager sums round
         differently.
         """
+        work = 6 * sum(p.numel() for p in model.parameters()) * tokens_per_step  # floating-point operations of a step
+        seconds = steps * (work / (1e11 if self.device.type == "cpu" else 1e14))
         wanted = self.config.compile == "on" or (
-            self.config.compile == "auto" and self.device.type in ("cpu", "cuda") and steps * step_seconds > 60
+            self.config.compile == "auto" and self.device.type in ("cpu", "cuda") and seconds > 60
         )
         if not wanted:
             return "eager" if self.config.compile == "off" else "eager (too short a run for torch.compile to pay)"

@@ -22,8 +22,8 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "engine", "arithmetic",
-    "verify", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "ppo",
-    "grpo", "gdpo", "evaluate", "chat", "pipeline",
+    "verify", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "kto",
+    "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
 STUDIES = ["probe", "ablate"]
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}

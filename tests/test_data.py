@@ -206,9 +206,8 @@ CHATS = [[{"role": "user", "content": "q" * a}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("by_length", [True, False])
-def test_packing_keeps_every_conversation_whole_and_once(packing, by_length, capsys):
-    rows = pack(CHATS, BYTES, 32, packing, by_length)
+def test_packing_keeps_every_conversation_whole_and_once(packing, capsys):
+    rows = pack(CHATS, BYTES, 32, packing)
     found = Counter()
     for tokens, mask, segments in zip(rows.tokens, rows.loss_mask, rows.segments):
         for number in range(1, int(segments.max()) + 1):
@@ -221,15 +220,8 @@ def test_packing_keeps_every_conversation_whole_and_once(packing, by_length, cap
     )
     assert found == expected and "1 longer than 32 tokens" in capsys.readouterr().out
     assert packing == (len(rows) < 5)
-    if by_length:
-        first = [int(row[0]) for row in (rows.segments > 0).long().cumsum(1)]
-        assert first == [1] * len(rows)
-
-
-def test_by_length_orders_from_short_to_long():
-    rows = pack(CHATS, BYTES, 32, packing=False, by_length=True)
-    lengths = (rows.segments > 0).sum(1).tolist()
-    assert lengths == sorted(lengths)
+    first = [int(row[0]) for row in (rows.segments > 0).long().cumsum(1)]
+    assert first == [1] * len(rows)
 
 
 def test_packed_conversations_do_not_see_each_other():
@@ -253,7 +245,6 @@ def test_every_row_once_in_each_epoch_and_the_step_alone_decides():
     taken = np.concatenate([epoch_batch(10, 4, step, seed=1) for step in range(5)])
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and list(taken[:10]) != list(taken[10:])
     assert list(epoch_batch(10, 4, 3, seed=1)) == list(taken[12:16])
-    assert list(epoch_batch(10, 4, 0, seed=1, shuffle=False)) == [0, 1, 2, 3]
 
 
 def test_batches_of_similar_lengths_hold_every_row_and_little_padding():

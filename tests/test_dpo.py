@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,29 +9,30 @@ from conftest import load_json, load_npz
 from tiny import assert_exact_resume, llama_tiny, tiny_pretrain, tiny_sft
 
 import dpo
+import kto
 import optim
 import pretrain
 import sft
 from dpo import (
     Config,
-    batch_kl,
     dpo_loss,
     ipo_loss,
-    judged_loss,
-    kto_loss,
     log1mexp,
     orpo_loss,
+    pair_figures,
     pair_loss,
     reference_logps,
     simpo_loss,
+    where_needed,
 )
+from kto import answer_figures, batch_kl, kto_loss
 from preferences import Judged, Pair, encode_judged, encode_pairs, load_judged, load_pairs
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
 from runtime.run import start
 from stages import load_stage
 from tokenizer import ByteTokenizer
-from transformer import ModelConfig, Transformer, answer_logps
+from transformer import ModelConfig, Transformer, answer_logps, token_logps
 
 DPO, KTO, ODDS, E2E = (load_npz(name) for name in ("trl_dpo", "trl_kto", "trl_orpo_simpo", "dpo_e2e_llama"))
 DPO_CASES = {case["name"]: case for case in load_json("trl_dpo.meta.json")["cases"]}
@@ -117,6 +119,34 @@ def test_kto_by_hand_and_without_gradient_through_the_kl():
     policy = policy.detach()
     negative = kto_loss(policy, ref, desirable, torch.tensor(-5.0), beta=1.0)
     assert float(negative) == pytest.approx(float(kto_loss(policy, ref, desirable, torch.tensor(0.0), beta=1.0)))
+
+
+def numbers_of(line: str) -> list[float]:
+    return [float(x) for x in re.findall(r"-?\d+\.\d+", line)]
+
+
+def test_the_example_of_dpo_by_hand(capsys):
+    dpo.example()
+    lines = capsys.readouterr().out.splitlines()
+    assert numbers_of(lines[2]) == [-8, -10, 2, 1] and numbers_of(lines[3]) == [-7, -6, -1, -0.5]
+    assert numbers_of(lines[4]) == [1.5]  # 0.5 · (2 + 1)
+    assert numbers_of(lines[5])[0] == pytest.approx(math.log(1 + math.exp(-1.5)), abs=5e-5)
+    push = 0.5 / (1 + math.exp(1.5))
+    assert numbers_of(lines[6]) == pytest.approx([-push, push], abs=5e-5)
+
+
+def test_the_example_of_kto_by_hand(capsys):
+    kto.example()
+    lines = capsys.readouterr().out.splitlines()
+    rows = [("desirable", -8, -10), ("desirable", -5, -5), ("undesirable", -7, -8), ("undesirable", -9, -6)]
+    total = 0.0
+    for line, (label, logp, ref) in zip(lines[2:6], rows):
+        inside, sign = 0.5 * (logp - ref - 0.4), 1 if label == "desirable" else -1
+        likely = 1 / (1 + math.exp(-sign * inside))
+        total += 1 - likely
+        wanted = [logp, ref, logp - ref, inside, 1 - likely, -sign * 0.5 * likely * (1 - likely) / 4]
+        assert line.startswith(label) and numbers_of(line) == pytest.approx(wanted, abs=5e-5)
+    assert numbers_of(lines[6]) == [pytest.approx(total / 4, abs=5e-5)]
 
 
 def averages(prefix: str, logits):
@@ -228,6 +258,22 @@ def test_the_layout_gives_each_answer_its_own_log_probability():
         assert int(lengths[row]) == len(answers[i])
 
 
+def loss_of_pairs(config, model, rows, ref, some, n_words):
+    """The loss and the figures of the pairs ``some``, as a step of the loop has them."""
+    tokens, mask, real = rows.batch(some)
+    logps = token_logps(model, tokens, where=where_needed(config, mask, real))
+    ref = ref[:, some]
+    return pair_loss(config, logps, mask, ref, n_words), pair_figures(config, logps, mask, ref)
+
+
+def loss_of_answers(config, model, rows, ref, some, kl):
+    tokens, mask, _ = rows.batch(some)
+    logps, lengths = answer_logps(model, tokens, mask)
+    desirable, weights = rows.desirable[some], (config.desirable_weight, config.undesirable_weight)
+    loss = kto_loss(logps, ref[some], desirable, kl, config.beta, *weights)
+    return loss, answer_figures(config, (logps - ref[some]).detach(), (logps / lengths).detach(), desirable)
+
+
 @pytest.fixture
 def run(tmp_path):
     return start(Config(out_dir=str(tmp_path / "handle"), device="cpu"), "dpo")
@@ -244,7 +290,7 @@ def test_the_stage_computes_the_loss_of_the_formulas(run, method):
     config = Config(method=method, beta=2.0 if method == "simpo" else 0.1, ipo_average=average)
     some = [4, 0, 2]
     words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
-    loss, figures = pair_loss(config, model, rows, ref, some, words, run)
+    loss, figures = loss_of_pairs(config, model, rows, ref, some, words)
     chosen, rejected = [], []
     nll = count = 0.0
     for i in some:
@@ -298,9 +344,9 @@ def test_the_stage_computes_the_loss_of_single_answers(run):
         ref = reference_logps(model, rows.batch, len(rows), batch=4)
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    config = Config(method="kto", beta=0.1, desirable_weight=1.3, undesirable_weight=0.6)
+    config = kto.Config(beta=0.1, desirable_weight=1.3, undesirable_weight=0.6)
     some, kl = [7, 0, 3, 4], torch.tensor(0.8, dtype=torch.float64)
-    loss, figures = judged_loss(config, model, rows, ref, some, kl, run)
+    loss, figures = loss_of_answers(config, model, rows, ref, some, kl)
     expected, rewards, averages = [], {True: [], False: []}, {True: 0.0, False: 0.0}
     for i in some:
         ids = torch.tensor([rows.prompts[i] + rows.answers[i]])
@@ -347,7 +393,15 @@ def tiny(folder, sft_folder, **changes) -> Config:
         "eval_every": 3, "save_every": 2, "log_every": 1, "eval_pairs": 8, "eval_prompts": 4, "device": "cpu",
         "max_length": 96,
     }  # fmt: skip
+    if changes.get("method") == "kto":  # a pair is two answers
+        changes = {name: value for name, value in changes.items() if name != "method"}
+        micro = 2 * changes.pop("micro_batch_size", 0)
+        return replace(kto.Config(), **(settings | {"batch_size": 8, "micro_batch_size": micro} | changes))
     return replace(Config(), **(settings | changes))
+
+
+def train(config) -> dict:
+    return (kto if isinstance(config, kto.Config) else dpo).main(config)
 
 
 def metrics(folder) -> list[dict]:
@@ -356,7 +410,7 @@ def metrics(folder) -> list[dict]:
 
 @pytest.mark.parametrize("method", ["dpo", "ipo", "kto", "simpo", "orpo"])
 def test_a_run_of_each_method(tmp_path, sft_folder, method):
-    figures = dpo.main(tiny(tmp_path / method, sft_folder, method=method))
+    figures = train(tiny(tmp_path / method, sft_folder, method=method))
     assert math.isfinite(figures["val_loss"])
     rows = metrics(tmp_path / method)
     state = load_checkpoint(tmp_path / method)
@@ -388,7 +442,7 @@ def test_the_figures_of_held_out_pairs_are_those_of_each_pair_alone(tmp_path, sf
     """More pairs than one batch of a validation holds; every one of them counts once."""
     settings = {"eval_pairs": 41, "eval_prompts": 1, "lr": 5e-3, "warmup": 0, "beta": 0.3, "epochs": 1.0}
     weights = {"desirable_weight": 1.3, "undesirable_weight": 0.6} if method == "kto" else {}
-    figures = dpo.main(tiny(tmp_path / method, sft_folder, method=method, **settings, **weights))
+    figures = train(tiny(tmp_path / method, sft_folder, method=method, **settings, **weights))
     policy, tokenizer, _ = load_stage(str(tmp_path / method))
     reference, _, _ = load_stage(str(sft_folder))
     rows = encode_pairs(load_pairs("arith", "validation")[:41], tokenizer, 96)
@@ -423,7 +477,7 @@ def test_the_figures_of_held_out_answers_are_those_of_each_answer_alone(tmp_path
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))  # every 50th is held out: 66
     settings = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6, "lr": 5e-3, "warmup": 0}
     config = tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=32, epochs=1.0, **settings)
-    figures = dpo.main(replace(config, eval_pairs=100))
+    figures = kto.main(replace(config, eval_pairs=100))
     policy, tokenizer, _ = load_stage(str(tmp_path / "kto"))
     reference, _, _ = load_stage(str(sft_folder))
     rows = encode_judged(load_judged(str(path), "validation"), tokenizer, 96)
@@ -446,7 +500,7 @@ def test_the_figures_of_held_out_answers_are_those_of_each_answer_alone(tmp_path
 def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
     """The two losses that hold a count of the whole batch: ORPO's words and KTO's KL."""
     for name, size in (("a", 0), ("b", 3)):  # parts of unequal size
-        dpo.main(tiny(tmp_path / name, sft_folder, method=method, micro_batch_size=size, beta=0.5, lr=1e-2))
+        train(tiny(tmp_path / name, sft_folder, method=method, micro_batch_size=size, beta=0.5, lr=1e-2))
     for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b")):
         for name in ("loss", "grad_norm", "kl", "logp_chosen"):
             if name in a:
@@ -456,14 +510,14 @@ def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, method, monkeypatch):
     whole, stopped = (tiny(tmp_path / name, sft_folder, method=method) for name in ("whole", "stopped"))
-    assert_exact_resume(monkeypatch, dpo, whole, stopped, saves=2)
+    assert_exact_resume(monkeypatch, kto if method == "kto" else dpo, whole, stopped, saves=2)
 
 
 def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
     path = tmp_path / "thumbs.jsonl"
     rows = [{"prompt": f"{i}+1?", "completion": f"{i + i % 2}", "label": bool(i % 2)} for i in range(120)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures = dpo.main(tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=None))
+    figures = kto.main(tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=None))
     assert math.isfinite(figures["val_loss"])
 
 
@@ -475,11 +529,14 @@ def test_kto_on_a_file_of_thumbs(tmp_path, sft_folder):
         ({"label_smoothing": 0.5}, "below 0.5"),
         ({"label_smoothing": 0.1, "method": "ipo"}, "belongs to --method dpo"),
         ({"data": "nothing"}, "no pairs called so"),
+        ({"method": "kto"}, "python kto.py"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, sft_folder, changes, words):
-    with pytest.raises(UserError, match=words):
-        dpo.main(tiny(tmp_path / "x", sft_folder, **changes))
+    config = replace(tiny(tmp_path / "x", sft_folder), **changes)
+    with pytest.raises(UserError, match=words) as refusal:
+        dpo.main(config)
+    assert "\n" not in str(refusal.value)
 
 
 LETTERS = [("a", "b"), ("aa", "bb"), ("aaa", "bbb"), ("ab", "bb"), ("aba", "bab")]
@@ -493,17 +550,17 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
         Pair(({"role": "user", "content": c},), *(two if sign > 0 else two[::-1])) for c in "vwxyz" for two in LETTERS
     ]
     config = replace(
-        Config(method=method, out_dir=str(tmp_path / f"{method}{sign}"), device="cpu"),
-        beta={"simpo": 2.0}.get(method, 0.1),
+        (kto.Config if method == "kto" else Config)(out_dir=str(tmp_path / f"{method}{sign}"), device="cpu"),
+        **{"beta": {"simpo": 2.0}.get(method, 0.1)} | ({} if method == "kto" else {"method": method}),
     )
     run = start(config, method)
     judged = []
     for pair in pairs:
         judged += [Judged(pair.prompt, pair.chosen, True), Judged(pair.prompt, pair.rejected, False)]
-    kto = method == "kto"
-    rows = encode_judged(judged, T, 32) if kto else encode_pairs(pairs, T, 32)
+    single = method == "kto"
+    rows = encode_judged(judged, T, 32) if single else encode_pairs(pairs, T, 32)
     ref = reference_logps(model, rows.batch, len(rows))
-    other = reference_logps(model, rows.mismatched, len(rows)) if kto else None
+    other = reference_logps(model, rows.mismatched, len(rows)) if single else None
     optimizers = optim.make_optimizers(model, 3e-3)
     test = encode_pairs([Pair(({"role": "user", "content": "u"},), "a", "b")], T, 32)
     gaps = []
@@ -513,12 +570,12 @@ def practise(method: str, sign: int, tmp_path) -> tuple[float, float]:
             chosen, rejected = answer_logps(model, tokens, mask)[0].tolist()
             gaps.append(chosen - rejected)
         some = [(step * 8 + i * 3) % len(rows) for i in range(8)]
-        if kto:
+        if single:
             kl = batch_kl(run, model, rows, other, some, 8)
-            loss, _ = dpo.judged_loss(config, model, rows, ref, some, kl, run)
+            loss, _ = loss_of_answers(config, model, rows, ref, some, kl)
         else:
             words = torch.tensor(sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in some) / len(some))
-            loss, _ = pair_loss(config, model, rows, ref, some, words, run)
+            loss, _ = loss_of_pairs(config, model, rows, ref, some, words)
         loss.backward()
         optim.update(run, model, optimizers, 3e-3, 1.0)
     return gaps[0], gaps[-1]

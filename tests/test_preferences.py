@@ -23,8 +23,9 @@ from preferences import (
     lay_out,
     load_judged,
     load_pairs,
+    own_pairs,
     sample_pairs,
-    with_own_pairs,
+    sources,
 )
 from runtime.errors import UserError
 from stages import load_stage
@@ -191,21 +192,23 @@ def test_own_pairs_are_written_by_a_command_and_dpo_learns_from_them(untrained, 
 
 def test_own_pairs_are_sampled_once_until_the_policy_changes(untrained, monkeypatch):
     asked, folder = [], Path(untrained)
+    policy, tokenizer, _ = load_stage(untrained)
     pair = Pair(({"role": "user", "content": "2+3?"},), "5", "6", "own")
-    monkeypatch.setattr(preferences, "collect", lambda config: asked.append(config) or [pair])
-    assert with_own_pairs("arith+hh-helpful", untrained, 0) == ["arith", "hh-helpful"] and not asked
-    data = with_own_pairs("arith+own", untrained, 3, "cpu")
+    monkeypatch.setattr(preferences, "sample_pairs", lambda *args: asked.append(args) or [pair])
+    assert sources("arith+hh-helpful") == ["arith", "hh-helpful"]
+    data = sources("arith+own", own_pairs(policy, tokenizer, untrained, 3))
     assert data == ["arith", str(folder / "own_pairs_ckpt_3.jsonl")]
-    assert (asked[0].policy, asked[0].seed, asked[0].device) == (untrained, 3, "cpu")
+    assert asked[0] == (policy, tokenizer, load_prompts("arith", "train", seed=3), 4, 48, 3)
     assert load_pairs(data, "validation") == [*load_pairs("arith", "validation"), pair]
-    assert with_own_pairs("own", untrained, 3) == data[1:] and len(asked) == 1
-    assert with_own_pairs("own", str(folder / "ckpt.pt"), 4) == [str(folder / "own_pairs_ckpt_4.jsonl")]
+    assert own_pairs(policy, tokenizer, untrained, 3) == data[1] and len(asked) == 1
+    named = own_pairs(policy, tokenizer, str(folder / "ckpt.pt"), 4)
+    assert named == str(folder / "own_pairs_ckpt_4.jsonl")
     (folder / "best.pt").write_bytes((folder / "ckpt.pt").read_bytes())
-    assert with_own_pairs("own", str(folder / "best.pt"), 3) == [str(folder / "own_pairs_best_3.jsonl")]  # not ckpt's
-    assert len(asked) == 3 and asked[2].policy == str(folder / "best.pt")
+    best = own_pairs(policy, tokenizer, str(folder / "best.pt"), 3)
+    assert best == str(folder / "own_pairs_best_3.jsonl") and len(asked) == 3  # not ckpt's
     later = (folder / "own_pairs_ckpt_3.jsonl").stat().st_mtime + 5
     os.utime(folder / "ckpt.pt", (later, later))
-    with_own_pairs("own", untrained, 3)
+    own_pairs(policy, tokenizer, untrained, 3)
     assert len(asked) == 4
 
 

@@ -21,6 +21,7 @@ from tiny import assert_same_training, tiny_pretrain, tiny_sft
 import dpo
 import gdpo
 import grpo
+import kto
 import ppo
 import pretrain
 import reward
@@ -37,7 +38,7 @@ from watch import mean_over_answers
 
 ROOT = Path(__file__).parent.parent
 STAGES = {
-    "pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "kto": dpo, "orpo": dpo, "ppo": ppo, "grpo": grpo
+    "pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "orpo": dpo, "ppo": ppo, "grpo": grpo
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this PyTorch has no gloo")
@@ -297,7 +298,7 @@ def kto_kl() -> float:
     rows = encode_judged(judged, TOKENIZER, 64)
     ref = dpo.reference_logps(Transformer(policy.config), rows.mismatched, 6, show=False)  # other weights
     some = processes.my_share(list(range(6)))
-    return float(dpo.batch_kl(StubRun(), policy, rows, ref, some, size=2))
+    return float(kto.batch_kl(StubRun(), policy, rows, ref, some, size=2))
 
 
 def test_kl_of_kto_is_that_of_the_whole_batch(tmp_path):
@@ -332,7 +333,9 @@ def tiny(stage: str, folder: Path, start: Path, **changes):
         return reward.Config(
             **(common | pairs | {"n_sums": 4, "normalize_on": 4, "max_new_tokens": 4, "warmup": 2} | changes)
         )
-    if stage in ("dpo", "kto", "orpo"):
+    if stage == "kto":
+        return kto.Config(**(common | pairs | {"batch_size": 8, "eval_prompts": 4, "warmup": 1} | changes))
+    if stage in ("dpo", "orpo"):
         return dpo.Config(**(common | pairs | {"method": stage, "eval_prompts": 4, "warmup": 1} | changes))
     if stage == "ppo":
         small = {

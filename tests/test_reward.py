@@ -209,6 +209,16 @@ def test_calibration_by_hand():
     assert [(round(p, 3), round(o, 3), n) for p, o, n in table] == [(0.6, 0.6, 10), (0.95, 0.5, 10)]
 
 
+def test_the_example_by_hand(capsys):
+    reward.example()
+    lines = capsys.readouterr().out.splitlines()
+    likely = 1 / (1 + math.exp(-1))
+    assert "1.5000" in lines[0] and "0.5000" in lines[0] and lines[1].endswith(" 1.0000")
+    assert lines[2].endswith(f" {likely:.4f}") and lines[3].endswith(f" {-math.log(likely):.4f}")
+    assert f"{likely - 1:.4f}," in lines[4] and lines[4].endswith(f" {1 - likely:.4f}")
+    assert f"{math.log(2):.4f}" in lines[6] and f"{-math.log(likely) + 0.05 * 2**2:.4f}" in lines[7]
+
+
 def test_a_tie_counts_as_wrong():
     assert reward.judge(torch.zeros(4), torch.zeros(4))["val_accuracy"] == 0
 

@@ -61,7 +61,7 @@ def test_loss_changes_none_of_its_inputs():
 def test_validation_is_that_of_each_conversation_alone():
     tokenizer, model = ByteTokenizer(), Transformer(ModelConfig(261, 32, 2, 2))
     chats = [arithmetic.chat(problem) for problem in arithmetic.problems(5, seed=0)]
-    run = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext)
+    run = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext, eager=contextlib.nullcontext)
     figures = sft.validation(run, model, pack(chats, tokenizer, 700), batch=2)
     nats = count = 0
     for chat in chats:
@@ -69,6 +69,19 @@ def test_validation_is_that_of_each_conversation_alone():
         nats -= float((token_logps(model, ids) * mask[:, 1:]).sum().detach())
         count += int(mask.sum())
     assert figures["val_loss"] == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_the_example_by_hand(capsys):
+    sft.example()
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[1:] for row in rows if row[0] in ("2+3?", "<assistant>", "5", "<eot>")] == [
+        ["0", "0.10", f"{math.log(0.10):.4f}"], ["0", "0.20", f"{math.log(0.20):.4f}"],
+        ["1", "0.50", f"{math.log(0.50):.4f}"], ["1", "0.80", f"{math.log(0.80):.4f}"],
+    ]  # fmt: skip
+    assert f"= {(math.log(2) + math.log(1.25)) / 2:.4f}" in out
+    assert rows[-3][-4:] == ["0.0000", "0.0000", "-0.5000", "-0.5000"]
+    assert rows[-2][-4:] == ["0.0000", "0.0000", "-0.2500", "-0.1000"]  # -(1 - p) / 2
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +136,7 @@ def test_packing_changes_neither_the_step_nor_the_validation(tmp_path, base):
     assert one == pytest.approx(many, rel=1e-5)
 
 
-def test_curriculum_and_unpacked_rows_run(tmp_path, base):
-    assert math.isfinite(sft.main(tiny_sft(tmp_path / "a", base, curriculum=True))["val_loss"])
+def test_unpacked_rows_run(tmp_path, base):
     assert math.isfinite(sft.main(tiny_sft(tmp_path / "b", base, packing=False, epochs=0.5))["val_loss"])
 
 

@@ -68,7 +68,17 @@ from runtime.config import Count, Finite, run_stage
 from runtime.errors import UserError
 from stages import begin, context_length, with_start
 from verify import integer_reward, length_reward
-from watch import Alarm, assert_same_policy, describe, lessons, render, report_start, sampler_gap, show, step_figures
+from watch import (
+    Alarm,
+    assert_same_policy,
+    describe,
+    render,
+    report_start,
+    reward_signal,
+    sampler_gap,
+    show,
+    step_figures,
+)
 
 
 @dataclass(frozen=True)
@@ -235,7 +245,7 @@ def rewards_that_count(config: Config) -> int:
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
+    """Train; return the last evaluation's figures. A finished run is only evaluated, an unfinished one continues."""
     config = with_start(config, "sft")
     check(config)
     longest = longest_prompt(config, context_length(config.init_from, "python sft.py"))
@@ -247,7 +257,7 @@ def main(config: Config) -> dict:
     reference = frozen_reference(policy, config) if config.beta else None
     optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
     first = run.resume(policy, optimizers)
-    G, share = config.group_size, config.prompts_per_step // processes.world_size()  # of answers; of prompts
+    G, share = config.group_size, config.prompts_per_step // processes.world_size()  # answers to each of these prompts
     announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
         run.evaluation(0, accuracy=questions.accuracy(run, policy))
@@ -259,9 +269,9 @@ def main(config: Config) -> dict:
         for draw in range(config.draws):
             if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):
                 break
-            seed, ids = sampling_seed(config.seed, step, draw, config.draws), [ids for ids, _ in batch]
+            prompts, seed = [ids for ids, _ in batch], sampling_seed(config.seed, step, draw, config.draws)
             with run.autocast(), run.eager():
-                more = sample_answers(policy, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed)
+                more = sample_answers(policy, tokenizer, prompts, G, config.max_new_tokens, config.temperature, seed)
             rollouts.append(more)
             asked += [question for _, question in batch]
             rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
@@ -274,33 +284,32 @@ def main(config: Config) -> dict:
         rollout, rewards, asked = keep_groups(rollout, rewards, asked, teaches, share, G)
 
         # 2. What GDPO changes: siblings are compared in each reward by itself, and the comparisons are added.
-        everyone = {name: processes.gather(values) for name, values in rewards.items()}  # of all processes
-        advantages = advantages_of(everyone, processes.gather(rollout.mask.sum(dim=1)), config)
-        taught = lessons(everyone, weights, advantages, G)
-        if step == 0:
-            report_start(run, rollout, rewards["correct"], sampled, taught["flat_groups"], asked[0])
+        all_rewards = {name: processes.gather(values) for name, values in rewards.items()}  # of all processes
+        advantages = advantages_of(all_rewards, processes.gather(rollout.mask.sum(dim=1)), config)
+        signal = reward_signal(all_rewards, weights, advantages, G)  # flat groups, distinct advantages
         advantages = processes.my_share(advantages)  # (N,)
 
         # 3. All the rest is GRPO: the reference, the policy that sampled, and a few updates on the same answers.
         ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
-        learned = (advantages != 0) | (ref_logps is not None)  # the others have no gradient
-        old_logps = policy_logps(run, policy, rollout, config, learned)  # (N, T-1)
-        assert_same_policy(run, gap := sampler_gap(rollout, old_logps, learned))
+        has_gradient = (advantages != 0) | (config.beta > 0)  # (N,)
+        old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
+        assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
+        if step == 0:
+            report_start(run, rollout, rewards["correct"], sampled, signal["flat_groups"], asked[0])
         sampling_seconds = time.perf_counter() - begun
 
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
         updates = []
         for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
-                rows = rows.to(run.device)
                 part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
                 statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
-                # Where no answer teaches, in no process, momentum alone must not move the weights.
+                # If no token of any process has a gradient, momentum must not move the weights by itself.
                 norm = update(run, policy, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
                 updates.append(statistics | {"grad_norm": norm})
 
         # 4. What happened.
-        figures = step_figures(sampled, updates) | taught | {"sampler_gap": gap}
+        figures = step_figures(sampled, updates) | signal | {"sampler_gap": gap}
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
         run.log(step, int(figures.pop("tokens")), always=True, show=("reward", "correct"), lr=lr, **figures)
         alarm.check(figures)

@@ -1,14 +1,34 @@
-"""GRPO: reinforcement learning that needs no critic, because siblings judge each other.
+"""GRPO: reinforcement learning without a critic. An answer is measured against its siblings.
 
 For every prompt the policy writes G answers; a rule says how good each one is; an answer is pushed up or down by how
-much better or worse it did than its siblings (Shao et al. 2024, DeepSeekMath, section 4.1)::
+much better or worse it did than the others (Shao et al. 2024, DeepSeekMath, section 4.1). Of PPO the second network,
+which foresees the reward, is gone: the mean of the siblings takes its place. For token t of answer i::
 
-    A_i = (r_i - mean(r_group)) / (std(r_group) + eps)                  the same for all tokens of answer i
-    ρ_t = π(token t) / π_old(token t)                                   1 until the first update after sampling
-    L   = - mean over tokens  min( ρ_t A_i,  clip(ρ_t, 1 - ε_low, 1 + ε_high) A_i )  + β · KL(π, π_ref)
+    A_i   = (r_i - mean(r_group)) / (std(r_group) + 1e-4)               the same for all tokens of the answer
+    ρ_i,t = π(token t) / π_old(token t)                                 1 until the first update after sampling
+    L     = - mean over tokens  min( ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A )  + β · KL(π, π_ref)
 
-The minimum is one-sided on purpose: the clip takes the gradient away only where the ratio has already moved as far as
-the advantage wants it to; a token that moved the wrong way can always come back.
+At ρ = 1 the gradient of ρ A is A times that of log π: tokens of better answers become likelier, those of worse ones
+less likely. So the value of L is no measure of progress; the reward is. The ratio corrects for later updates on the
+same answers, when the policy is no longer the one that sampled. The minimum is one-sided on purpose: the clip takes the
+gradient away only where the ratio has already moved as far as the advantage wants it to; a token that moved the wrong
+way can always come back. The KL is estimated token by token (``kl_estimate``). ``--example`` shows it all with numbers.
+
+Shapes: N = prompts · G answers of one process, n of them in a minibatch, B in a micro-batch. ``tokens`` (N, T) holds
+prompt, answer and padding; ``mask`` and log-probabilities are (N, T-1): column t is about token t+1, and the mask is
+true where the policy chose it. The formulas below call that width C.
+
+What to watch, and what it should look like:
+
+* ``reward`` and ``correct``: up, together. If only the reward rises, the policy exploits the rule.
+* ``flat_groups``: the share of groups whose answers all earned the same, from which nothing can be learned. Near 1 at
+  the start, the policy is too weak (or the questions too hard); towards the end it rises because all are right.
+* ``clip_fraction``: a few percent of the tokens with an advantage; ``kl_old``, the KL to the policy that sampled, in
+  nats per token: well below 0.1. More of either means too large steps.
+* ``entropy`` (an estimate, nats per token): slowly down; near 0 nothing is explored any more.
+* ``kl_ref`` (with ``beta``), the KL to the reference, nats per token: well below 1.
+* ``truncated``: near 0, or the answers need more room. ``sampler_gap``, how far the log-probabilities in training are
+  from those of sampling: rounding, about 1e-6 in float32.
 
 What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
 
@@ -17,33 +37,22 @@ What its relatives change, each a preset of a few lines (``configs/grpo_*.py``):
 * **Dr. GRPO** (Liu et al. 2025): no division by the group's std (``scale = none``), because dividing favours questions
   that are nearly always or nearly never answered, and a sum over tokens divided by a constant (``loss_type =
   dr_grpo``), so that a long wrong answer is not excused for its length.
-* **DAPO** (Yu et al. 2025): mean over all tokens of the batch (``loss_type = dapo``; TRL's default, and ours; eq. 8 has
-  it in each group); ε_high 0.28, above ε_low 0.2, so that rare tokens can grow; groups in which no reward
-  differs are replaced by fresh ones (``draws``; the paper looks at right and wrong alone); answers that were cut
-  off leave the loss (``mask_truncated``) and long ones lose reward before they are (``overlong_buffer``). No KL.
+* **DAPO** (Yu et al. 2025): the mean over all tokens of the batch (``loss_type = dapo``; the paper's eq. 8 averages
+  within each group, TRL, like us, over the batch); ε_high 0.28, above ε_low 0.2, so that improbable tokens can gain
+  probability; groups in which no reward differs are replaced by fresh ones (``draws``; the paper compares correctness
+  only); answers that were cut off leave the loss (``mask_truncated``), and long ones lose reward before they are
+  (``overlong_buffer``). No KL.
 * **GSPO** (Zheng et al. 2025): one ratio for the whole answer, the geometric mean of its tokens'
   (``ratio_level = sequence``), with ``loss_type = grpo``; it hardly moves, so ε is 3e-4 and 4e-4 there, for answers
   much longer than ours.
 * **CISPO** (MiniMax 2025): the ratio as a clipped, detached weight on log π (``loss_type = cispo``), so that no token
-  ever loses its gradient. Only the upper bound acts, at 1 + clip_high, which the paper does not disclose; TRL calls
-  that sum its ``epsilon_high`` and has 5, after ScaleRL.
+  ever loses its gradient. Only the upper bound acts, at 1 + clip_high, which the paper does not disclose.
 
-As long as each rollout serves one update (``epochs`` and ``minibatches`` 1), every ratio is 1, no clip
-acts, and GRPO, GSPO and CISPO differ in their reductions alone.
-
-What to watch, and what it should look like:
-
-* ``reward`` and ``correct``: up, together. If only the reward rises, it is being hacked.
-* ``flat_groups``: the share of groups whose answers all earned the same, from which nothing can be learned. Near 1 at
-  the start, the policy is too weak (or the questions too hard); towards the end it rises because all are right.
-* ``clip_fraction``: a few percent of the tokens with an advantage; ``kl_old``, nats of a token from the policy that
-  sampled: well below 0.1. More of either means too large steps.
-* ``entropy`` (an estimate, nats of a token): slowly down; near 0 nothing is explored any more.
-* ``kl_ref`` (with ``beta``), nats of a token to the reference: well below 1.
-* ``truncated``: near 0, or the answers need more room. ``sampler_gap``: rounding, 1e-6 in float32.
+With one update per rollout (``epochs`` and ``minibatches`` 1; the default is two of each) every ratio is 1 and no clip
+acts: GSPO is then GRPO with the same ``loss_type``, and CISPO is ``dapo``.
 
 The tokens are sampled at ``temperature`` with no top-k or top-p, and every log-probability is computed at the same
-temperature: the policy that samples is the policy that trains. The first update of each rollout asserts it.
+temperature: the policy that samples is the policy that trains. Each rollout asserts it before its first update.
 
     python grpo.py --example                                 # four answers, step by step
     python grpo.py                                           # the embedded task, after sft.py
@@ -89,10 +98,10 @@ from watch import (
     UpdateSums,
     assert_same_policy,
     describe,
-    lessons,
     mean_per_token,
     render,
     report_start,
+    reward_signal,
     sampler_gap,
     show,
     step_figures,
@@ -104,11 +113,11 @@ class Config(RolloutConfig, LoRARunConfig):
     arith_warmup: CountOrZero = 0
     """The number of first steps whose prompts come from the embedded task: a weak model finds no reward in GSM8K."""
     arith_fade: CountOrZero = 0
-    """The number of steps after these over which the share of its prompts falls to 0."""
+    """Over how many further steps the share of its prompts falls to 0."""
     prompts_per_step: Count = 64
     """The prompts of one rollout, over all processes."""
     group_size: Annotated[int, AtLeast(2)] = 4
-    """Answers to each prompt. The papers have 8 to 64; with few answers in all, more questions teach more."""
+    """Answers to each prompt. The papers have 8 to 64; with a small budget of answers, more questions help more."""
     verifier: Literal["strict", "last", "any"] = "strict"
     """What counts as right: the strict form, or, for the reward-hacking study, the text's last number or any number.
     Evaluations are always strict."""
@@ -128,9 +137,9 @@ class Config(RolloutConfig, LoRARunConfig):
     ratio_level: Literal["token", "sequence"] = "token"
     """One ratio for each token, or one for the whole answer (GSPO)."""
     clip_low: NotNegative = 0.2
-    """Ratios below 1 - clip_low are clipped. GSPO: 3e-4 and 4e-4."""
+    """Ratios below 1 - clip_low are clipped (GSPO: 3e-4)."""
     clip_high: NotNegative = 0.2
-    """Ratios above 1 + clip_high are clipped. DAPO: 0.28; CISPO, in TRL: 4."""
+    """Ratios above 1 + clip_high are clipped (DAPO: 0.28; GSPO: 4e-4; CISPO: 4, so that the bound is TRL's 5)."""
     beta: NotNegative = 0.0
     """The weight of the KL to the reference, which is the starting policy, frozen (DeepSeekMath: 0.04). 0: none."""
     kl: Literal["k1", "k2", "k3"] = "k3"
@@ -165,9 +174,10 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps
         raise ValueError("a group of one answer has no siblings to compare it with")
     groups = rewards.detach().view(-1, group_size)  # (P, G)
     centered = groups - groups.nanmean(dim=1, keepdim=True)
+    # The least and the greatest known reward; a group of NaNs alone gets inf > -inf and counts as flat.
     low, high = groups.nan_to_num(float("inf")).amin(1, True), groups.nan_to_num(float("-inf")).amax(1, True)
     if scale == "group":
-        centered = centered / (_nanstd(groups) + eps)  # (P, 1)
+        centered = centered / (_nanstd(groups) + eps)  # (P, G) / (P, 1)
     elif scale == "batch":
         centered = centered / (_nanstd(groups.reshape(1, -1)) + eps)
     elif scale != "none":
@@ -177,7 +187,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps
 
 
 def _nanstd(rows: Tensor) -> Tensor:
-    """Sample standard deviation of each row, without the NaNs: (P, G) -> (P, 1). Fewer than two values: 0."""
+    """Sample standard deviation of each row, without the NaNs: (rows, columns) -> (rows, 1). One value or none: 0."""
     known = ~rows.isnan()
     squares = (rows - rows.nanmean(dim=1, keepdim=True)).nan_to_num(0.0).square().sum(dim=1, keepdim=True)
     return (squares / (known.sum(dim=1, keepdim=True) - 1).clamp(min=1)).sqrt()
@@ -221,9 +231,10 @@ def grpo_loss(
     """The clipped objective with its KL term, negated: a scalar to minimise.
 
     logps, old_logps, ref_logps, mask: (B, C), the answers' tokens; advantages: (B,). max_length: the constant of
-    dr_grpo. kl_times_ratio: weigh each KL estimate by ρ, which makes the gradient of k3 that of the KL (TRL's default
-    since 1.16). normalizer: what the sum is divided by when this is one part of a larger batch, ``loss_normalizer``
-    of the whole; by default of this batch. An answer with no token that counts adds 0 and is counted in B.
+    dr_grpo. kl_times_ratio: weigh each KL estimate by ρ, which makes the gradient of k1 and k3 that of the KL (TRL's
+    default since 1.16). normalizer: what the sum is divided by when this is one part of a larger batch,
+    ``loss_normalizer`` of the whole; by default of this batch. An answer with no token that counts adds 0 and is
+    counted in B.
     """
     mask = mask.to(logps.dtype)
     weight = advantages.unsqueeze(1)  # (B, 1): every token of an answer has its advantage
@@ -243,7 +254,7 @@ def grpo_loss(
         penalty = kl_estimate(logps, ref_logps.detach(), kl)  # (B, C)
         per_token = per_token + beta * (penalty * ratio if kl_times_ratio else penalty)
 
-    per_token = per_token * mask  # a (B, 1) row becomes (B, C) here
+    per_token = per_token * mask  # (B, C); of GSPO's one ratio for an answer, a copy for each token
     if loss_type == "grpo":
         per_token = per_token / mask.sum(1, keepdim=True).clamp(min=1)
     elif loss_type == "dr_grpo":
@@ -296,7 +307,9 @@ def total_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tenso
 
 
 def groups_that_teach(rewards: dict[str, Tensor], weights: dict[str, float], group_size: int) -> Tensor:
-    """(P,) boolean: does any reward with a weight differ between the answers of the group? rewards: (N,) each."""
+    """(P,) boolean: does any reward with a weight differ between the answers of the group? rewards: (N,) each.
+
+    Each reward by itself, since two that cancel in the sum are still two lessons to GDPO (gdpo.py)."""
     teaches = torch.zeros(len(next(iter(rewards.values()))) // group_size, dtype=torch.bool)
     for name, values in rewards.items():
         if weights[name]:
@@ -308,8 +321,8 @@ def groups_that_teach(rewards: dict[str, Tensor], weights: dict[str, float], gro
 def keep_groups(
     rollout: Rollout, rewards: dict[str, Tensor], asked: list[Prompt], teaches: Tensor, n: int, group_size: int
 ) -> tuple[Rollout, dict[str, Tensor], list[Prompt]]:
-    """The answers, rewards and questions of n groups, in the order drawn: those that teach, then flat ones to fill up.
-    teaches: (P,) boolean."""
+    """The answers, rewards and questions of n groups: those that teach are chosen first, flat ones fill up, and all
+    stand in the order drawn. teaches: (P,) boolean."""
     groups = torch.argsort(~teaches, stable=True)[:n].sort().values  # (n,)
     rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()  # (n · G,)
     kept = {name: values[rows.to(values.device)] for name, values in rewards.items()}
@@ -336,18 +349,19 @@ def accumulate_gradients(
     in_loss = bool(config.beta) and config.kl_in == "loss"
     counts = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask  # (n, T-1)
     normalizer = processes.sum_over_processes(loss_normalizer(counts, config.loss_type)).clamp(min=1)
-    # An answer without advantage has no gradient but that of the KL: without it the model need not run on it. It stays
-    # counted.
-    useful = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
+    # An answer without advantage has no gradient but that of the KL: without a KL the model need not run on it. It
+    # stays counted in the normalizer.
+    has_gradient = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
     sums = UpdateSums(config.clip_low, config.clip_high, config.ratio_level, lower_bound=config.loss_type != "cispo")
-    for rows, width in micro_batches(rollout.mask, useful.nonzero().squeeze(1), config.micro_batch_size):
+    for rows, width in micro_batches(rollout.mask, has_gradient.nonzero().squeeze(1), config.micro_batch_size):
         mask, old = counts[rows, :width], old_logps[rows, :width]  # (b, width)
         ref = ref_logps[rows, :width] if in_loss else None
         with run.autocast():
             logps = token_logps(policy, rollout.tokens[rows, : width + 1], config.temperature, where=mask)
+        beta, length = config.beta if in_loss else 0.0, config.max_new_tokens
         loss = grpo_loss(
-            logps, old, advantages[rows], mask, ref, config.beta if in_loss else 0.0, config.clip_low, config.clip_high,
-            config.loss_type, config.ratio_level, config.max_new_tokens, config.kl, config.kl_times_ratio, normalizer,
+            logps, old, advantages[rows], mask, ref, beta, config.clip_low, config.clip_high, config.loss_type,
+            config.ratio_level, length, config.kl, config.kl_times_ratio, normalizer,
         )  # fmt: skip
         run.scaler.scale(loss).backward()
         sums.add(logps, old, advantages[rows], mask, ref, loss=loss)
@@ -360,8 +374,8 @@ def accumulate_gradients(
 
 def frozen_reference(policy: Transformer, config: Config) -> Transformer:
     """What the policy is at the start: a copy, or, with adapters, the policy itself, whose adapters are switched off
-    (``adapters_off``). They are never merged for sampling: in and out again would round the base each time, and the
-    policy that samples would be another than the one that trains.
+    (``adapters_off``). They are never merged for sampling: merging and unmerging would round the base's weights each
+    time, and the policy that samples would not quite be the one that trains.
     """
     return policy if config.lora_rank else copy.deepcopy(policy).requires_grad_(False)
 
@@ -414,7 +428,7 @@ def notes(config: Config) -> list[str]:
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
+    """Train; return the last evaluation's figures. A finished run is only evaluated, an unfinished one continues."""
     config = with_start(config, "sft")
     check(config)
     longest = longest_prompt(config, context_length(config.init_from, "python sft.py"))
@@ -423,25 +437,25 @@ def main(config: Config) -> dict:
     questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
     start_lora(policy, config)
     policy.activation_checkpointing = config.activation_checkpointing
-    reference = frozen_reference(policy, config) if config.beta else None
+    reference = frozen_reference(policy, config) if config.beta else None  # before resume: the policy of the start
     optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
     first = run.resume(policy, optimizers)
-    G, share = config.group_size, config.prompts_per_step // processes.world_size()  # of answers; of prompts
+    G, share = config.group_size, config.prompts_per_step // processes.world_size()  # answers to each of these prompts
     announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
         run.evaluation(0, accuracy=questions.accuracy(run, policy))
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):
-        # 1. Every question is answered G times, and a rule says what each answer is worth. (DAPO draws other questions
-        #    in place of those whose answers all earn the same: twice as many, since half of them may be flat again.)
-        begun, rollouts, asked, missing = time.perf_counter(), [], [], share
+        # 1. Every question is answered G times, and a rule says what each answer is worth. (Only DAPO draws more than
+        #    once: further questions for those whose answers all earn the same, twice as many as are missing.)
+        begun, missing, rollouts, asked = time.perf_counter(), share, [], []
         for draw in range(config.draws):
             if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):
                 break
-            seed, ids = sampling_seed(config.seed, step, draw, config.draws), [ids for ids, _ in batch]
+            prompts, seed = [ids for ids, _ in batch], sampling_seed(config.seed, step, draw, config.draws)
             with run.autocast(), run.eager():
-                more = sample_answers(policy, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed)
+                more = sample_answers(policy, tokenizer, prompts, G, config.max_new_tokens, config.temperature, seed)
             rollouts.append(more)
             asked += [question for _, question in batch]
             rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
@@ -456,37 +470,37 @@ def main(config: Config) -> dict:
         # 2. The reference is who the policy was at the start. Straying from it costs reward here, or loss below.
         ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
         if config.beta and config.kl_in == "reward":
-            logps = policy_logps(run, policy, rollout, config)  # not the sampler's: rounded as the reference's are
-            rewards["kl"] = (kl_estimate(logps, ref_logps, config.kl) * rollout.mask).sum(dim=1)
+            logps = policy_logps(run, policy, rollout, config)  # not the sampler's: rounding must not look like a KL
+            rewards["kl"] = (kl_estimate(logps, ref_logps, config.kl) * rollout.mask).sum(dim=1)  # of a whole answer
 
-        # 3. An answer is as good as it is better than its siblings.
-        everyone = {name: processes.gather(values) for name, values in rewards.items()}  # of all processes
-        advantages = group_advantages(total_reward(everyone, weights), G, config.scale)
-        taught = lessons(everyone, weights, advantages, G)
-        if step == 0:
-            report_start(run, rollout, rewards["correct"], sampled, taught["flat_groups"], asked[0])
+        # 3. Advantages: how much better each answer did than its siblings, which are all on one process.
+        all_rewards = {name: processes.gather(values) for name, values in rewards.items()}  # scale = batch wants them
+        advantages = group_advantages(total_reward(all_rewards, weights), G, config.scale)
+        signal = reward_signal(all_rewards, weights, advantages, G)  # flat groups, distinct advantages
         advantages = processes.my_share(advantages)  # (N,)
 
-        # 4. π_old is the policy as it is now: it is who sampled, and from it the ratios of all updates are taken.
-        learned = (advantages != 0) | (config.beta > 0 and config.kl_in == "loss")  # the others have no gradient
-        old_logps = policy_logps(run, policy, rollout, config, learned)  # (N, T-1)
-        assert_same_policy(run, gap := sampler_gap(rollout, old_logps, learned))
+        # 4. π_old is the policy that sampled, before any update: every ratio of this step is to it. Its
+        #    log-probabilities are computed again, as training does it, since the sampler's differ by rounding.
+        has_gradient = (advantages != 0) | (config.beta > 0 and config.kl_in == "loss")  # (N,)
+        old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
+        assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
+        if step == 0:
+            report_start(run, rollout, rewards["correct"], sampled, signal["flat_groups"], asked[0])
         sampling_seconds = time.perf_counter() - begun
 
-        # 5. A few updates on the same answers; from the second on ratios differ from 1, and the clip acts.
+        # 5. A few updates on the same answers. From the second on, ratios differ from 1 and the clip acts.
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
         updates = []
         for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
-                rows = rows.to(run.device)
                 part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
                 statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
-                # Where no answer teaches, in no process, momentum alone must not move the weights.
+                # If no token of any process has a gradient, momentum must not move the weights by itself.
                 norm = update(run, policy, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
                 updates.append(statistics | {"grad_norm": norm})
 
         # 6. What happened.
-        figures = step_figures(sampled, updates) | taught | {"sampler_gap": gap}
+        figures = step_figures(sampled, updates) | signal | {"sampler_gap": gap}
         if "kl" in rewards:
             figures["kl_ref"] = mean_per_token(rewards["kl"], rollout.mask)
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)

@@ -364,7 +364,7 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last evaluation's figures. A finished run returns at once, an unfinished one continues."""
+    """Train; return the last evaluation's figures. A finished run is only evaluated, an unfinished one continues."""
     config = with_start(config, "sft")
     check(config)
     if config.reward != "verifier":

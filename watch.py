@@ -73,7 +73,7 @@ def mean_over_answers(figures: dict[str, float]) -> dict[str, float]:
     return {name: value / n for name, value in zip(names, sums)} | {"answers": n}
 
 
-def lessons(rewards: dict[str, Tensor], weights: dict[str, float], advantages: Tensor, group_size: int) -> dict:
+def reward_signal(rewards: dict[str, Tensor], weights: dict[str, float], advantages: Tensor, group_size: int) -> dict:
     """How much a step's rewards can teach: "flat_groups", the share of groups in which no answer has an advantage, and
     "distinct_advantages". rewards: (N,) each, of which those with a weight count; advantages: (N,)."""
     counted = [values for name, values in rewards.items() if weights[name]] or list(rewards.values())

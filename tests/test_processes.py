@@ -551,8 +551,8 @@ def test_the_kl_in_the_reward_is_that_of_the_whole_answer(tmp_path, base, monkey
     monkeypatch.setattr(grpo, "judge", judged_by)
     length = lambda texts, *_: (torch.tensor([sum(map(ord, text)) % 7 / 2 for text in texts]), torch.zeros(len(texts)))  # noqa: E731
     monkeypatch.setattr(grpo, "score", length)  # of an untrained policy, something that differs between answers
-    real = grpo.lessons
-    monkeypatch.setattr(grpo, "lessons", lambda r, *args: seen.append(r["kl"]) or real(r, *args))
+    real = grpo.reward_signal
+    monkeypatch.setattr(grpo, "reward_signal", lambda r, *args: seen.append(r["kl"]) or real(r, *args))
     config = tiny("grpo", tmp_path / "run", base, warmup=1, lr=5e-3, eval_every=100, beta=0.5, kl=kl, kl_in="reward")
     grpo.main(replace(config, temperature=0.7, scale="none"))
     assert len(seen) == len(judged) == 3

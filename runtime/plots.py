@@ -193,10 +193,41 @@ def plot_sweep(results: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
+def read_report(path: Path) -> list[dict]:
+    """The rows of a report.json that have an accuracy."""
+    if not path.exists():
+        raise UserError(f"there is no {path}; python pipeline.py makes out/arith/report.json")
+    try:
+        rows = [row for row in json.loads(path.read_text()) if "accuracy" in row]
+        if not rows or not all({"stage", "low", "high"} <= set(row) for row in rows):
+            raise ValueError
+    except (ValueError, TypeError):
+        raise UserError(f"{path} holds no report card: rows with a stage, an accuracy, low and high") from None
+    return rows
+
+
+def plot_report(rows: list[dict], path: Path) -> None:
+    """The accuracy of each stage of a report card, from top to bottom, with its 95 % interval."""
+    figure, axes = _axes(1, columns=1)
+    figure.set_size_inches(6.5, 0.9 + 0.26 * len(rows))
+    for y, row in enumerate(rows):
+        reach = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+        axes[0].errorbar([row["accuracy"]], [y], xerr=reach, fmt="o", color="C0", markersize=5, capsize=3)
+        axes[0].annotate(f"{row['accuracy']:.3f}", (1.03, y), fontsize=8, va="center", annotation_clip=False)
+    axes[0].set_yticks(range(len(rows)), [row["stage"] for row in rows], fontsize=9)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    axes[0].set_xlim(-0.02, 1.02)
+    axes[0].set_xlabel("accuracy and its 95 % interval", fontsize=9)
+    axes[0].grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
 @dataclass(frozen=True)
 class Config:
     runs: tuple[str, ...] = ()
     """Folders of runs, a panel for each."""
+    report: str = ""
+    """Instead of runs: a report.json, whose accuracies are drawn with their intervals."""
     curves: tuple[str, ...] = ("loss",)
     """Metrics that share a panel."""
     write: str = "curves.png"
@@ -204,8 +235,16 @@ class Config:
 
 
 def main() -> None:
-    """``python -m runtime.plots --runs out/a out/b --curves score correct --write picture.png``"""
+    """Curves of runs, or the report card of a pipeline::
+
+    python -m runtime.plots --runs out/a out/b --curves score correct --write picture.png
+    python -m runtime.plots --report out/arith/report.json --write picture.png
+    """
     config = parse(Config)
+    if config.report:
+        plot_report(read_report(Path(config.report)), Path(config.write))
+        print(config.write)
+        return
     for run in config.runs:
         if not (Path(run) / "metrics.jsonl").exists():
             raise UserError(f"{run} holds no metrics.jsonl")

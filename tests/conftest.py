@@ -4,11 +4,15 @@ import json
 import os
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run side by side, a core for each process
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test waits for a network
+
 import numpy as np
 import pytest
 import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: no test waits for a network
+from runtime import plots
+from runtime.checkpoint import write_atomically
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -29,6 +33,23 @@ def pytest_collection_modifyitems(config, items):
 def same_numbers_every_time():
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pictures(request):
+    """Every run of a stage ends with a picture, which takes longer than a tiny run: outside test_plots it is small."""
+
+    import matplotlib.pyplot as plt
+
+    def save(figure, path):
+        figure.set_layout_engine("none")
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=10, format="png"))
+        plt.close(figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_plots":
+            patch.setattr(plots, "_save", save)
+        yield
 
 
 def load_npz(name: str) -> dict[str, torch.Tensor]:

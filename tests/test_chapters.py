@@ -6,10 +6,11 @@ import doctest
 import importlib
 import inspect
 import itertools
-import os
+import json
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -33,21 +34,39 @@ CONCEPTS = [name for name in CHAPTERS if name not in STAGES]
 PRESETS = sorted((ROOT / "configs").glob("*.py"))
 
 
+LAUNCHER = """
+import contextlib, json, os, runpy, sys, traceback
+import datasets, h5py, matplotlib, numpy, regex, tiktoken, torch, tqdm, tyro  # once for all scripts
+
+for name, command in json.load(sys.stdin).items():
+    if os.fork() == 0:
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            os.dup2(os.open(f"{sys.argv[1]}/{name}.{number}", os.O_WRONLY | os.O_CREAT), number)
+        sys.argv, sys.path[0], status = command, os.path.dirname(os.path.abspath(command[0])), 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(name, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
 def run_all(commands: dict[str, list[str]]) -> dict[str, subprocess.CompletedProcess]:
-    """Start all scripts, two at a time; their results."""
-    waiting, running, done = list(commands.items()), {}, {}
-    while waiting or running:
-        while waiting and len(running) < 2:
-            name, command = waiting.pop(0)
-            running[name] = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        name = next(iter(running))
-        process = running.pop(name)
-        out, err = process.communicate()
-        done[name] = subprocess.CompletedProcess(commands[name], process.returncode, out, err)
-    return done
+    """Run all scripts, each in a process of its own, whose parent has imported the large libraries; their results."""
+    with tempfile.TemporaryDirectory() as folder:
+        ran = subprocess.run(
+            [sys.executable, "-c", LAUNCHER, folder], cwd=ROOT, text=True, input=json.dumps(commands),
+            capture_output=True,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        status = dict(line.rsplit(" ", 1) for line in ran.stdout.splitlines())
+        printed = {name: [Path(folder, f"{name}.{n}").read_text() for n in (1, 2)] for name in commands}
+    return {name: subprocess.CompletedProcess(commands[name], int(status[name]), *printed[name]) for name in commands}
 
 
 @pytest.fixture(scope="module")

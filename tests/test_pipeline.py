@@ -41,6 +41,10 @@ def tiny_stages(config):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(pipeline, "stages", tiny_stages)
+    draw = pipeline.plot_stages  # the picture of all stages, not one after each of them
+    monkeypatch.setattr(
+        pipeline, "plot_stages", lambda names, *more: draw(names, *more) if len(names) == len(NAMES) else None
+    )
     exam = pipeline.evaluate.Config
     monkeypatch.setattr(pipeline.evaluate, "Config", lambda **settings: exam(**settings | {"n": 8}))
 

@@ -36,6 +36,35 @@ def test_a_picture_of_several_runs_by_one_command(run, tmp_path, monkeypatch, ca
         plots.main()
 
 
+def test_a_report_card_as_a_picture(tmp_path, monkeypatch, capsys):
+    """A row for each stage with an accuracy, from top to bottom, each within its interval; a wrong file is one line."""
+    rows = [
+        {"stage": "Base", "accuracy": 0.0, "low": 0.0, "high": 0.007, "n": 512},
+        {"stage": "text alone", "bits_per_byte": 0.5},
+        {"stage": "SFT", "accuracy": 0.66, "low": 0.618, "high": 0.7, "n": 512},
+    ]
+    report, picture = tmp_path / "report.json", tmp_path / "p.png"
+    command = ["plots", "--report", str(report), "--write", str(picture)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(UserError, match="there is no"):
+        plots.main()
+    for text in ("{", "[]", '[{"accuracy": 1}]'):
+        report.write_text(text)
+        with pytest.raises(UserError, match="holds no report card"):
+            plots.main()
+    report.write_text(json.dumps(rows))
+    plots.main()
+    assert picture.read_bytes()[:4] == b"\x89PNG" and str(picture) in capsys.readouterr().out
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.main()
+    axis = figures[0].axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["Base", "SFT"] and axis.yaxis_inverted()
+    assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [0.0, 0.66]
+    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in axis.containers]
+    assert ends == [pytest.approx([0.0, 0.007]), pytest.approx([0.618, 0.7])]
+
+
 def test_a_study_against_another_axis(tmp_path, monkeypatch):
     """The x of a curve NAME@x is a mean over seeds, its values are not smoothed; the trained length is marked."""
     figures = []

@@ -387,7 +387,7 @@ def main(config: Config) -> dict:
             loss, tokens_seen = loss + float(part_loss.detach()) * share, tokens_seen + int(real.sum())
             sums.update(pair_figures(config, logps, mask, part_ref))
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        grad_norm = update(run, model, optimizers, lr, config.clip)
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 
         loss, tokens_seen, *sums_of_all = processes.sum_numbers([loss, tokens_seen, *sums.values()])
         figures = {"loss": loss} | {name: value / config.batch_size for name, value in zip(sums, sums_of_all)}

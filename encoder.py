@@ -566,7 +566,7 @@ def main(config: Config) -> dict:
             loss = loss + part.detach()
             right = right + (logits.argmax(dim=-1) == targets).sum() / count
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        norm = update(run, model, optimizers, lr, config.clip)
+        norm = update(run, model, optimizers, lr, config.max_grad_norm)
         loss, right = processes.sum_over_processes(torch.stack([loss, right])).tolist()
         run.log(
             step, int(real.sum()), show=("loss", "accuracy"), loss=loss, accuracy=right, grad_norm=norm, lr=lr,

@@ -305,7 +305,7 @@ def main(config: Config) -> dict:
                 part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
                 statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
                 # If no token of any process has a gradient, momentum must not move the weights by itself.
-                norm = update(run, policy, optimizers, lr, config.clip) if statistics["tokens"] else 0.0
+                norm = update(run, policy, optimizers, lr, config.max_grad_norm) if statistics["tokens"] else 0.0
                 updates.append(statistics | {"grad_norm": norm})
 
         # 4. What happened.

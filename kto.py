@@ -289,7 +289,7 @@ def main(config: Config) -> dict:
             gains, averages = (logps - part_ref).detach(), (logps / lengths).detach()
             sums.update(answer_figures(config, gains, averages, desirable))
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        grad_norm = update(run, model, optimizers, lr, config.clip)
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 
         loss, tokens_seen, *sums_of_all = processes.sum_numbers([loss, tokens_seen, *sums.values()])
         figures = {"loss": loss} | class_means(dict(zip(sums, sums_of_all)), config.batch_size)

@@ -59,25 +59,28 @@ def make_optimizers(
     return optimizers
 
 
-def update(run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, clip: float) -> float:
-    """Sum the gradients of all processes, clip their length, take a step, clear them. Returns the length before
-    clipping.
+def update(
+    run: Run, model: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, max_grad_norm: float
+) -> float:  # fmt: skip
+    """Sum the gradients of all processes, clip their norm, take a step, clear them. Returns the norm before clipping.
 
-    A gradient that is not finite changes nothing: the step is left out and said aloud. (With fp16 this is routine:
+    A gradient that is not finite changes nothing: the step is skipped, with a warning. (With fp16 this is routine:
     the scaler multiplied the loss so that small gradients survive, and now lowers its factor.)
     """
     parameters = list(model.parameters())
     processes.sum_gradients(parameters)  # before unscaling: then every process sees the same infinities
     for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
-    norm = float(nn.utils.clip_grad_norm_(parameters, clip))
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if math.isfinite(norm):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             run.scaler.step(optimizer)
     elif not run.scaler.is_enabled():
-        run.print("the gradient is not finite: this step was left out. If it happens again, lower --lr or --clip")
+        run.print(
+            "the gradient is not finite: this step was skipped. If it happens again, lower --lr or --max_grad_norm"
+        )
     run.scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

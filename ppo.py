@@ -426,7 +426,7 @@ def main(config: Config) -> dict:
         for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed + processes.rank()):
                 statistics = accumulate_gradients(run, model, batch, rows, config, first=not updates)
-                norm = update(run, model, optimizers, lr, config.clip)
+                norm = update(run, model, optimizers, lr, config.max_grad_norm)
                 updates.append(statistics | {"grad_norm": norm})
 
         # 5. What happened.

@@ -259,7 +259,7 @@ def main(config: Config) -> dict:
             if config.balance == "bias":
                 move_balance_bias(model, loads, config.balance_rate)
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        grad_norm = update(run, model, optimizers, lr, config.clip)
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 
         routing = router_statistics(loads, routers) if config.n_experts and run.logs(step) else {}
         figures = {"loss": processes.sum_over_processes(loss), "grad_norm": grad_norm, "lr": lr} | routing

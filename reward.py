@@ -456,7 +456,7 @@ def main(config: Config) -> dict:
             right += float((chosen > rejected).sum()) / config.batch_size
             margin += float((chosen - rejected).detach().sum()) / config.batch_size
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        grad_norm = update(run, model, optimizers, lr, config.clip)
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 
         loss, right, margin, tokens_seen = processes.sum_numbers([loss, right, margin, tokens_seen])
         figures = {"loss": loss, "accuracy": right, "margin": margin, "grad_norm": grad_norm, "lr": lr}

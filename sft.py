@@ -182,7 +182,7 @@ def main(config: Config) -> dict:
             run.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        grad_norm = update(run, model, optimizers, lr, config.clip)
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 
         loss, tokens_per_step = processes.sum_over_processes(loss), config.batch_size * config.seq_len
         figures = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "share_learned": learned / tokens_per_step}

@@ -150,7 +150,7 @@ class TrainConfig(RunConfig):
     """Linear warm-up of the learning rate, in steps."""
     weight_decay: NotNegative = 0.0
     """Weight decay of the matrices; vectors are not decayed."""
-    clip: Positive = 1.0
+    max_grad_norm: Positive = 1.0
     """Maximum gradient norm."""
     micro_batch_size: CountOrZero = 0
     """Rows of the batch that each process takes at a time; gradients accumulate (0: all at once)."""

@@ -77,7 +77,7 @@ def step_seconds(model: Transformer, settings: dict, tokens: Tensor, n: int = 21
     for _ in range(n):
         begun = time.process_time()
         (-token_logps(model, tokens).mean()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings["clip"])
+        nn.utils.clip_grad_norm_(model.parameters(), settings["max_grad_norm"])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -59,7 +59,7 @@ def test_clipping_scales_by_the_global_norm():
     module.a, module.b = (torch.nn.Parameter(torch.zeros_like(g)) for g in grads)
     module.a.grad, module.b.grad = (g.clone() for g in grads)
     optimizer = torch.optim.SGD(module.parameters(), lr=123.0)  # the schedule's rate counts, not this one
-    norm = optim.update(run, module, [optimizer], lr=1.0, clip=1.0)
+    norm = optim.update(run, module, [optimizer], lr=1.0, max_grad_norm=1.0)
     total = math.sqrt(sum(float(g.square().sum()) for g in grads))
     assert norm == pytest.approx(total, rel=1e-5)
     moved = torch.cat([module.a.data, module.b.data]).norm()  # a step of rate 1 moves by the clipped gradient
@@ -93,7 +93,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(capsys):
     layer = torch.nn.Linear(2, 2)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.full((2, 2), float("nan"))
-    norm = optim.update(run, layer, make_optimizers(layer, 0.1), lr=0.1, clip=1.0)
+    norm = optim.update(run, layer, make_optimizers(layer, 0.1), lr=0.1, max_grad_norm=1.0)
     assert math.isnan(norm) and torch.equal(layer.weight, before) and layer.weight.grad is None
     assert "not finite" in capsys.readouterr().out
 

@@ -430,3 +430,18 @@ if __name__ == "__main__":
         (turned[0, 0, 0] @ turned[0, 0, 1]).item(),
         (turned[0, 0, 1] @ turned[0, 0, 2]).item(),
     )
+    torch.manual_seed(0)
+    print("\nfour query heads share two key/value heads: 0 and 1 read the first, 2 and 3 the second")
+    layer = SelfAttention(d_model=8, n_heads=4, n_kv_heads=2)
+    x = torch.randn(1, 3, 8)
+    q_heads = layer.q_proj(x).view(1, 3, 4, 2).transpose(1, 2)
+    k_heads = layer.k_proj(x).view(1, 3, 2, 2).transpose(1, 2)
+    print("q", tuple(q_heads.shape), " k and v", tuple(k_heads.shape))
+    whole = layer(x)
+    cache = KVCache(n_layers=1, batch=1, max_len=3)
+    print("the same layer with a cache, one token at a time; the keys that it keeps, (B, Hkv, length, d):")
+    for t in range(3):
+        cache.begin(None, torch.tensor([t]))
+        out = layer(x[:, t : t + 1], cache=cache)
+        print(f"  token {t}: keys {tuple(cache.k[0][:, :, : cache.length].shape)}", end="")
+        print(f", output as in the whole pass: {torch.allclose(out[0, 0], whole[0, t], atol=1e-6)}")

@@ -290,10 +290,15 @@ def encode_chat(
 
 if __name__ == "__main__":
     text = "Tom has 12 apples. Mia has 3 apples. Tom gives Mia 4 apples. Now Mia has 7 apples and Tom has 8 apples."
+    print("the text:", text)
     demo = BPETokenizer.train([text], vocab_size=256 + 12 + len(SPECIALS))
-    print("merges, in the order in which they were learned:")
-    for rank, (left, right) in enumerate(demo.merges):
-        print(f"  {256 + rank}: {demo.token_bytes(left)!r:12} + {demo.token_bytes(right)!r}")
+    print("merges, in the order in which they were learned; how often the pair stands in the text when it is joined:")
+    words = [list(piece.encode()) for piece in regex.findall(SPLIT, text)]
+    for new_id, (left, right) in enumerate(demo.merges, start=256):
+        count = sum(pair == (left, right) for ids in words for pair in zip(ids, ids[1:]))
+        words = [_merge(ids, (left, right), new_id) for ids in words]
+        print(f"  {new_id}: {demo.token_bytes(left)!r:8} + {demo.token_bytes(right)!r:8} {count} times")
+    print(f"the text is now {sum(map(len, words))} tokens instead of {len(text.encode())} bytes")
     ids = demo.encode("Mia has 12 apples.")
     print("Mia has 12 apples.  ->", ids)
     print("                    ->", [demo.token_bytes(i).decode() for i in ids])

@@ -20,7 +20,6 @@ logits of a large batch.
 Run ``python transformer.py`` for the sizes of the book's models.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -406,8 +405,20 @@ if __name__ == "__main__":
         shape = f"d {d_model:5d}, {n_layers:2d} blocks, vocabulary {vocab_size:6d}"
         print(f"{shape} {n / 1e6:10.2f} M {memory / 1e9:31.2f} GB")
     torch.manual_seed(0)
-    model = Transformer(ModelConfig())
+    model = Transformer(ModelConfig(n_kv_heads=2))
     tokens = torch.randint(512, (4, 64))
+    print("\none forward pass, B = 4 sequences of T = 64 tokens:")
+    rope = rope_cos_sin(torch.arange(64), model.config.head_dim)
+    x, block = model.embed(tokens), model.blocks[0]
+    shapes = {"tokens (B, T)": tokens, "stream after the embedding (B, T, D)": x, "cosines of the positions": rope[0]}
+    shapes["queries, all heads (B, T, H·d)"] = block.attn.q_proj(x)
+    shapes["keys, two heads for four queries (B, T, Hkv·d)"] = block.attn.k_proj(x)
+    shapes["what attention adds (B, T, D)"] = block.attn(block.attn_norm(x), rope)
+    shapes["hidden units of the feed-forward layer"] = block.mlp.up_proj(x)
+    shapes["stream after the last block and norm (B, T, D)"] = model.forward_hidden(tokens)
+    shapes["logits (B, T, V)"] = model(tokens)
+    shapes["log-probabilities of the next tokens (B, T-1)"] = token_logps(model, tokens)
+    for name, tensor in shapes.items():
+        print(f"  {name:50} {tuple(tensor.shape)}")
     loss = -token_logps(model, tokens).mean()
     print(f"\nan untrained model is as good as guessing: loss {loss:.3f}, ln 512 = {math.log(512):.3f}")
-    print({field.name: getattr(model.config, field.name) for field in dataclasses.fields(ModelConfig)})

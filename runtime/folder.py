@@ -56,6 +56,9 @@ def check_same_run(folder: Path, state: dict, config, stage: str) -> None:
     if state["stage"] != stage:
         raise UserError(f"{folder} holds a {state['stage']} run; choose another --out_dir")
     now, stored = as_dict(config), state["config"]
+    if unknown := sorted(set(stored) - set(now) - FREE_FIELDS):
+        what = f"{folder} holds a run of an earlier version, with the field {unknown[0]}"
+        raise UserError(f"{what}: choose another folder, or --fresh to start again")
     changed = [k for k in now if k not in FREE_FIELDS and k in stored and plain(now[k]) != plain(stored[k])]
     if changed:
         what = ", ".join(f"{k}={stored[k]!r}, now {now[k]!r}" for k in changed)

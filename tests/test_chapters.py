@@ -26,7 +26,7 @@ ORDER = [
     "verify", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "kto",
     "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
-STUDIES = ["probe", "ablate"]
+STUDIES = ["probe", "ablate", "structure"]
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
 CHAPTERS = list(PATHS)
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
@@ -75,15 +75,16 @@ def printed():
 
 
 EXAMPLES = {
-    "tokenizer": ["merges, in the order", "'<|assistant|>'", "loss 1"],
-    "attention": ["who may see whom", "rotary positions"],
+    "tokenizer": ["merges, in the order", "5 times", "tokens instead of 103 bytes", "'<|assistant|>'", "loss 1"],
+    "attention": ["who may see whom", "rotary positions", "k and v (1, 2, 3, 2)", "whole pass: True"],
     "layers": ["RMSNorm divides it by 1.887", "LayerNorm subtracts 0.625", "swiglu: 128 -> 352 -> 128, 135,168"],
     "stages": ["tensors, 30,112 parameters", "from the file alone"],
-    "transformer": ["parameters", "ln 512 = 6.238"],
+    "transformer": ["parameters", "ln 512 = 6.238", "(4, 64, 128)", "(4, 64, 512)", "(4, 63)"],
     "moe": ["five tokens, four experts", "none is dropped", "that sum: True"],
     "lora": ["merged: W + 2 · B A", "with the adapters off", "trained 9,856 of"],
     "generate": ["top_k 2", "min_p 0.25", "10,000 draws"],
     "engine": ["fast_generate", "128 columns from the start", "equal: True"],
+    "structure": ["| stage | lines", "| grpo.py |"],
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],

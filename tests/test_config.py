@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
+from tiny import tiny_pretrain
 
 import dpo
 import encoder
@@ -410,3 +412,14 @@ def test_a_batch_that_the_processes_cannot_share(monkeypatch):
     check_shared("batch_size", 4)
     with pytest.raises(UserError, match="batch_size 3 cannot be shared evenly by 2 processes"):
         check_shared("batch_size", 3)
+
+
+def test_a_run_with_fields_that_are_gone_is_refused_in_one_line(tmp_path):
+    """Its configuration says something that this version would not do."""
+    pretrain.main(tiny_pretrain(tmp_path / "run", steps=2, eval_every=2))
+    path = tmp_path / "run" / "ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    state["config"]["clip"] = state["config"].pop("max_grad_norm")
+    torch.save(state, path)
+    with pytest.raises(UserError, match="earlier version, with the field clip"):
+        pretrain.main(tiny_pretrain(tmp_path / "run", steps=2, eval_every=2))

@@ -237,8 +237,10 @@ class Config:
 def main() -> None:
     """Curves of runs, or the report card of a pipeline::
 
-    python -m runtime.plots --runs out/a out/b --curves score correct --write picture.png
-    python -m runtime.plots --report out/arith/report.json --write picture.png
+        python -m runtime.plots --runs out/a out/b --curves score correct --write picture.png
+        python -m runtime.plots --report out/arith/report.json --write picture.png
+
+    Prints where the picture is.
     """
     config = parse(Config)
     if config.report:

@@ -26,7 +26,7 @@ ORDER = [
     "verify", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "kto",
     "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
-STUDIES = ["probe", "ablate"]
+STUDIES = ["probe", "ablate", "structure"]
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
 CHAPTERS = list(PATHS)
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]

@@ -1,4 +1,4 @@
-"""What a GPU makes of the book: training MFU, sampling, a step of GRPO, and memory, piece by piece.
+"""What a GPU makes of the book: training MFU, sampling, and memory, piece by piece.
 
 Each piece takes minutes at most, prints a table row by row, and appends one line of JSON for each figure to ``--out``,
 so that a machine that is taken away loses nothing. MFU is the share of the card's dense 16-bit peak (its data sheet's,
@@ -7,7 +7,6 @@ throughout; times are medians after a warm-up, the first compilation left out.
 
     python bench/gpu.py train                     # 50 M, 77 M, 124 M and 406 M: eager, compiled, transformers' Llama
     python bench/gpu.py decode                    # 64, 512 and 1,024 rows: generate, fast_generate, transformers
-    python bench/gpu.py grpo                      # ours against TRL's GRPOTrainer (needs trl)
     python bench/gpu.py train decode --tiny --device cpu       # does it run? sizes for a CPU
 """
 

@@ -280,6 +280,7 @@ def test_a_row_that_the_study_did_not_note_is_found_in_its_folder(study, tmp_pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="interrupts by signal")
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
 def test_an_interrupted_study_stops_and_goes_on(tmp_path, start, number):  # noqa: F811
     """Ctrl-C reaches the parent and its workers; kill -9 the parent alone. Nothing more is begun, nothing is lost."""

@@ -668,7 +668,7 @@ def test_answers_that_the_encoder_has_no_room_for_are_refused(tmp_path, policy):
     judge = judging(policy, tmp_path / "judge", encoder=str(tmp_path / "mlm"), max_length=96, max_new_tokens=40)
     reward.main(judge)
     more = {"init_from": str(policy / "sft"), "reward": str(tmp_path / "judge"), "device": "cpu"}
-    with pytest.raises(UserError, match="max_new_tokens 100 leaves no room in 99 tokens"):
+    with pytest.raises(UserError, match="max_new_tokens 100 leaves no room in a context of 99"):
         ppo.main(ppo.Config(out_dir=str(tmp_path / "ppo"), max_new_tokens=100, **more))
     with pytest.raises(UserError, match="more than the encoder's 99"):
         reward.main(replace(judge, out_dir=str(tmp_path / "c"), max_length=100))

@@ -1,12 +1,13 @@
 """The DPO family: preferences without a reward model and without sampling.
 
 The policy that is best for a reward r while staying near a reference, max E[r] - β KL(π, π_ref), is known in closed
-form: π ∝ π_ref exp(r / β). Solved for r it reads r = β log (π / π_ref) plus a term that depends on the prompt alone
-(Rafailov et al. 2023, eq. 5). Put into Bradley-Terry, that term cancels, and the reward model's loss becomes a loss on
-the policy itself. With Δ = log π(y|x) - log π_ref(y|x), summed over the tokens of an answer y (its end-of-text among
-them, the prompt not), βΔ, the answer's *implicit reward*, and w, l for chosen and rejected::
+form: π ∝ π_ref exp(r / β). Solved for r it reads r = β log (π / π_ref) + β log Z(x), where Z depends on the prompt
+alone (Rafailov et al. 2023, eq. 5). Bradley-Terry says P(w beats l) = σ(r_w - r_l) of two answers (``reward.py``), so
+Z cancels, and the reward model's loss becomes a loss on the policy itself. We write w for the chosen answer, l for the
+rejected one, and Δ = log π(y|x) - log π_ref(y|x), summed over the tokens of an answer y, its end-of-text among them,
+the prompt not; βΔ is the *implicit reward* of the answer::
 
-    DPO     - log σ( β (Δ_w - Δ_l) )                                label smoothing ε: flipped labels occur
+    DPO     - log σ( β (Δ_w - Δ_l) )                                with ``label_smoothing``: labels may be flipped
     IPO     ( (Δ_w - Δ_l) - 1/(2β) )²                               a target for the gap instead of "more"
     KTO     λ_D (1 - σ( β (Δ - z) ))  or  λ_U (1 - σ( β (z - Δ) ))  single answers, desirable or undesirable
     SimPO   - log σ( β (a_w - a_l) - γ )                            a = mean log π of a token; no reference
@@ -20,16 +21,17 @@ said so; ``ipo_average`` chooses.
 What to watch, and what it should look like:
 
 * ``accuracy``, how often the chosen answer has the higher implicit reward: up, from 0 (at first all rewards are 0, and
-  a tie counts as wrong). In SimPO and ORPO the "reward" is log π per token itself, and starts where the start stands.
+  a tie counts as wrong). SimPO and ORPO have no reference: there the "reward" is β times the mean log π of a token, and
+  accuracy starts at whatever the starting policy scores.
 * ``val_questions``, greedy accuracy on held-out questions of the embedded task: what it is all for. ``val_accuracy``
   need not rise with it: those pairs are off-policy.
 * ``margin``, the difference of the two rewards: up.
 * ``logp_chosen``, the log-probability of a token of the chosen answer: often *down*, though less than
   ``logp_rejected``. The loss sees the difference alone. If it falls far, the policy has forgotten how to answer:
-  lower --lr, raise --beta, or use ORPO.
+  lower --lr, raise --beta (DPO, IPO), or use ORPO.
 
-Both answers of all pairs of a batch go through the model together. The reference never changes, so its
-log-probabilities are computed once, before the first step.
+Both answers of a pair go through the model together. The reference never changes, so its log-probabilities are computed
+once, before the first step.
 
     python dpo.py                                  # after sft.py: on right and wrong answers of its model
     python dpo.py --method orpo
@@ -40,6 +42,7 @@ log-probabilities are computed once, before the first step.
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -62,8 +65,8 @@ from stages import begin, with_start
 from tokenizer import Tokenizer
 from transformer import Transformer, answer_logps, model_size, token_logps
 
-# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO): with those the
-# embedded task's policy learns to tell the answers apart, and forgets how to give one.
+# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO). But for ORPO, with
+# those the embedded task's policy learns to tell the answers apart, and forgets how to give one.
 BETAS = {"dpo": 0.5, "ipo": 5.0, "simpo": 10.0, "orpo": 0.1}
 MAX_NEW_TOKENS = 48  # of an answer to a held-out question
 
@@ -86,9 +89,8 @@ class Config(LoRARunConfig):
     max_length: Annotated[int, AtLeast(8)] = 256
     """The tokens of a row; a longer one loses the beginning of its prompt."""
     beta: Annotated[float | None, Above(0)] = None
-    """How strongly the loss reacts to a difference; in DPO and IPO also how much it costs to leave the reference.
-    Default: dpo 0.5, ipo 5, simpo 10, orpo 0.1.
-    """
+    """dpo: the larger, the nearer to the reference; ipo: the gap aimed at is 1/(2β); simpo: scales the difference;
+    orpo: the weight of the push away from the rejected answer. Default: dpo 0.5, ipo 5, simpo 10, orpo 0.1."""
     label_smoothing: Annotated[float, AtLeast(0, below=0.5)] = 0.0
     """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO). With half of them flipped
     nothing would be left to learn."""
@@ -153,9 +155,10 @@ def simpo_loss(chosen_avg: Tensor, rejected_avg: Tensor, beta: float = 2.0, gamm
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, without loss of digits: written as it stands it is -inf from x = -1e-8 on in float32.
+    """log(1 - e^x) for x < 0, without loss of digits: written as it stands it is -inf between -1e-8 and 0 in float32.
 
-    Near 0 we need e^x - 1 exactly, far from 0 the logarithm near 1 (Mächler 2012). x = 0 is taken as the number before.
+    Near 0, expm1 keeps the small 1 - e^x; far from 0, log1p keeps the small e^x (Mächler 2012). x = 0 is taken as the
+    largest number below it, so that the result stays finite.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     near = x > -math.log(2)
@@ -169,8 +172,8 @@ def orpo_loss(chosen_avg: Tensor, rejected_avg: Tensor, chosen_nll: Tensor, beta
     """``NLL(chosen) - β log σ(log odds ratio)``: fine-tuning on the chosen answer, and a push away from the other in
     one loss (Hong et al. 2024, eq. 6 to 8; β is the paper's λ).
 
-    Log-probabilities per token of the answers, (B,) each; chosen_nll: the negative log-probability per token of the
-    chosen rows, prompt included, as the authors' code and TRL have it. Returns a scalar.
+    Log-probabilities per token of the answers, (B,) each; chosen_nll: a scalar, the mean negative log-probability over
+    all tokens of the chosen rows, prompts included, as the authors' code and TRL have it. Returns a scalar.
     """
     log_odds = (chosen_avg - rejected_avg) - (log1mexp(chosen_avg) - log1mexp(rejected_avg))
     return chosen_nll - beta * F.logsigmoid(log_odds).mean()
@@ -181,12 +184,12 @@ def orpo_loss(chosen_avg: Tensor, rejected_avg: Tensor, chosen_nll: Tensor, beta
 
 
 @torch.no_grad()
-def reference_logps(model: Transformer, layout, n: int, batch: int = 32, show: bool = True) -> Tensor:
+def reference_logps(model: Transformer, layout, n: int, batch_size: int = 32, show: bool = True) -> Tensor:
     """Summed log-probabilities under the reference of all rows that ``layout(indices, device)`` lays out, (n,) or, for
     pairs, (2, n), on the CPU. ``model`` must still be the reference.
     """
     parts = []
-    for rows in tqdm(parts_of(range(n), batch), desc="reference", leave=False, disable=not show):
+    for rows in tqdm(parts_of(range(n), batch_size), desc="reference", leave=False, disable=not show):
         tokens, mask, _ = layout(rows, model.head.weight.device)
         parts.append(answer_logps(model, tokens, mask)[0].view(-1, len(rows)).cpu())
     return torch.cat(parts, dim=1).squeeze(0)
@@ -201,11 +204,12 @@ def where_needed(config: Config, mask: Tensor, real: Tensor) -> Tensor:
     return torch.cat([real[: len(mask) // 2, 1:], mask[len(mask) // 2 :]])
 
 
-def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, n_words: Tensor) -> Tensor:
+def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, pair_tokens: Tensor) -> Tensor:
     """The method's loss of b pairs, their mean.
 
     logps: (2b, T-1), 0 where it was not needed, the chosen answers above the rejected ones; mask: (2b, T-1), 1 on the
-    answers; ref: (2, b), summed, of the reference; n_words: for ORPO, see ``chosen_words``.
+    answers; ref: (2, b), summed, of the reference; pair_tokens: for ORPO, the mean number of predicted tokens of a
+    chosen row of the whole batch, so that the parts of a batch add up to one mean over its tokens.
     """
     b, beta = ref.shape[1], config.beta
     sums, lengths = (logps * mask).sum(dim=1), mask.sum(dim=1)  # (2b,)
@@ -219,12 +223,12 @@ def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, n_words:
         return ipo_loss(chosen, rejected, *ref, beta)
     if config.method == "simpo":
         return simpo_loss(chosen_avg, rejected_avg, beta, config.gamma)
-    return orpo_loss(chosen_avg, rejected_avg, -logps[:b].sum() / (b * n_words), beta)
+    return orpo_loss(chosen_avg, rejected_avg, -logps[:b].sum() / (b * pair_tokens), beta)
 
 
-def chosen_words(rows: PairRows, batch: list[int]) -> float:
+def chosen_tokens(rows: PairRows, indices: Iterable[int]) -> int:
     """The predicted tokens of the chosen rows, prompts included: what ORPO's NLL is a mean over."""
-    return sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in batch)
+    return sum(len(rows.prompts[i]) + len(rows.chosen[i]) - 1 for i in indices)
 
 
 def pair_figures(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> dict:
@@ -234,7 +238,8 @@ def pair_figures(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> di
 
 
 def rewards_of(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
-    """(2, b) implicit rewards: β Δ, or, of the methods without a reference, β times log π per token."""
+    """(2, b) implicit rewards: β Δ (summed, also where IPO's loss averages), or, of the methods without a reference, β
+    times log π per token."""
     sums = (logps * mask).sum(dim=1).view(2, -1)
     return config.beta * (sums - ref if has_reference(config) else (sums.flatten() / mask.sum(dim=1)).view(2, -1))
 
@@ -292,13 +297,13 @@ def as_chats(liked: list[tuple]) -> list[list[dict]]:
 def validation(run: Run, model: Transformer, rows: PairRows, ref: Tensor, config: Config) -> dict:
     """The loss and the figures of held-out pairs."""
     total, sums = 0.0, Counter()
-    n_words = torch.tensor(chosen_words(rows, range(len(rows))) / len(rows))
+    pair_tokens = torch.tensor(chosen_tokens(rows, range(len(rows))) / len(rows))
     for part in parts_of(list(range(len(rows))), 32):
         tokens, mask, real = rows.batch(part, run.device)
         with run.autocast(), run.eager():
             logps = token_logps(model, tokens, where=where_needed(config, mask, real))
         part_ref = ref[:, part].to(run.device)
-        total += float(pair_loss(config, logps, mask, part_ref, n_words)) * len(part)
+        total += float(pair_loss(config, logps, mask, part_ref, pair_tokens)) * len(part)
         sums.update(pair_figures(config, logps, mask, part_ref))
     return {"val_loss": total / len(rows)} | {f"val_{name}": value / len(rows) for name, value in sums.items()}
 
@@ -333,7 +338,7 @@ def announce(run: Run, model: Transformer, config: Config, rows: PairRows, held_
 
 
 def main(config: Config) -> dict:
-    """Train, and return the last validation's figures. A finished run returns at once, an unfinished one continues."""
+    """Train; return the last validation's figures. A finished run is only validated, an unfinished one continues."""
     check(config)
     beta = BETAS[config.method] if config.beta is None else config.beta
     config = with_start(replace(config, beta=beta), "sft")
@@ -351,8 +356,8 @@ def main(config: Config) -> dict:
     chats = as_chats([(pair.prompt, pair.chosen) for pair in held_out_pairs])
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
 
-    # The reference is the policy as it is now: what it says of every answer is noted, and then it may go. (Adapters
-    # change nothing before their first update.)
+    # The reference is the starting policy: its log-probabilities of all answers are computed now, before ``resume``
+    # loads trained weights, and no second model is needed. (Adapters change nothing before their first update.)
     start_lora(model, config)
     model.activation_checkpointing = config.activation_checkpointing
     ref, held_out_ref = torch.zeros(2, len(rows)), torch.zeros(2, len(held_out))
@@ -372,16 +377,16 @@ def main(config: Config) -> dict:
         assert_same_start(config, figures)
 
     for step in run.steps(first, steps):
-        batch = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed)).tolist()
-        n_words = torch.tensor(chosen_words(rows, batch) / config.batch_size, device=run.device)
-        n_words = processes.sum_over_processes(n_words)  # per pair of the whole batch
+        indices = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed)).tolist()
+        pair_tokens = torch.tensor(chosen_tokens(rows, indices) / config.batch_size, device=run.device)
+        pair_tokens = processes.sum_over_processes(pair_tokens)  # of the whole batch, for ORPO
         loss, tokens_seen, sums = 0.0, 0.0, Counter()
-        for part in parts_of(batch, config.micro_batch_size):
-            tokens, mask, real = rows.batch(part, run.device)  # (2b, T): the chosen answers above the rejected ones
+        for part in parts_of(indices, config.micro_batch_size):
+            tokens, mask, real = rows.batch(part, run.device)  # (2b, T), (2b, T-1), (2b, T): chosen above rejected
             with run.autocast():
                 logps = token_logps(model, tokens, where=where_needed(config, mask, real))  # (2b, T-1)
             part_ref = ref[:, part].to(run.device)  # (2, b), summed over the answers
-            part_loss = pair_loss(config, logps, mask, part_ref, n_words)
+            part_loss = pair_loss(config, logps, mask, part_ref, pair_tokens)
             share = len(part) / config.batch_size  # parts add up to the mean over the whole batch
             run.scaler.scale(part_loss * share).backward()
             loss, tokens_seen = loss + float(part_loss.detach()) * share, tokens_seen + int(real.sum())
@@ -408,7 +413,7 @@ def main(config: Config) -> dict:
 
 
 def assert_same_start(config: Config, figures: dict) -> None:
-    """Before the first step, policy and reference are the same, and every implicit reward is 0."""
+    """Before the first step, policy and reference are the same: the mean margin is 0 up to rounding."""
     if has_reference(config) and not abs(figures["val_margin"]) < 0.05:
         raise AssertionError(f"before the first step policy and reference differ: {figures['val_margin']:.4f}")
 

@@ -284,7 +284,7 @@ def test_the_stage_computes_the_loss_of_the_formulas(run, method):
     model, rows = model_and_rows()
     method, average = method.removesuffix("_sum"), not method.endswith("_sum")
     with torch.no_grad():
-        ref = reference_logps(model, rows.batch, len(rows), batch=4)
+        ref = reference_logps(model, rows.batch, len(rows), batch_size=4)
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     config = Config(method=method, beta=2.0 if method == "simpo" else 0.1, ipo_average=average)
@@ -323,7 +323,7 @@ def test_kl_of_kto_is_that_of_mismatched_answers(run):
     model, _ = model_and_rows()
     rows = encode_judged(load_judged("arith", "train", n=4), T, 256)
     with torch.no_grad():
-        ref = reference_logps(model, rows.mismatched, len(rows), batch=3)
+        ref = reference_logps(model, rows.mismatched, len(rows), batch_size=3)
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     some = [5, 1, 2]
@@ -341,7 +341,7 @@ def test_the_stage_computes_the_loss_of_single_answers(run):
     model, _ = model_and_rows()
     rows = encode_judged(load_judged("arith", "train", n=5), T, 256)
     with torch.no_grad():
-        ref = reference_logps(model, rows.batch, len(rows), batch=4)
+        ref = reference_logps(model, rows.batch, len(rows), batch_size=4)
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
     config = kto.Config(beta=0.1, desirable_weight=1.3, undesirable_weight=0.6)
@@ -368,7 +368,7 @@ def test_the_stage_computes_the_loss_of_single_answers(run):
 
 def test_the_reference_of_pairs_has_two_rows_and_no_gradient(run):
     model, rows = model_and_rows(5)
-    ref = reference_logps(model, rows.batch, len(rows), batch=2)
+    ref = reference_logps(model, rows.batch, len(rows), batch_size=2)
     assert ref.shape == (2, 5) and not ref.requires_grad
     tokens, mask, _ = rows.batch([3])
     torch.testing.assert_close(ref[:, 3], answer_logps(model, tokens, mask)[0].detach())

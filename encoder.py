@@ -23,6 +23,17 @@ share of the words (``hide``; word dropout, Iyyer et al. 2015), so that no singl
 taken out and not put behind [MASK], since the texts that are judged later have no [MASK] either. And the checkpoint
 that was best on the validation split is the one that is tested.
 
+What to watch, and what it should look like:
+
+* mlm, ``loss``: from the logarithm of the vocabulary's size (6.2 on the embedded texts), down: at first quickly,
+  while the frequencies of tokens are learned, then slowly, while words come to depend on their neighbours.
+* mlm, ``val_accuracy``, the share of hidden tokens that are named: up. Never near 1, since often several words fit.
+* classify, ``loss``: from the logarithm of the number of classes (0.69 for two). ``accuracy`` is of one batch, with
+  words left out, and may well be below ``val_accuracy``.
+* classify, ``val_accuracy``: up, then flat. When ``val_loss`` rises while ``loss`` falls, the texts are learned by
+  heart: raise --hide, lower --epochs, or start from a masked language model.
+* ``samples.txt``: the texts that the classifier gets wrong with most certainty, each with its label: read both.
+
     python encoder.py                                                      # embedded: will the story end with more?
     python encoder.py configs/encoder_imdb_cpu.py --data_dir DIR           # the sentiment of film reviews
     python encoder.py configs/encoder_mlm_cpu.py --data_dir DIR            # masked words first, then
@@ -42,6 +53,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,7 +64,7 @@ from torch import Tensor
 
 import arithmetic
 from attention import at_least_float32
-from data import columns, epoch_batch, read_dataset, report_skipped, similar_lengths, text_documents
+from data import columns, epoch_batch, parts_of, read_dataset, report_skipped, similar_lengths, text_documents
 from layers import ModelConfig, make_norm
 from lora import load_state
 from optim import learning_rate, make_optimizers, update
@@ -67,12 +79,12 @@ from runtime.config import (
     NotNegative,
     TrainConfig,
     check_shared,
-    parse,
+    run_stage,
     validate,
 )
-from runtime.errors import UserError, run_main
+from runtime.errors import UserError
 from runtime.linear import Linear, linear
-from runtime.run import start
+from runtime.run import Run, start
 from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 from transformer import Transformer, model_size
@@ -154,9 +166,9 @@ def mask_tokens(
     may happen to be the original). Returns the corrupted tokens (a copy) and which were chosen, (B, T) boolean:
     those are to be predicted, whatever stands there now.
     """
-    draw = lambda: torch.rand(tokens.shape, generator=generator).to(tokens.device)  # noqa: E731
-    chosen = (draw() < share) & maskable.bool()
-    fate = draw()
+    draws = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+    chosen = (draws < share) & maskable.bool()
+    fate = torch.rand(tokens.shape, generator=generator).to(tokens.device)
     words = torch.randint(vocab_size, tokens.shape, generator=generator).to(tokens.device)
     corrupted = torch.where(chosen & (fate < 0.8), mask_id, tokens)
     return torch.where(chosen & (fate >= 0.8) & (fate < 0.9), words, corrupted), chosen
@@ -331,7 +343,9 @@ def cls_id_of(tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size + 1
 
 
-def to_classify(texts: Iterable[str], labels: list[int], tokenizer: Tokenizer, length: int, lowercase: bool) -> Texts:
+def to_classify(
+    texts: Iterable[str], labels: list[int] | None, tokenizer: Tokenizer, length: int, lowercase: bool
+) -> Texts:
     """Each text in one row. Of a longer one the first quarter of the room goes to its beginning and the rest to its
     end, where reviews give their verdict (Sun et al. 2019).
     """
@@ -355,7 +369,17 @@ def to_fill_in(texts: Iterable[str], tokenizer: Tokenizer, length: int, lowercas
     return Texts(ids, None, tokenizer.pad_id)
 
 
-def make_tokenizer(config: Config) -> Tokenizer:
+def labelled_texts(config: Config, split: str, tokenizer: Tokenizer, length: int, lowercase: bool) -> Texts:
+    """A split as rows to classify; ``n_texts`` bounds the training split only."""
+    n = config.n_texts if split == "train" else None
+    texts, labels = load_labelled(config.data, split, config.data_dir, config.seed, n)
+    return to_classify(texts, labels, tokenizer, length, lowercase)
+
+
+def make_tokenizer(run: Run, config: Config) -> Tokenizer:
+    """The run's own if it continues, that of the checkpoint it starts from, or a new one, trained on the data."""
+    if run.state is not None:
+        return load_tokenizer(run.state["tokenizer"])
     if config.init_from or config.tokenizer_from:
         return load_tokenizer(load_state(config.init_from or config.tokenizer_from)["tokenizer"])
     if config.tokenizer != "bpe":
@@ -477,128 +501,192 @@ def load_classifier(path: str, device="cpu") -> tuple[Classifier, Callable[[list
     model = Classifier(backbone, len(classes), config["pooling"]).to(device).eval()
     load_weights(model, state["model"], path)
     lowercase, length = state["extra"]["lowercase"], state["extra"]["length"]
-    return model, lambda texts: to_classify(texts, [0] * len(texts), tokenizer, length, lowercase), classes
+    read = partial(to_classify, labels=None, tokenizer=tokenizer, length=length, lowercase=lowercase)
+    return model, read, classes
 
 
-def main(config: Config) -> dict:
-    """Train, and return the figures: of the hidden words, or of the test split under the best checkpoint."""
-    check(config)
-    filling = config.objective == "mlm"
-    for path in filter(None, (config.init_from, config.tokenizer_from)):
-        need_checkpoint(path, "python encoder.py --objective mlm" if config.init_from else "python pretrain.py")
-    run = start(config, "mlm" if filling else "encoder")
-
-    # Data: a tokenizer, and texts as ids.
-    tokenizer = load_tokenizer(run.state["tokenizer"]) if run.state is not None else make_tokenizer(config)
-    backbone = None
-    lowercase, length = config.lowercase, config.max_seq_len or 256
+def need_starts(config: Config) -> None:
+    """Refuse a checkpoint that is not there, with the command that makes one."""
     if config.init_from:
-        backbone, _, state = load_encoder(config.init_from, run.device)
-        run.record_parent(state, config.init_from)
-        lowercase, length = state["extra"]["lowercase"], config.max_seq_len or backbone.config.max_seq_len
-        if length > backbone.config.max_seq_len and backbone.config.positions != "rope":
-            raise UserError(
-                f"max_seq_len {length}: the {backbone.config.positions} positions of {config.init_from} end"
-            )
-        backbone.config = replace(backbone.config, max_seq_len=max(length, backbone.config.max_seq_len))
-    if filling:
-        train, held = (
-            to_fill_in(plain_texts(config.data, split, config), tokenizer, length, lowercase)
-            for split in ("train", "validation")
-        )
-        held.ids = held.ids[:: max(1, len(held) // 1024)]
-    else:
-        load = lambda split, n=None: load_labelled(config.data, split, config.data_dir, config.seed, n)  # noqa: E731
-        train = to_classify(*load("train", config.n_texts), tokenizer, length, lowercase)
-        held, test = (to_classify(*load(split), tokenizer, length, lowercase) for split in ("validation", "test"))
-    batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
-    epochs = config.epochs if config.epochs is not None else 2.0 if filling else 6.0
-    steps = max(1, math.ceil(epochs * len(batches)))
+        need_checkpoint(config.init_from, "python encoder.py --objective mlm")
+    if config.tokenizer_from:
+        need_checkpoint(config.tokenizer_from, "python pretrain.py")
+
+
+def make_body(run: Run, config: Config, tokenizer: Tokenizer) -> tuple[Transformer, bool, int]:
+    """(body, whether it reads small letters, tokens of a text, [CLS] included): from scratch, or of ``init_from``. The
+    seed is set so that body and head, which is made next, are the same every time.
+    """
+    if not config.init_from:
+        torch.manual_seed(config.seed)
+        body = Transformer(model_config(config, tokenizer.vocab_size)).to(run.device)
+        return body, config.lowercase, config.max_seq_len or 256
+    body, _, state = load_encoder(config.init_from, run.device)
+    run.record_parent(state, config.init_from)
+    length = config.max_seq_len or body.config.max_seq_len
+    if length > body.config.max_seq_len and body.config.positions != "rope":
+        raise UserError(f"max_seq_len {length}: the {body.config.positions} positions of {config.init_from} end")
+    body.config = replace(body.config, max_seq_len=max(length, body.config.max_seq_len))
+    torch.manual_seed(config.seed)
+    return body, state["extra"]["lowercase"], length
+
+
+def step_generator(config: Config, step: int) -> torch.Generator:
+    """Of the seed and the step alone: every process draws the same, and a resumed run what it would have drawn."""
+    return torch.Generator().manual_seed(((config.seed << 32) + step) % 2**63)
+
+
+def announce(run: Run, body: Transformer, config: Config, train: Texts, held_out: Texts, steps: int) -> None:
+    """Say what the run will do."""
+    mean_length = sum(map(len, train.ids)) / len(train)
+    words = config.hide if config.objective == "mlm" else 0.0  # the share of tokens at which words are predicted
+    run.banner(
+        model_size(body, int(mean_length), words=words), steps, int(config.batch_size * mean_length),
+        "eager (texts differ in length)",
+        data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held_out):,} held out",
+        starts=config.init_from,
+    )  # fmt: skip
+
+
+def train_mlm(config: Config) -> dict:
+    """Learn to fill in hidden words; return the figures of the held-out ones, of the last step."""
+    run = start(config, "mlm")
+    tokenizer = make_tokenizer(run, config)
+    body, lowercase, length = make_body(run, config, tokenizer)
+    model = MaskedLM(body).to(run.device)
+    body.activation_checkpointing = config.activation_checkpointing
     vocab, mask_id = tokenizer.vocab_size, mask_id_of(tokenizer)
 
-    # Model and optimizer.
-    torch.manual_seed(config.seed)
-    backbone = backbone or Transformer(model_config(config, tokenizer.vocab_size)).to(run.device)
-    classes = () if filling else ARITH_CLASSES if config.data == "arith" else LABELLED[config.data][1]
-    if filling:
-        model = MaskedLM(backbone).to(run.device)
-    else:
-        model = Classifier(backbone, len(classes), config.pooling).to(run.device)
-    backbone.activation_checkpointing = config.activation_checkpointing
+    # Texts, cut into rows of at most ``length`` tokens; those of a batch are of similar length.
+    train = to_fill_in(plain_texts(config.data, "train", config), tokenizer, length, lowercase)
+    held_out = to_fill_in(plain_texts(config.data, "validation", config), tokenizer, length, lowercase)
+    held_out.ids = held_out.ids[:: max(1, len(held_out) // 1024)]  # about a thousand are enough
+    batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
+    steps = max(1, math.ceil((2.0 if config.epochs is None else config.epochs) * len(batches)))
+    extra = {"classes": [], "lowercase": lowercase, "length": length}  # saved with every checkpoint
+
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
-    mean_length = sum(map(len, train.ids)) / len(train)
     if not run.finished:
-        run.banner(
-            model_size(backbone, int(mean_length), words=config.hide if filling else 0.0), steps,
-            int(config.batch_size * mean_length), "eager (texts differ in length)",
-            data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held):,} held out",
-            **({"starts": config.init_from} if config.init_from else {}),
-        )  # fmt: skip
-
-    def evaluate() -> dict:
-        with run.autocast(), run.eager():
-            return fill_in(model, held, tokenizer, config.hide) if filling else judge(predictions(model, held), held)
+        announce(run, body, config, train, held_out, steps)
 
     for step in run.steps(first, steps):
+        # Every step hides other words of its texts, never [CLS] or padding.
         rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
-        tokens, real = train.batch(rows, run.device)
-        seed = ((config.seed << 32) + step) % 2**63  # of the step alone: a resume is exact
-        generator = torch.Generator().manual_seed(seed)
-        words = real & (tokens < vocab)  # neither padding nor specials behind the vocabulary
-        if filling:
-            inputs, chosen = mask_tokens(tokens, words, vocab, mask_id, config.hide, generator)
-            count = max(1, int(chosen.sum()))  # of the whole batch
-        else:
-            left_out = (torch.rand(tokens.shape, generator=generator) < config.hide).to(run.device) & words
-            inputs, real = leave_out(tokens, real & ~left_out, tokenizer.pad_id)
-            labels, count = train.labels_of(rows, run.device), len(rows)
-        mine = processes.my_share(torch.arange(len(rows), device=run.device))
-        loss = right = torch.zeros((), device=run.device)
-        for some in mine.split(config.micro_batch_size or len(mine)):
+        tokens, real = train.batch(rows, run.device)  # (B, T) each
+        maskable = real & (tokens < vocab)  # (B, T)
+        generator = step_generator(config, step)
+        corrupted, chosen = mask_tokens(tokens, maskable, vocab, mask_id, config.hide, generator)  # (B, T) each
+        n_chosen = max(1, int(chosen.sum()))  # of the whole batch
+        share = processes.my_share(torch.arange(len(rows), device=run.device))
+        loss = accuracy = torch.zeros((), device=run.device)
+        for part in parts_of(share, config.micro_batch_size):
+            targets = tokens[part][chosen[part]]  # (n,): what stood where a word was chosen
             with run.autocast():
-                if filling:
-                    logits, targets = model(inputs[some], real[some], chosen[some]), tokens[some][chosen[some]]
-                else:
-                    logits, targets = model(inputs[some], real[some]), labels[some]
-            part = F.cross_entropy(logits, targets, reduction="sum") / count  # parts add up to the mean of the batch
-            run.scaler.scale(part).backward()
-            loss = loss + part.detach()
-            right = right + (logits.argmax(dim=-1) == targets).sum() / count
+                logits = model(corrupted[part], real[part], chosen[part])  # (n, V)
+            # A sum over this part, divided by the count of the whole batch: parts and processes add up to the mean.
+            part_loss = F.cross_entropy(logits, targets, reduction="sum") / n_chosen
+            run.scaler.scale(part_loss).backward()
+            loss = loss + part_loss.detach()
+            accuracy = accuracy + (logits.argmax(dim=-1) == targets).sum() / n_chosen
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        norm = update(run, model, optimizers, lr, config.max_grad_norm)
-        loss, right = processes.sum_over_processes(torch.stack([loss, right])).tolist()
-        run.log(
-            step, int(real.sum()), show=("loss", "accuracy"), loss=loss, accuracy=right, grad_norm=norm, lr=lr,
-        )  # fmt: skip
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 
+        loss, accuracy = processes.sum_over_processes(torch.stack([loss, accuracy])).tolist()
+        figures = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr}
+        run.log(step, int(real.sum()), show=("loss", "accuracy"), **figures)
         figures = {}
-        if (step + 1) % config.eval_every == 0 or step + 1 == steps:
-            figures = evaluate()
+        if run.due(step, config.eval_every, steps):
+            with run.autocast(), run.eager():
+                figures = fill_in(model, held_out, tokenizer, config.hide)
             run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, steps):
-            run.save(
-                step, steps, model, optimizers, tokenizer, metric=figures.get("val_accuracy"), lower_is_better=False,
-                extra={"classes": list(classes), "lowercase": lowercase, "length": length},
-            )  # fmt: skip
+            accuracy = figures.get("val_accuracy")
+            run.save(step, steps, model, optimizers, tokenizer, accuracy, lower_is_better=False, extra=extra)
 
-    if filling:
-        figures = evaluate()
-        hint = f"python encoder.py --task {config.task} --init_from {run.folder}"
-        run.close(f"{figures['val_accuracy']:.3f} of the hidden words, loss {figures['val_loss']:.3f}", hint)
-        return figures
-    state = load_checkpoint(run.folder / "best.pt")
-    load_weights(model, state["model"], run.folder)
     with run.autocast(), run.eager():
-        logps = predictions(model, test)
+        figures = fill_in(model, held_out, tokenizer, config.hide)
+    hint = f"python encoder.py --task {config.task} --init_from {run.folder}"
+    run.close(f"{figures['val_accuracy']:.3f} of the hidden words, loss {figures['val_loss']:.3f}", hint)
+    return figures
+
+
+def train_classifier(config: Config) -> dict:
+    """Learn the labels; return the accuracy on the test split, and on the validation split, of the best checkpoint."""
+    run = start(config, "encoder")
+    tokenizer = make_tokenizer(run, config)
+    body, lowercase, length = make_body(run, config, tokenizer)
+    classes = ARITH_CLASSES if config.data == "arith" else LABELLED[config.data][1]  # C names
+    model = Classifier(body, len(classes), config.pooling).to(run.device)
+    body.activation_checkpointing = config.activation_checkpointing
+
+    # Texts, each a row of at most ``length`` tokens; those of a batch are of similar length.
+    train = labelled_texts(config, "train", tokenizer, length, lowercase)
+    held_out = labelled_texts(config, "validation", tokenizer, length, lowercase)
+    test = labelled_texts(config, "test", tokenizer, length, lowercase)
+    batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
+    steps = max(1, math.ceil((6.0 if config.epochs is None else config.epochs) * len(batches)))
+    extra = {"classes": list(classes), "lowercase": lowercase, "length": length}  # saved with every checkpoint
+
+    optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
+    first = run.resume(model, optimizers)
+    if not run.finished:
+        announce(run, body, config, train, held_out, steps)
+
+    for step in run.steps(first, steps):
+        # Every step leaves other words out of its texts, never [CLS].
+        rows = batches[epoch_batch(len(batches), 1, step, config.seed)[0]]
+        tokens, real = train.batch(rows, run.device)  # (B, T) each
+        drawn = torch.rand(tokens.shape, generator=step_generator(config, step)) < config.hide  # (B, T)
+        left_out = drawn.to(run.device) & real & (tokens < tokenizer.vocab_size)  # (B, T)
+        tokens, real = leave_out(tokens, real & ~left_out, tokenizer.pad_id)  # (B, T') each
+        labels = train.labels_of(rows, run.device)  # (B,)
+        share = processes.my_share(torch.arange(len(rows), device=run.device))
+        loss = accuracy = torch.zeros((), device=run.device)
+        for part in parts_of(share, config.micro_batch_size):
+            with run.autocast():
+                logits = model(tokens[part], real[part])  # (b, C)
+            # A sum over this part, divided by the count of the whole batch: parts and processes add up to the mean.
+            part_loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(rows)
+            run.scaler.scale(part_loss).backward()
+            loss = loss + part_loss.detach()
+            accuracy = accuracy + (logits.argmax(dim=-1) == labels[part]).sum() / len(rows)
+        lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
+
+        loss, accuracy = processes.sum_over_processes(torch.stack([loss, accuracy])).tolist()
+        figures = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr}
+        run.log(step, int(real.sum()), show=("loss", "accuracy"), **figures)
+        figures = {}
+        if run.due(step, config.eval_every, steps):
+            with run.autocast(), run.eager():
+                figures = judge(predictions(model, held_out), held_out)
+            run.evaluation(step + 1, **figures)
+        if figures or run.should_save(step, steps):
+            accuracy = figures.get("val_accuracy")
+            run.save(step, steps, model, optimizers, tokenizer, accuracy, lower_is_better=False, extra=extra)
+
+    # The last checkpoint need not be the best: the one with the highest validation accuracy is tested.
+    best = load_checkpoint(run.folder / "best.pt")
+    load_weights(model, best["model"], run.folder)
+    with run.autocast(), run.eager():
+        logps = predictions(model, test)  # (N, C)
     accuracy = judge(logps, test)["val_accuracy"]
     if not run.has_sample(steps):
         run.sample(steps, mistakes(logps, test, tokenizer, classes))
-    run.close(
-        f"test accuracy {accuracy:.3f} on {len(test):,} texts (validation {state['best']:.3f}, step {state['step']})"
-    )
-    return {"test_accuracy": accuracy, "val_accuracy": state["best"]}
+    validated = f"validation {best['best']:.3f}, step {best['step']}"
+    run.close(f"test accuracy {accuracy:.3f} on {len(test):,} texts ({validated})")
+    return {"test_accuracy": accuracy, "val_accuracy": best["best"]}
+
+
+def main(config: Config) -> dict:
+    """Train what ``objective`` names, and return its figures. A finished run returns at once, an unfinished one
+    continues.
+    """
+    check(config)
+    need_starts(config)
+    return train_mlm(config) if config.objective == "mlm" else train_classifier(config)
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse(Config)))
+    run_stage(main, Config)

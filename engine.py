@@ -15,8 +15,9 @@ same step in another way:
   copies of frozen weights not even for one). Embeddings, norms and the stream stay in float32, as they are in training:
   the policy that samples is the policy that trains.
 
-``fast_generate`` takes and returns what ``generate`` does. The two are equal token for token as long as both add up in
-the same order, which a test asserts on a CPU; on a GPU a fused kernel rounds differently.
+``fast_generate`` takes and returns what ``generate`` does. Greedy texts of the two are equal, and sampled ones until
+the first row leaves the batch (they leave at other times, and then other random numbers meet other rows), as long as
+both add up in the same order, which a test asserts on a CPU; on a GPU a fused kernel rounds differently.
 """
 
 import copy
@@ -28,7 +29,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from attention import KVCache, rope_cos_sin
-from generate import cache_for, filter_logits, generate, left_pad, prefill
+from generate import cache_for, check_prompts, filter_logits, generate, left_pad, prefill
 from runtime.device import can_compile
 from transformer import ModelConfig, Transformer
 
@@ -114,21 +115,23 @@ class Decoder:
 
     def __init__(self, model: Transformer):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self.device = model.head.weight.device
-        if torch.is_autocast_enabled(self.device.type):
+        self.device, half = self.kind = kind_of(model)
+        if half is not None:
             for module in self.model.modules():
-                if isinstance(module, nn.Linear):
-                    module.weight.data = module.weight.data.to(torch.get_autocast_dtype(self.device.type))
+                if isinstance(module, nn.Linear):  # a weight of its own: an embedding that shared it stays float32
+                    module.weight = nn.Parameter(module.weight.data.to(half), requires_grad=False)
+        self.names = [name for name, _ in self.model.named_parameters()]
         self.run_block, self.draw = run_block, draw
         if self.device.type == "cuda" and can_compile(self.device):
-            self.run_block, self.draw = (torch.compile(f, fullgraph=True, dynamic=True) for f in (run_block, draw))
+            self.run_block, self.draw = (torch.compile(f, dynamic=True) for f in (run_block, draw))
         self.cache: FixedCache | None = None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
     def prepare(self, model: Transformer, rows: int, width: int, dtype: torch.dtype) -> None:
         """Copy the policy's weights as they are now; make a cache that is large enough."""
-        torch._foreach_copy_(list(self.model.parameters()), [p.detach() for p in model.parameters()])
+        copies, weights = ([m.get_parameter(name).detach() for name in self.names] for m in (self.model, model))
+        torch._foreach_copy_(copies, weights)
         if self.cache is None or self.cache.real.shape != (rows, width) or self.cache.layers[0].k.dtype != dtype:
             c = model.config
             self.cache, self.graphs = None, {}  # the old memory first
@@ -144,7 +147,8 @@ class Decoder:
         model, cache = self.model, self.cache.first(rows)
         token, going = self.token[:rows], self.going[:rows]
         cache.real.index_fill_(1, cache.column, True)
-        rope = rope_cos_sin(cache.n_seen, model.config.head_dim, model.config.rope_theta)
+        far = cache.real.shape[1] > 4096  # as in ``forward_hidden``
+        rope = rope_cos_sin(cache.n_seen, model.config.head_dim, model.config.rope_theta, far=far)
         mask = cache.real[:, None, None, :]  # (n, 1, 1, W)
         x = model.embed(token[:, None])  # (n, 1, D)
         for block, layer in zip(model.blocks, cache.layers):
@@ -166,6 +170,14 @@ class Decoder:
                 self.graphs[key] = self.record(*key)
             self.graphs[key].replay()
 
+    def give_back_memory(self) -> None:
+        """A cache of more than a sixteenth of the card's memory is not kept for the next rollout: updates need it."""
+        if self.device.type == "cuda":
+            first = self.cache.layers[0].k
+            size = 2 * len(self.cache.layers) * first.numel() * first.element_size()
+            if size > torch.cuda.get_device_properties(self.device).total_memory / 16:
+                self.cache, self.graphs = None, {}
+
     def record(self, rows: int, temperature: float, eot_id: int) -> torch.cuda.CUDAGraph:
         """Run the step on the side until everything is compiled, record it, and put back what the trials changed."""
         state = (self.cache.column, self.cache.n_seen, self.cache.real, self.token, self.going)
@@ -183,6 +195,13 @@ class Decoder:
         for tensor, value in zip(state, before):
             tensor.copy_(value)
         return graph
+
+
+def kind_of(model: Transformer) -> tuple[torch.device, torch.dtype | None]:
+    """Where a model is, and the 16 bits that autocast would take for its products (None: it is off)."""
+    device = model.head.weight.device
+    on = torch.is_autocast_enabled(device.type)
+    return device, torch.get_autocast_dtype(device.type) if on else None
 
 
 _decoders: "weakref.WeakKeyDictionary[Transformer, Decoder]" = weakref.WeakKeyDictionary()
@@ -209,8 +228,9 @@ def fast_generate(
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``generate`` without top-k, top-p and min-p: the same arguments, the same three (N, C) tensors."""
+    check_prompts(prompts, max_new_tokens)
     pad_id = eot_id if pad_id is None else pad_id
-    if model not in _decoders:
+    if model not in _decoders or _decoders[model].kind != kind_of(model):
         _decoders[model] = Decoder(model)
     decoder = _decoders[model]
     device, N = decoder.device, len(prompts) * n_samples
@@ -255,6 +275,7 @@ def fast_generate(
                 index, n = index[keep], n // 2
         decoder.u[:n] = uniform(n)
         decoder.advance(n, temperature, eot_id)
+    decoder.give_back_memory()
     C = int(mask.sum(dim=1).max())
     return tokens[:, :C], mask[:, :C], logps[:, :C]
 

@@ -105,6 +105,14 @@ def prefill(model: Transformer, tokens: Tensor, real: Tensor | None, cache: KVCa
     return hidden[:, -1]
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """ValueError for what cannot be continued."""
+    if not len(prompts) or not all(len(p) for p in prompts):
+        raise ValueError("every prompt needs at least one token")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1")
+
+
 @torch.no_grad()
 def generate(
     model: Transformer,
@@ -130,10 +138,7 @@ def generate(
 
     Each prompt is read once, whatever n_samples; rows that have finished leave the batch.
     """
-    if not len(prompts) or not all(len(p) for p in prompts):
-        raise ValueError("every prompt needs at least one token")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: at least 1")
+    check_prompts(prompts, max_new_tokens)
     device = model.head.weight.device
     generator = None
     if seed is not None:

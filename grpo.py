@@ -352,7 +352,8 @@ def accumulate_gradients(
     # An answer without advantage has no gradient but that of the KL: without a KL the model need not run on it. It
     # stays counted in the normalizer.
     has_gradient = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
-    sums = UpdateSums(config.clip_low, config.clip_high, config.ratio_level, lower_bound=config.loss_type != "cispo")
+    bounded = config.loss_type != "cispo"
+    sums = UpdateSums(config.clip_low, config.clip_high, config.ratio_level, lower_bound=bounded, reference=in_loss)
     for rows, width in micro_batches(rollout.mask, has_gradient.nonzero().squeeze(1), config.micro_batch_size):
         mask, old = counts[rows, :width], old_logps[rows, :width]  # (b, width)
         ref = ref_logps[rows, :width] if in_loss else None

@@ -159,7 +159,7 @@ class Alarm:
 def sampler_gap(rollout: Rollout, old_logps: Tensor, rows: Tensor | None = None) -> float:
     """How far, on average over the tokens of all processes, the log-probabilities that training begins with, (N, T-1),
     lie from those of sampling. rows: (N,) boolean, the answers that are looked at; None: all."""
-    mask = rollout.mask if rows is None else rollout.mask & rows[:, None]
+    mask = rollout.mask if rows is None else rollout.mask & rows[:, None]  # NaN stays NaN, also times 0
     gaps = ((old_logps - rollout.sampled_logps).abs() * mask).sum()
     total, n = processes.sum_over_processes(torch.stack([gaps, mask.sum().to(gaps)])).tolist()
     return total / max(n, 1.0)
@@ -188,18 +188,19 @@ class UpdateSums:
 
     clip_low, clip_high: the ratios 1 - clip_low and 1 + clip_high are where the clip begins; ratio_level: "token", or
     "sequence" for one ratio for a whole answer (GSPO); lower_bound: whether ratios are clipped from below too (in CISPO
-    they are not); totals: names of what else is added up.
+    they are not); totals: names of what else is added up; reference: whether there is one, of which a part of the batch
+    without any token says nothing.
     """
 
     def __init__(
         self, clip_low: float, clip_high: float, ratio_level: str = "token", lower_bound: bool = True,
-        totals: Sequence[str] = (),
+        totals: Sequence[str] = (), reference: bool = False,
     ):  # fmt: skip
         self.clip_low, self.clip_high = clip_low, clip_high
         self.ratio_level, self.lower_bound, self.totals = ratio_level, lower_bound, tuple(totals)
         names = ("loss", "tokens", "pushed", "clipped", "moved", "strayed", *self.totals)
         self.sums: dict[str, float] = dict.fromkeys(names, 0.0)
-        self.has_reference = False
+        self.reference = reference
 
     @torch.no_grad()
     def add(
@@ -223,7 +224,6 @@ class UpdateSums:
         self.sums["moved"] += float(((torch.expm1(log_ratio) - log_ratio) * mask).sum())  # k3 of KL(π_old ‖ π)
         if ref_logps is not None:
             strayed = logps - ref_logps
-            self.has_reference = True
             self.sums["strayed"] += float(((torch.expm1(-strayed) + strayed) * mask).sum())  # k3 of KL(π ‖ π_ref)
 
     def means(self) -> dict[str, float]:
@@ -235,7 +235,7 @@ class UpdateSums:
         means = {"loss": sums["loss"], "tokens": sums["tokens"], "kl_old": sums["moved"] / n}
         means["clip_fraction"] = sums["clipped"] / max(sums["pushed"], 1.0)
         means |= {name: sums[name] for name in self.totals}
-        return means | ({"kl_ref": sums["strayed"] / n} if self.has_reference else {})
+        return means | ({"kl_ref": sums["strayed"] / n} if self.reference else {})
 
 
 if __name__ == "__main__":

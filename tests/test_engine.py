@@ -116,3 +116,36 @@ def test_models_that_the_engine_does_not_serve():
     assert not can_decode_fast(policy(n_experts=2))
     assert not can_decode_fast(policy(window=8))
     assert not can_decode_fast(policy(positions="learned"))
+
+
+def test_a_shared_embedding_stays_in_float32_under_autocast():
+    """Only the products are in 16 bits, as in training: the stream is not."""
+    model = policy(tie_embeddings=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, mask, logps = fast_generate(model, PROMPTS, 20, 4, eot_id=NEVER, pad_id=0, seed=0)
+        rows = torch.tensor([PROMPTS[0] + row for row in tokens[:4].tolist()])
+        again = token_logps(model, rows)[:, len(PROMPTS[0]) - 1 :]
+    decoder = engine._decoders[model]
+    assert decoder.model.embed.weight.dtype == torch.float32 and decoder.model.head.weight.dtype == torch.bfloat16
+    assert float((again - logps[:4]).abs().mean()) < 0.05
+    with torch.no_grad():
+        model.embed.weight.mul_(2.0)  # one weight, two uses: both copies follow
+    with torch.autocast("cpu", torch.bfloat16):
+        fast_generate(model, PROMPTS, 2, eot_id=NEVER, pad_id=0)
+    assert torch.equal(decoder.model.embed.weight, model.embed.weight)
+    assert torch.equal(decoder.model.head.weight, model.embed.weight.bfloat16())
+
+
+def test_the_precision_may_change_from_call_to_call():
+    model = policy()
+    with torch.autocast("cpu", torch.bfloat16):
+        fast_generate(model, PROMPTS, 4, temperature=0, eot_id=NEVER, pad_id=0)
+    found = fast_generate(model, PROMPTS, 12, temperature=0, eot_id=NEVER, pad_id=0)[0]
+    assert torch.equal(found, generate(model, PROMPTS, 12, temperature=0, eot_id=NEVER, pad_id=0)[0])
+
+
+@pytest.mark.parametrize(("prompts", "new"), [([], 4), ([[1], []], 4), ([[1]], 0)])
+def test_what_generate_refuses_is_refused(prompts, new):
+    for one in (generate, fast_generate):
+        with pytest.raises(ValueError):
+            one(policy(), prompts, new, eot_id=0)

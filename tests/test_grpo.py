@@ -1037,3 +1037,15 @@ def test_the_worked_example_is_worked_by_hand(capsys):
     gradients = [[0, -a / 9, -a / 9], [0, a / 9], [a / 9, 1.5 * a / 9, a / 9], [-1.1 * a / 9]]  # -ρ A / 9, or nothing
     found = [[float(x) for x in re.findall(r"-?\d+\.\d{4}", line)] for line in lines if "d log" in line]
     assert found == [pytest.approx(row, abs=1e-4) for row in gradients]
+
+
+def test_a_minibatch_without_any_token_has_the_figures_of_the_others(policy):
+    """All of its answers were cut off and leave the loss: the KL to the reference is then one of nothing."""
+    rollout = rollout_of(policy)
+    rollout.finished = torch.zeros(12, dtype=torch.bool)
+    config = Config(temperature=0.7, mask_truncated=True, beta=0.1)
+    old = rollout.sampled_logps
+    empty = accumulate_gradients(StubRun(), policy, rollout, torch.ones(12), config, old, old)
+    rollout.finished = torch.ones(12, dtype=torch.bool)
+    full = accumulate_gradients(StubRun(), policy, rollout, torch.ones(12), config, old, old)
+    assert empty.keys() == full.keys() and empty["kl_ref"] == empty["tokens"] == 0 and "kl_ref" in full

@@ -9,13 +9,14 @@ makes all that the stages need:
 * ``preference_pairs``: a right and a wrong answer to one question, where the truth about which is better is known
   exactly.
 
-Whether a question is held out is decided by its kind and its numbers alone, not by its words, and for all stages at
-once: no stage of training, in any seed, ever sees the numbers of a held-out question in its kind of story, whoever
-owns the apples.
+The split of a question (train, validation or test) is decided by its kind and its numbers alone, not by its words,
+and for all stages at once: no stage of training, in any seed, ever sees the numbers of a held-out question in its kind
+of story, whoever owns the apples; and what a method is tuned on is not what it is tested on.
 
 Run ``python arithmetic.py`` to read some of it.
 """
 
+import hashlib
 import operator
 import random
 import zlib
@@ -118,9 +119,14 @@ class Problem:
     answer: int
 
 
-def is_heldout(kind: str, numbers: tuple[int, ...]) -> bool:
-    """One combination of kind and numbers in eight is for evaluation only."""
-    return zlib.crc32(f"{kind} {numbers}".encode()) % 8 == 0
+def split_of(kind: str, numbers: tuple[int, ...]) -> str:
+    """Of the combinations of kind and numbers, seven in eight are for "train"; half of the rest is for "validation",
+    half for "test".
+    """
+    name = f"{kind} {numbers}".encode()
+    if zlib.crc32(name) % 8:
+        return "train"
+    return ("validation", "test")[hashlib.sha256(name).digest()[0] % 2]
 
 
 def _numbers(rng: random.Random, kind: str) -> tuple[int, ...]:
@@ -169,11 +175,11 @@ def _steps(kind: str, n: tuple[int, ...]) -> tuple[tuple[str, ...], int]:
     return (first, second), value
 
 
-def make_problem(rng: random.Random, heldout: bool = False) -> Problem:
-    """One problem of a random kind, from the held-out part of the world or from the rest."""
+def make_problem(rng: random.Random, split: str = "train") -> Problem:
+    """One problem of a random kind, from that part of the world."""
     kind = rng.choice(list(QUESTIONS))
     numbers = _numbers(rng, kind)
-    while is_heldout(kind, numbers) != heldout:
+    while split_of(kind, numbers) != split:
         numbers = _numbers(rng, kind)
     A, B = rng.sample(NAMES, 2)
     words = {"A": A, "B": B, "x": rng.choice(THINGS), "box": rng.choice(BOXES)} | dict(zip("abc", numbers))
@@ -181,12 +187,12 @@ def make_problem(rng: random.Random, heldout: bool = False) -> Problem:
     return Problem(kind, numbers, rng.choice(QUESTIONS[kind]).format(**words), steps, answer)
 
 
-def problems(n: int, seed: int, heldout: bool = False) -> list[Problem]:
+def problems(n: int, seed: int | str, split: str = "train") -> list[Problem]:
     """``n`` problems, no question twice. The same seed gives the same list."""
-    rng = random.Random(f"problems {seed} {heldout}")
+    rng = random.Random(f"problems {seed} {split}")
     found: dict[str, Problem] = {}
     while len(found) < n:
-        problem = make_problem(rng, heldout)
+        problem = make_problem(rng, split)
         found.setdefault(problem.question, problem)
     return list(found.values())
 
@@ -217,7 +223,9 @@ def _sum(rng: random.Random) -> str:
 
 
 def _story(rng: random.Random) -> str:
-    """Two people and what happens to their things; every count that is told is true."""
+    """Two people and what happens to their things; every count that is told is true, and no event, nor any two that
+    make a question of two steps, has the numbers of a held-out one.
+    """
     A, B = rng.sample(NAMES, 2)
     x, place = rng.choice(THINGS), rng.choice(PLACES)
     have = rng.randint(2, 30)
@@ -228,11 +236,17 @@ def _story(rng: random.Random) -> str:
             f"{A} and {B} met at {place}. {A} had {have} {x}.",
         ))
     ]  # fmt: skip
+    last = ()  # the kind of the event before, and its numbers
     for _ in range(rng.randint(1, 3)):
         more = have < 5 or (have < 40 and rng.random() < 0.5)
         n = rng.randint(2, 19) if more else rng.randint(2, min(have - 2, 19))
-        if is_heldout("gain" if more else "lose", (have, n)):
+        kind = "gain" if more else "lose"
+        told = [(kind, (have, n))]
+        if last and last[0] != kind:
+            told.append((f"{last[0]}_{kind}", (*last[1], n)))
+        if any(split_of(*question) != "train" for question in told):
             continue
+        last = told[0]
         if more:
             event = rng.choice((f"{B} gave {A} {n} more", f"{A} found {n} more", f"{A} bought {n} more"))
             have += n
@@ -269,16 +283,16 @@ def documents(n: int, seed: int) -> list[str]:
 # Preferences
 
 
-def preference_pairs(n: int, seed: int, heldout: bool = False) -> list[dict]:
+def preference_pairs(n: int, seed: int | str, split: str = "train") -> list[dict]:
     """``{"prompt": messages, "chosen": text, "rejected": text, "flaw": kind}``: chosen is right, rejected has one
     known flaw.
 
     The flaw is a wrong digit in one of the sums (the error is carried through to the answer), a wrong operation, a
     skipped second step, or the right answer outside the answer tags.
     """
-    rng = random.Random(f"pairs {seed} {heldout}")
+    rng = random.Random(f"pairs {seed} {split}")
     pairs = []
-    for problem in problems(n, seed=seed, heldout=heldout):
+    for problem in problems(n, seed, split):
         flaw, rejected = _flawed(rng, problem)
         prompt = [{"role": "user", "content": problem.question}]
         pairs.append({"prompt": prompt, "chosen": solution(problem), "rejected": rejected, "flaw": flaw})
@@ -354,7 +368,7 @@ if __name__ == "__main__":
     for problem in problems(6, seed=0):
         print("  ", problem.question, "->", solution(problem))
     print("\nheld-out questions")
-    for problem in problems(3, seed=0, heldout=True):
+    for problem in problems(3, seed=0, split="test"):
         print("  ", problem.question, problem.answer)
     print("\npreferences: rejected answers")
     for pair in preference_pairs(4, seed=0):

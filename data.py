@@ -274,8 +274,7 @@ def load_chats(names: str, split: str, data_dir: str = "", seed: int = 0, n: int
     chats, skipped = [], Counter()
     for name in names.split("+"):
         if name == "arith":
-            heldout = split == "validation"
-            found = arithmetic.problems(n or (256 if heldout else 192), seed=f"{seed} sft", heldout=heldout)
+            found = arithmetic.problems(n or (192 if split == "train" else 256), f"{seed} sft", split)
             chats += [arithmetic.chat(problem) for problem in found]
         elif name in CHATS:
             hub_id, config, convert = CHATS[name]
@@ -485,13 +484,13 @@ def _gold(answer, skipped: Counter) -> Decimal | None:
 
 
 def load_prompts(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Prompt]:
-    """``n`` prompts of "arith", "gsm8k" or "svamp"; split is "train", "validation" (every 50th row of train; of arith,
-    held-out problems) or "test" (of arith, other wordings of held-out problems). The last two do not depend on the
-    seed, so that every run is evaluated on the same questions.
+    """``n`` prompts of "arith", "gsm8k" or "svamp" from the split "train", "validation" (of a dataset without one,
+    every 50th row of train) or "test". The last two do not depend on the seed, so that every run is evaluated on the
+    same questions.
     """
     if name == "arith":
-        heldout = split != "train"
-        found = arithmetic.problems(n or (512 if heldout else 4096), split if heldout else f"{seed} rl", heldout)
+        most, start = (4096, f"{seed} rl") if split == "train" else (512, split)
+        found = arithmetic.problems(n or most, start, split)
         return [Prompt(({"role": "user", "content": p.question},), Decimal(p.answer)) for p in found]
     if name not in ("gsm8k", "svamp"):
         raise UserError(f"no prompts called {name!r}; there are arith, gsm8k, svamp")

@@ -269,8 +269,8 @@ def load_labelled(
     arith: a question of the embedded task; label 1 if its answer is more than the first number it names.
     """
     if name == "arith":
-        heldout = split != "train"
-        found = arithmetic.problems(n or (512 if heldout else 4096), split if heldout else f"{seed} encoder", heldout)
+        most, start = (4096, f"{seed} encoder") if split == "train" else (512, split)
+        found = arithmetic.problems(n or most, start, split)
         return [p.question for p in found], [int(p.answer > int(re.search(r"\d+", p.question)[0])) for p in found]
     if name not in LABELLED:
         raise UserError(f"no labelled texts called {name!r}; there are arith, {', '.join(LABELLED)}")

@@ -85,15 +85,15 @@ def load_pairs(
     """At most ``n`` pairs of "arith", of "sums" (plain ones, none held out), of a name in SOURCES, or of a ``.jsonl``
     file with the columns prompt, chosen and rejected; of several, in a list or joined by "+", at most ``n`` of each.
 
-    split: "train", "validation" (every 50th row of the training split; of arith, held-out questions) or "test" (of
-    arith, other wordings of held-out questions; a file has none of its own and gives its validation rows).
+    split: "train", "validation" (of a dataset without one, every 50th row of train) or "test" (a file has none of its
+    own and gives its validation rows).
     """
     if len(sources(name)) > 1:
         return [pair for part in sources(name) for pair in load_pairs(part, split, data_dir, seed, n)]
     (name,) = sources(name)
     if name == "arith":
-        heldout = split != "train"
-        found = arithmetic.preference_pairs(n or (512 if heldout else 2048), split if heldout else f"{seed}", heldout)
+        most, start = (2048, f"{seed}") if split == "train" else (512, split)
+        found = arithmetic.preference_pairs(n or most, start, split)
         return [Pair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["flaw"]) for row in found]
     if name == "sums":
         found = arithmetic.sum_pairs(n or 2048, f"{split} {seed}")

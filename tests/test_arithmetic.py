@@ -4,24 +4,31 @@ from fractions import Fraction
 
 import pytest
 
-from arithmetic import QUESTIONS, documents, is_heldout, preference_pairs, problems, solution, sum_pairs
+from arithmetic import QUESTIONS, documents, preference_pairs, problems, solution, split_of, sum_pairs
 from verify import correctness_reward, extract_answer, format_reward
 
-TRAIN, HELD = problems(3000, seed=0), problems(1000, seed=0, heldout=True)
+TRAIN, VALIDATION, TEST = problems(3000, seed=0), problems(1000, 0, "validation"), problems(1000, 0, "test")
+HELD = VALIDATION + TEST
 
 
-def test_all_kinds_occur_in_both_parts():
-    assert {p.kind for p in TRAIN} == {p.kind for p in HELD} == set(QUESTIONS)
+def test_all_kinds_occur_in_every_split():
+    assert {p.kind for p in TRAIN} == {p.kind for p in VALIDATION} == {p.kind for p in TEST} == set(QUESTIONS)
 
 
-def test_training_and_held_out_share_neither_question_nor_numbers():
-    assert not {p.question for p in TRAIN} & {p.question for p in HELD}
-    assert not {(p.kind, p.numbers) for p in TRAIN} & {(p.kind, p.numbers) for p in HELD}
-    assert all(is_heldout(p.kind, p.numbers) for p in HELD)
+@pytest.mark.parametrize("one, other", [(TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)])
+def test_no_two_splits_share_a_question_or_its_numbers(one, other):
+    assert not {p.question for p in one} & {p.question for p in other}
+    assert not {(p.kind, p.numbers) for p in one} & {(p.kind, p.numbers) for p in other}
+
+
+def test_an_eighth_is_held_out_half_of_it_for_the_test():
+    worlds = Counter(split_of("gain_lose", (a, b, c)) for a in range(2, 31) for b in range(2, 20) for c in range(2, 20))
+    share = {split: count / worlds.total() for split, count in worlds.items()}
+    assert abs(share["train"] - 7 / 8) < 0.02 and abs(share["validation"] - share["test"]) < 0.02
 
 
 def test_no_stage_of_training_ever_sees_a_held_out_question_in_any_seed():
-    held = {p.question for p in problems(4000, seed="exam", heldout=True)}
+    held = {p.question for split in ("validation", "test") for p in problems(2000, "exam", split)}
     for seed in range(3):
         text = "\n".join(documents(4000, seed=f"{seed} train"))
         asked = {p.question for p in problems(768, seed=f"{seed} sft")} | {
@@ -144,15 +151,20 @@ def test_numbers_stay_small():
 
 
 def test_stories_do_not_tell_a_held_out_sum():
-    told = 0
+    """Neither one event nor two in a row that are a question of two steps."""
+    told = Counter()
     for text in documents(3000, seed="0 train"):
         if " Now " not in text:
             continue
-        have = int(re.search(r"(?:with|had) (\d+)", text)[1])
+        have, before = int(re.search(r"(?:with|had) (\d+)", text)[1]), None
         for event, now in re.findall(r"([^.]*)\. Now \w+ had (\d+)", text):
             n = int(re.search(r"\d+", event)[0])
             kind = "gain" if event.endswith("more") else "lose"
             assert have + (n if kind == "gain" else -n) == int(now)
-            assert not is_heldout(kind, (have, n))
-            have, told = int(now), told + 1
-    assert told > 1000
+            assert split_of(kind, (have, n)) == "train"
+            if before and before[0] != kind:
+                assert split_of(f"{before[0]}_{kind}", (*before[1], n)) == "train", text
+                told["two"] += 1
+            before, have = (kind, (have, n)), int(now)
+            told["one"] += 1
+    assert told["one"] > 1000 and told["two"] > 200

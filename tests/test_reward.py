@@ -380,7 +380,7 @@ def test_held_out_pairs_are_about_held_out_questions():
 
     asked = {pair.prompt[0]["content"] for pair in load_pairs("arith", "train", seed=3)}
     held = {pair.prompt[0]["content"] for pair in load_pairs("arith", "validation")}
-    exam = {p.question for p in arithmetic.problems(512, "test", heldout=True)}
+    exam = {p.question for p in arithmetic.problems(512, "test", split="test")}
     assert not asked & held and not asked & exam
 
 

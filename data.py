@@ -7,23 +7,27 @@ Three shapes are enough:
   attends to another (``load_chats``, ``pack``);
 * prompts with a gold answer, for reinforcement learning and evaluation (``load_prompts``).
 
-The embedded task needs no file. The public datasets are named by their hub ids: they come from a local mirror, if
-``data_dir`` names one, or from the hub. Nothing is dropped in silence: every row that cannot be used is counted by
-its reason, and the count is printed.
+The embedded task needs no file. Some public datasets are known by name; they come from a local mirror, if ``data_dir``
+names one, or from the hub. Any other data is a file of your own or a dataset's id on the hub (runtime/rows.py)::
+
+    {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]}      a chat
+    {"prompt": "2+3?", "completion": "5"}                                                           a chat, too
+    {"prompt": "2+3?", "answer": 5}                                                                 a question
+    {"text": "Once upon a time ..."}                                                                a document
+
+Nothing is dropped in silence: every row that cannot be used is counted by its reason, and the count is printed.
 
 Run ``python data.py`` to see two conversations packed into one row.
 """
 
-import gzip
 import itertools
 import json
-import lzma
 import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 
@@ -34,109 +38,43 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arithmetic
-from runtime import processes
 from runtime.checkpoint import write_atomically
 from runtime.errors import UserError
+from runtime.rows import EVERY, columns, is_file, is_own, own_rows, read_dataset, report_skipped, sources
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, encode_chat
-from verify import parse_gold
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows of a dataset
-
-
-def read_dataset(
-    hub_id: str, config: str | None, split: str, data_dir: str = "", streaming: bool = False
-) -> Iterator[dict]:
-    """The rows of ``DIR/<hub id, / as __>/[config/]<split>.jsonl[.xz|.gz]`` if ``data_dir`` has it, else of the hub's
-    dataset.
-    """
-    stem = Path(data_dir, hub_id.replace("/", "__"), config or "", split)
-    for ending, opener in ((".jsonl.xz", lzma.open), (".jsonl.gz", gzip.open), (".jsonl", open)):
-        path = Path(f"{stem}{ending}")
-        if data_dir and path.is_file():
-            return _read_lines(path, opener)
-    looked = f"{stem}.jsonl[.xz|.gz]" if data_dir else ""
-    if hub_id.startswith("local/"):
-        raise UserError(
-            f"{hub_id} is on no hub: "
-            + (f"it should be at {looked}" if looked else "name the folder that holds it with --data_dir DIR")
-        )
-    return _read_hub(hub_id, config, split, streaming, looked)
-
-
-def _read_lines(path: Path, opener) -> Iterator[dict]:
-    n = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                if line.strip():
-                    yield json.loads(line)
-                    n += 1
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged or cut off after {n} rows ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, row {n + 1}: not JSON, or cut off ({error.msg})") from None
-
-
-FOLDERS = ("Anthropic/hh-rlhf",)  # datasets whose configurations are folders on the hub
-
-
-def _read_hub(hub_id: str, config: str | None, split: str, streaming: bool, looked: str) -> Iterator[dict]:
-    import datasets  # seconds to import, so only here
-
-    try:
-        if hub_id in FOLDERS:
-            return iter(datasets.load_dataset(hub_id, data_dir=config, split=split, streaming=streaming))
-        return iter(datasets.load_dataset(hub_id, config, split=split, streaming=streaming))
-    except Exception as error:  # whatever the network stack, the hub or the file formats raise
-        why = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
-        raise UserError(
-            f"the dataset {hub_id} ({split}) could not be loaded ({type(error).__name__}: {why}): go online, "
-            + (f"or put it at {looked}" if looked else "or name a local mirror with --data_dir DIR or ALIGNBOOK_DATA")
-        ) from None
-
-
-def columns(row: dict, names: Sequence[str], source: str) -> list:
-    """The values of these columns, or an error that says which the dataset has."""
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise UserError(f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, row))}")
-    return [row[name] for name in names]
-
-
-def report_skipped(skipped: Counter, what: str) -> None:
-    if skipped and processes.rank() == 0:
-        print(f"skipped {sum(skipped.values())} {what}: " + ", ".join(f"{n} {why}" for why, n in skipped.most_common()))
-
+from verify import Gold, parse_gold, read_gold
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pretraining: one flat array of tokens
 
-CORPORA = {  # hub id, configuration, column, split for training, split for validation (None: every 100th document)
+CORPORA = {  # hub id, configuration, column, split for training; that for validation, or each how manieth document
     "tinystories": ("roneneldan/TinyStories", None, "text", "train", "validation"),
-    "pile": ("monology/pile-uncopyrighted", None, "text", "train", None),
-    "books": ("local/classic_books", None, "text", "train", None),
-    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "chosen", "train", None),
+    "pile": ("monology/pile-uncopyrighted", None, "text", "train", 100),
+    "books": ("local/classic_books", None, "text", "train", 100),
+    "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "chosen", "train", EVERY),  # the later stages' split
 }
 ARITH_DOCUMENTS = 24_000
 
 
 def text_documents(
-    source: str, split: str, data_dir: str = "", seed: int = 0, limit: int | None = None
+    source: str, split: str, data_dir: str = "", seed: int = 0, limit: int | None = None, rename: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The documents of one split: "arith", a name in CORPORA, or the path of a text file or of a folder of them."""
+    """The documents of one split: "arith", a name in CORPORA, a text file, a folder of them, or rows with a "text". Of
+    a user's data the split "whole" is all; of the others, what "validation" is.
+    """
     if source == "arith":
-        n = ARITH_DOCUMENTS if split == "train" else 500
-        texts = iter(arithmetic.documents(n, seed=f"{seed} {split}"))
+        n, part = (ARITH_DOCUMENTS, "train") if split == "train" else (500, "validation")
+        texts = iter(arithmetic.documents(n, seed=f"{seed} {part}"))
     elif source in CORPORA:
         hub_id, config, column, train, validation = CORPORA[source]
-        if split == "train" or validation:
-            rows = read_dataset(hub_id, config, train if split == "train" else validation, data_dir, streaming=True)
-        else:
-            rows = read_dataset(hub_id, config, train, data_dir, streaming=True)
-        if validation is None:
-            rows = (row for i, row in enumerate(rows) if (i % 100 == 0) == (split == "validation"))
+        own = split != "train" and isinstance(validation, str)
+        rows = read_dataset(hub_id, config, validation if own else train, data_dir, streaming=True)
+        if isinstance(validation, int):
+            rows = (row for i, row in enumerate(rows) if (i % validation == 0) == (split != "train"))
         texts = (columns(row, [column], hub_id)[0] for row in rows)
+    elif is_file(source) or (is_own(source) and not Path(source).exists() and not source.endswith((".txt", "/"))):
+        rows = own_rows(source, split, data_dir, rename, streaming=True)
+        texts = (columns(row, ["text"], source)[0] for row in rows)
     else:
         texts = _text_files(source, split)
     return itertools.islice(texts, limit)
@@ -148,22 +86,25 @@ def _text_files(source: str, split: str) -> Iterator[str]:
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise UserError(
-            f"--data {source}: neither arith, {', '.join(CORPORA)}, nor a text file or a folder with .txt files"
+            f"--data {source}: neither arith, {', '.join(CORPORA)}, nor a text file, a folder with .txt files, a file "
+            "of rows (.jsonl), or a dataset of the hub (org/name)"
         )
     for file in files:
         text = file.read_text(encoding="utf-8", errors="replace")
         cut = int(0.95 * len(text))
-        yield text[:cut] if split == "train" else text[cut:]
+        yield {"train": text[:cut], "validation": text[cut:]}.get(split, text)
 
 
-def train_tokenizer(kind: str, vocab_size: int, source: str, data_dir: str, seed: int, limit: int | None) -> Tokenizer:
+def train_tokenizer(
+    kind: str, vocab_size: int, source: str, data_dir: str, seed: int, limit: int | None, rename: Sequence[str] = ()
+) -> Tokenizer:
     """ "bytes", "r50k", or "bpe": trained on the first 20 million characters of the training split."""
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "r50k":
         return TiktokenTokenizer("r50k_base")
     sample, size = [], 0
-    for text in text_documents(source, "train", data_dir, seed, limit):
+    for text in text_documents(source, "train", data_dir, seed, limit, rename):
         if isinstance(text, str):
             sample.append(text[: 20_000_000 - size])
             size += len(sample[-1])
@@ -245,9 +186,16 @@ def _append(tokens: h5py.Dataset, ids: list[int]) -> None:
     tokens[start:] = np.array(ids, tokens.dtype)
 
 
-def prepare_tokens(path: Path, tokenizer: Tokenizer, source: str, data_dir: str, seed: int, limit: int | None) -> None:
-    """Make the token file of a run, unless it is there and was made from the same source with the same tokenizer."""
-    state = json.dumps([tokenizer.state(), source, limit, seed if source == "arith" else None])
+def prepare_tokens(
+    path: Path, tokenizer: Tokenizer, source: str, data_dir: str, seed: int, limit: int | None,
+    rename: Sequence[str] = (), held_out: tuple[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Make the token file of a run, unless it is there and was made from the same source with the same tokenizer.
+    held_out: where its validation split comes from, a source and its split, if not from the same source.
+    """
+    held_out = held_out or (source, "validation")
+    state = [tokenizer.state(), source, limit, seed if source == "arith" else None, *rename]
+    state = json.dumps(state + ([] if held_out[0] == source else [held_out[0]]))
     fingerprint = f"{zlib.crc32(state.encode()):08x}"
     if path.exists():
         try:
@@ -257,7 +205,8 @@ def prepare_tokens(path: Path, tokenizer: Tokenizer, source: str, data_dir: str,
         except OSError:
             pass  # damaged: made again
     path.parent.mkdir(parents=True, exist_ok=True)
-    splits = {s: text_documents(source, s, data_dir, seed, limit) for s in ("train", "validation")}
+    parts = {"train": (source, "train"), "validation": held_out}
+    splits = {name: text_documents(*part, data_dir, seed, limit, rename) for name, part in parts.items()}
     write_tokens(path, tokenizer, splits, fingerprint)
 
 
@@ -265,33 +214,86 @@ def prepare_tokens(path: Path, tokenizer: Tokenizer, source: str, data_dir: str,
 # SFT: conversations in packed rows
 
 
-def load_chats(names: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[list[dict]]:
-    """Conversations of one or several sources, ``"gsm8k+dolly+alpaca"``, as lists of messages.
+def load_chats(
+    names: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None, rename: Sequence[str] = ()
+) -> list[list[dict]]:
+    """Conversations of one or several sources, ``"gsm8k+dolly+my_chats.jsonl"``, as lists of messages that end with
+    the assistant's.
 
-    arith: ``n`` problems of the embedded task (192; for validation 256 held-out ones). The others have no
-    validation split of their own here: every 50th row is kept for it. ``n`` limits each source.
+    arith: ``n`` problems of the embedded task (192; for validation 256). The others have no validation split of their
+    own here: every 50th row is kept for it. Of a user's data the split "whole" is all. ``n`` limits each source.
     """
     chats, skipped = [], Counter()
-    for name in names.split("+"):
+    for name in sources(names):
         if name == "arith":
-            found = arithmetic.problems(n or (192 if split == "train" else 256), f"{seed} sft", split)
+            part, most = ("train", 192) if split == "train" else ("validation", 256)
+            found = arithmetic.problems(n or most, f"{seed} sft", part)
             chats += [arithmetic.chat(problem) for problem in found]
-        elif name in CHATS:
+            continue
+        if name in CHATS:
             hub_id, config, convert = CHATS[name]
             rows = read_dataset(hub_id, config, "train", data_dir)
-            rows = (row for i, row in enumerate(rows) if (i % 50 == 0) == (split == "validation"))
-            for row in itertools.islice(rows, n):
-                chat = convert(row, hub_id, skipped)
-                if chat is not None:
-                    chats.append(chat)
+            rows = (row for i, row in enumerate(rows) if (i % EVERY == 0) == (split != "train"))
+        elif is_own(name):
+            hub_id, convert, rows = name, _own_chat, own_rows(name, split, data_dir, rename)
         else:
             raise UserError(
-                f"--data {names}: no chats called {name!r}; there are arith, {', '.join(CHATS)}, joined by +"
+                f"--data {names}: no chats called {name!r}; there are arith, {', '.join(CHATS)}, a file of rows "
+                "(.jsonl), and the datasets of the hub (org/name), joined by +"
             )
+        found = (convert(row, hub_id, skipped) for row in itertools.islice(rows, n))
+        chats += [chat for chat in found if chat is not None]
     report_skipped(skipped, f"{split} rows of {names}")
     if not chats:
-        raise UserError(f"--data {names}: no usable conversation")
+        raise UserError(f"--data {names}: no usable conversation ({split})")
     return chats
+
+
+def messages_of(value) -> list[dict] | None:
+    """A text, as the user's message, or a list of messages; None if it is neither.
+
+    Messages are ``{"role": "user", "content": "Hi"}`` or ShareGPT's ``{"from": "human", "value": "Hi"}``.
+    """
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return [{"role": "user", "content": str(value).strip()}]
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    names = {"human": "user", "gpt": "assistant"}
+    messages = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        role = names.get(role, role) if isinstance(role, str) else None
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            return None
+        messages.append({"role": role, "content": content.strip()})
+    return messages
+
+
+def _own_chat(row: dict, source: str, skipped: Counter) -> list[dict] | None:
+    """A row with messages (or conversations), with prompt and completion, or with instruction, input and output."""
+    if "instruction" in row and "output" in row:
+        return _instruction_chat("instruction", "input", "output")({"input": ""} | row, source, skipped)
+    if "completion" in row or "prompt" in row:
+        prompt, completion = columns(row, ["prompt", "completion"], source)
+        before, after = messages_of(prompt), messages_of(completion)
+        if before is None or after is None:
+            skipped["whose prompt or completion is neither a text nor messages"] += 1
+            return None
+        if isinstance(completion, (str, int, float)):
+            after = [{"role": "assistant", "content": after[0]["content"]}]
+        messages = before + after
+    else:
+        (found,) = columns(row, ["messages" if "conversations" not in row else "conversations"], source)
+        messages = messages_of(found) if isinstance(found, list) else None
+        if messages is None:
+            skipped["whose messages are not a list of role and content"] += 1
+            return None
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"] or len(messages) < 2:
+        skipped["that do not end in an answer"] += 1
+        return None
+    return messages
 
 
 def _gsm8k_chat(row: dict, source: str, skipped: Counter) -> list[dict] | None:
@@ -367,6 +369,9 @@ class PackedRows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def n_documents(self) -> int:
+        return int(self.segments.amax(dim=1).sum())
 
     def batch(self, rows) -> tuple[Tensor, Tensor, Tensor]:
         rows = torch.as_tensor(rows)
@@ -466,10 +471,13 @@ def _epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as messages, and the number that answers it."""
+    """A question as messages; the answer to it, a number, a text or several texts that are right (None: unknown); and
+    all columns of its row.
+    """
 
     messages: tuple[dict, ...]
-    gold: Decimal
+    gold: Gold | None
+    row: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 def _gold(answer, skipped: Counter) -> Decimal | None:
@@ -483,43 +491,92 @@ def _gold(answer, skipped: Counter) -> Decimal | None:
         return None
 
 
-def load_prompts(name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None) -> list[Prompt]:
-    """``n`` prompts of "arith", "gsm8k" or "svamp" from the split "train", "validation" (of a dataset without one,
-    every 50th row of train) or "test". The last two do not depend on the seed, so that every run is evaluated on the
-    same questions.
+PROMPTS = {"gsm8k": ("openai/gsm8k", "main"), "svamp": ("ChilleD/SVAMP", None)}  # hub id, configuration
+
+
+def load_prompts(
+    name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None, rename: Sequence[str] = ()
+) -> list[Prompt]:
+    """``n`` prompts of "arith", "gsm8k", "svamp" or of a user's data from the split "train", "validation" (of a dataset
+    without one, every 50th row of train) or "test" (of a user's data, or "whole": all of it). Only the first depends
+    on the seed, so every run is evaluated on the same questions.
     """
     if name == "arith":
+        split = "validation" if split == "whole" else split
         most, start = (4096, f"{seed} rl") if split == "train" else (512, split)
         found = arithmetic.problems(n or most, start, split)
-        return [Prompt(({"role": "user", "content": p.question},), Decimal(p.answer)) for p in found]
-    if name not in ("gsm8k", "svamp"):
-        raise UserError(f"no prompts called {name!r}; there are arith, gsm8k, svamp")
-    skipped, prompts = Counter(), []
-    hub_id, config = ("openai/gsm8k", "main") if name == "gsm8k" else ("ChilleD/SVAMP", None)
-    for i, row in enumerate(read_dataset(hub_id, config, "test" if split == "test" else "train", data_dir)):
-        if split != "test" and (i % 50 == 0) != (split == "validation"):
-            continue
-        if name == "gsm8k":
-            question, answer = columns(row, ["question", "answer"], hub_id)
-        else:
-            body, ask, answer = columns(row, ["Body", "Question", "Answer"], hub_id)
-            question, answer = (
-                f"{body.strip()}{'' if body.strip().endswith('.') else '.'} {ask.strip()}",
-                f"#### {answer}",
-            )
-        gold = _gold(answer, skipped)
-        if gold is None:
-            continue
-        if not question.strip():
-            skipped["without a question"] += 1
-            continue
-        prompts.append(Prompt(({"role": "user", "content": question.strip()},), gold))
-        if n is not None and len(prompts) == n:
-            break
+        return [Prompt(messages_of_question(p.question), Decimal(p.answer), {"answer": p.answer}) for p in found]
+    if name in PROMPTS:
+        hub_id, config = PROMPTS[name]
+        rows = read_dataset(hub_id, config, "test" if split == "test" else "train", data_dir)
+        if split != "test":
+            rows = (row for i, row in enumerate(rows) if (i % EVERY == 0) == (split != "train"))
+        convert = _gsm8k_prompt if name == "gsm8k" else _svamp_prompt
+    elif is_own(name):
+        hub_id, convert = name, _own_prompt
+        rows = own_rows(name, "whole" if split == "test" else split, data_dir, rename)
+    else:
+        raise UserError(
+            f"no prompts called {name!r}; there are arith, {', '.join(PROMPTS)}, a file of rows (.jsonl), and the "
+            "datasets of the hub (org/name)"
+        )
+    skipped: Counter = Counter()
+    found = (convert(row, hub_id, skipped) for row in rows)
+    prompts = list(itertools.islice((prompt for prompt in found if prompt is not None), n))
     report_skipped(skipped, f"{split} rows of {hub_id}")
     if not prompts:
         raise UserError(f"{hub_id} ({split}) has no usable row")
     return prompts
+
+
+def messages_of_question(text: str) -> tuple[dict, ...]:
+    return ({"role": "user", "content": text.strip()},)
+
+
+def _gsm8k_prompt(row: dict, source: str, skipped: Counter) -> Prompt | None:
+    question, answer = columns(row, ["question", "answer"], source)
+    gold = _gold(answer, skipped)
+    if gold is not None and not question.strip():
+        skipped["without a question"] += 1
+        return None
+    return None if gold is None else Prompt(messages_of_question(question), gold, row)
+
+
+def _svamp_prompt(row: dict, source: str, skipped: Counter) -> Prompt | None:
+    body, ask, answer = columns(row, ["Body", "Question", "Answer"], source)
+    body = body.strip() + ("" if body.strip().endswith(".") else ".")
+    gold = _gold(f"#### {answer}", skipped)
+    return None if gold is None else Prompt(messages_of_question(f"{body} {ask.strip()}"), gold, row)
+
+
+def _own_prompt(row: dict, source: str, skipped: Counter) -> Prompt | None:
+    """A row with a prompt, a question or messages, and perhaps with an answer and choices."""
+    name = next((name for name in ("messages", "question") if name in row and "prompt" not in row), "prompt")
+    messages = messages_of(columns(row, [name], source)[0])
+    if messages and messages[-1]["role"] == "assistant":  # a whole conversation: its last answer is left to the policy
+        messages = messages[:-1]
+    if not messages or not messages[-1]["content"]:
+        skipped["without a question"] += 1
+        return None
+    answer = row.get("answer")
+    if row.get("choices"):
+        options = [str(choice) for choice in row["choices"]]
+        letters = [chr(ord("A") + i) for i in range(len(options))]
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
+        messages[-1]["content"] += f"\n{lines}"
+        if isinstance(answer, int) and 0 <= answer < len(options):
+            answer = letters[answer]
+        place = letters.index(answer) if answer in letters else options.index(answer) if answer in options else None
+        if place is None:
+            skipped["whose answer is none of its choices"] += 1
+            return None
+        return Prompt(tuple(messages), (letters[place], options[place]), row)
+    try:
+        gold = None if answer is None else read_gold(answer)
+    except UserError:
+        skipped["with an answer that is neither a number nor a text"] += 1
+        return None
+    return Prompt(tuple(messages), gold, row)
 
 
 def encode_prompts(

@@ -59,6 +59,7 @@ from rollout import greedy_accuracy
 from runtime import processes
 from runtime.config import Above, AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
 from runtime.errors import UserError
+from runtime.rows import evaluate_command
 from runtime.run import Run
 from sft import answers
 from stages import begin, with_start
@@ -77,11 +78,9 @@ class Config(LoRARunConfig):
     """The loss. (kto is refused: it has a command of its own, python kto.py.)"""
     data: str = "own"
     """The pairs: own (right and wrong answers of the starting policy to the embedded questions, on-policy), arith (the
-    same questions, off-policy), hh-harmless, hh-helpful, ultrafeedback, or a .jsonl file with the columns prompt,
-    chosen, rejected; several joined by "+".
+    same questions, off-policy), hh-harmless, hh-helpful, ultrafeedback, a file of rows with the columns prompt,
+    chosen, rejected (.jsonl), or a dataset of the hub (org/name); several joined by "+".
     """
-    eval_data: str = ""
-    """Where held-out pairs come from, and questions, if it is arith. Default: the same data; for own, arith."""
     n_pairs: CountOrNone = None
     """Use at most this many pairs of each source (None: 2048 of arith, all of the others)."""
     init_from: str = ""
@@ -238,16 +237,20 @@ def pair_figures(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> di
 
 
 def rewards_of(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
-    """(2, b) implicit rewards: β Δ (summed, also where IPO's loss averages), or, of the methods without a reference, β
-    times log π per token."""
-    sums = (logps * mask).sum(dim=1).view(2, -1)
-    return config.beta * (sums - ref if has_reference(config) else (sums.flatten() / mask.sum(dim=1)).view(2, -1))
+    """(2, b) implicit rewards, of what the loss compares: β Δ, or, of the methods without a reference, β log π; per
+    token, where the loss averages."""
+    sums, lengths = (logps * mask).sum(dim=1).view(2, -1), mask.sum(dim=1).view(2, -1)
+    gains = sums - ref if has_reference(config) else sums
+    averaged = config.ipo_average if config.method == "ipo" else not has_reference(config)
+    return config.beta * (gains / lengths if averaged else gains)
 
 
 def reward_figures(rewards: Tensor, averages: Tensor) -> dict:
-    """Sums over b pairs; rewards and log-probabilities per token, both (2, b)."""
+    """Sums over b pairs; rewards and log-probabilities per token, both (2, b). A tie, as before the first update, is
+    half right: from there an accuracy rises by learning alone."""
+    ties = rewards[0] == rewards[1]
     return {
-        "accuracy": float((rewards[0] > rewards[1]).sum()),  # a tie is no preference
+        "accuracy": float((rewards[0] > rewards[1]).sum() + 0.5 * ties.sum()),
         "margin": float((rewards[0] - rewards[1]).sum()),
         "reward_chosen": float(rewards[0].sum()),
         "reward_rejected": float(rewards[1].sum()),
@@ -347,9 +350,10 @@ def main(config: Config) -> dict:
 
     # Pairs. "own" are on-policy: the starting policy answers, and a right answer is paired with a wrong one.
     own = own_pairs(model, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
-    pairs = load_pairs(sources(config.data, own), "train", config.data_dir, config.seed, config.n_pairs)
-    eval_data = held_out_of(config.eval_data or config.data)
-    held_out_pairs = load_pairs(eval_data, "validation", config.data_dir)[: config.eval_pairs]
+    chosen = sources(config.data, own)
+    pairs = load_pairs(chosen, "train", config.data_dir, config.seed, config.n_pairs, config.columns)
+    eval_data, part = held_out_of(config)
+    held_out_pairs = load_pairs(eval_data, part, config.data_dir, rename=config.columns)[: config.eval_pairs]
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     held_out = encode_pairs(held_out_pairs, tokenizer, config.max_length)
     questions = load_questions(eval_data, tokenizer, model, config.eval_prompts)
@@ -407,7 +411,7 @@ def main(config: Config) -> dict:
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
 
     figures = validation(run, model, held_out, held_out_ref, config)
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
+    hint = evaluate_command(config, run.folder, eval_data[0])
     run.close(f"held-out pairs: accuracy {figures['val_accuracy']:.3f}", next_command=hint)
     return figures
 

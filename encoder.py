@@ -563,7 +563,7 @@ def train_mlm(config: Config) -> dict:
     held_out.ids = held_out.ids[:: max(1, len(held_out) // 1024)]  # about a thousand are enough
     batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
     steps = max(1, math.ceil((2.0 if config.epochs is None else config.epochs) * len(batches)))
-    extra = {"classes": [], "lowercase": lowercase, "length": length}  # saved with every checkpoint
+    run.extra = {"classes": [], "lowercase": lowercase, "length": length}  # saved with every checkpoint
 
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
@@ -602,7 +602,7 @@ def train_mlm(config: Config) -> dict:
             run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, steps):
             accuracy = figures.get("val_accuracy")
-            run.save(step, steps, model, optimizers, tokenizer, accuracy, lower_is_better=False, extra=extra)
+            run.save(step, steps, model, optimizers, tokenizer, accuracy, lower_is_better=False)
 
     with run.autocast(), run.eager():
         figures = fill_in(model, held_out, tokenizer, config.hide)
@@ -626,7 +626,7 @@ def train_classifier(config: Config) -> dict:
     test = labelled_texts(config, "test", tokenizer, length, lowercase)
     batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
     steps = max(1, math.ceil((6.0 if config.epochs is None else config.epochs) * len(batches)))
-    extra = {"classes": list(classes), "lowercase": lowercase, "length": length}  # saved with every checkpoint
+    run.extra = {"classes": list(classes), "lowercase": lowercase, "length": length}  # saved with every checkpoint
 
     optimizers = make_optimizers(model, config.lr, config.weight_decay, kind=config.optimizer)
     first = run.resume(model, optimizers)
@@ -664,7 +664,7 @@ def train_classifier(config: Config) -> dict:
             run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, steps):
             accuracy = figures.get("val_accuracy")
-            run.save(step, steps, model, optimizers, tokenizer, accuracy, lower_is_better=False, extra=extra)
+            run.save(step, steps, model, optimizers, tokenizer, accuracy, lower_is_better=False)
 
     # The last checkpoint need not be the best: the one with the highest validation accuracy is tested.
     best = load_checkpoint(run.folder / "best.pt")

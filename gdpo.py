@@ -17,8 +17,7 @@ and the rest is ``grpo.py``. What to know about it:
   although the paper shows this case as one that GDPO saves. Other weights do save it.
 * The last step makes an advantage depend on the rest of the batch: beside dead groups, whose rewards are all equal, a
   live one is scaled up (of four answers with the rewards 00, 00, 01 and 11, the largest grows from 1.33 alone to 8.66
-  beside 31 dead groups). ``draws`` replaces
-  them; the paper's runs do so too.
+  beside 31 dead groups). ``draws`` replaces them; the paper's runs do so too.
 * With one reward this is GRPO, except for the last step.
 
 Where the published codes differ: TRL and NVlabs' fork of it take the batch's mean and std over answers, NVlabs' and
@@ -41,6 +40,7 @@ import torch
 from torch import Tensor
 
 import grpo
+from data import Prompt
 from grpo import (
     accumulate_gradients,
     frozen_reference,
@@ -48,7 +48,6 @@ from grpo import (
     groups_that_teach,
     keep_groups,
     reference_logps,
-    total_reward,
 )
 from lora import start_lora
 from optim import learning_rate, make_optimizers, update
@@ -59,13 +58,16 @@ from rollout import (
     join,
     longest_prompt,
     minibatches,
+    own_weights,
     policy_logps,
     sample_answers,
     sampling_seed,
+    total_reward,
 )
 from runtime import processes
 from runtime.config import Count, Finite, run_stage
 from runtime.errors import UserError
+from runtime.rows import evaluate_command
 from stages import begin, context_length, with_start
 from verify import integer_reward, length_reward
 from watch import (
@@ -181,9 +183,11 @@ def count_lessons(group_size: int, n_rewards: int) -> tuple[int, int, int]:
 # The rewards
 
 
-def judge(rollout: Rollout, golds: list, config: Config) -> dict[str, Tensor]:
-    """What each answer earns, by the name of the reward, (N,) each, before weights."""
-    rewards = grpo.judge(rollout, golds, config)
+def judge(rollout: Rollout, asked: list[Prompt], config: Config) -> dict[str, Tensor]:
+    """What each answer earns, by the name of the reward, (N,) each, before weights. asked: the N questions."""
+    rewards = grpo.judge(rollout, asked, config)
+    if config.reward != "verifier":
+        return rewards
     short = [length_reward(n, config.length_limit) for n in rollout.mask.sum(dim=1).tolist()]
     rewards["short"] = torch.tensor(short).to(rewards["correct"]) * rollout.finished
     if config.conditioned:
@@ -240,7 +244,10 @@ def notes(config: Config) -> list[str]:
 
 def rewards_that_count(config: Config) -> int:
     """The number of rewards with a weight."""
-    weights = (config.correct_weight, config.format_weight, config.length_weight, config.integer_weight)
+    if config.reward == "verifier":
+        weights = [config.correct_weight, config.format_weight, config.length_weight, config.integer_weight]
+    else:
+        weights = list(own_weights(config).values())
     return sum(bool(weight) for weight in weights) + bool(config.overlong_buffer)
 
 
@@ -260,7 +267,7 @@ def main(config: Config) -> dict:
     G, share = config.group_size, config.prompts_per_step // processes.world_size()  # answers to each of these prompts
     announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
-        run.evaluation(0, accuracy=questions.accuracy(run, policy))
+        run.evaluation(0, **questions.examine(run, policy))
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):
@@ -275,7 +282,7 @@ def main(config: Config) -> dict:
             rollouts.append(more)
             asked += [question for _, question in batch]
             rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
-            rewards = judge(rollout, [question.gold for question in asked for _ in range(G)], config)  # (N,) each
+            rewards = judge(rollout, [question for question in asked for _ in range(G)], config)  # (N,) each
             teaches = groups_that_teach(rewards, weights, G)  # (questions,)
             missing = share - int(teaches.sum())
             if missing <= 0:
@@ -295,7 +302,7 @@ def main(config: Config) -> dict:
         old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
         assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
         if step == 0:
-            report_start(run, rollout, rewards["correct"], sampled, signal["flat_groups"], asked[0])
+            report_start(run, rollout, rewards, sampled, signal["flat_groups"], asked[0])
         sampling_seconds = time.perf_counter() - begun
 
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
@@ -311,19 +318,20 @@ def main(config: Config) -> dict:
         # 4. What happened.
         figures = step_figures(sampled, updates) | signal | {"sampler_gap": gap}
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
-        run.log(step, int(figures.pop("tokens")), always=True, show=("reward", "correct"), lr=lr, **figures)
+        run.log(step, int(figures.pop("tokens")), always=True, show=("reward", *rewards), lr=lr, **figures)
         alarm.check(figures)
-        accuracy = None
+        held_out = {}
         if run.due(step, config.eval_every, config.steps):
-            accuracy = questions.accuracy(run, policy)
-            run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, G)))
-        if accuracy is not None or run.should_save(step, config.steps):
-            run.save(step, config.steps, policy, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
-    accuracy = questions.accuracy(run, policy)
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
-    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
-    return {"accuracy": accuracy}
+            held_out = questions.examine(run, policy)
+            run.evaluation(step + 1, **held_out)
+            run.sample(step + 1, render(asked[0], rollout, rewards, min(4, G)))
+        if held_out or run.should_save(step, config.steps):
+            best = held_out.get(questions.goal)
+            run.save(step, config.steps, policy, optimizers, tokenizer, metric=best, lower_is_better=False)
+    held_out = questions.examine(run, policy)
+    hint = evaluate_command(config, run.folder, config.eval_data or config.data)
+    run.close(questions.summary(held_out), next_command=hint)
+    return held_out
 
 
 def example() -> None:

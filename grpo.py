@@ -62,6 +62,7 @@ temperature: the policy that samples is the policy that trains. Each rollout ass
 """
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -77,18 +78,24 @@ from rollout import (
     Rollout,
     RolloutConfig,
     announce,
+    check_reward,
+    has_own_rewards,
     join,
     longest_prompt,
     micro_batches,
     minibatches,
+    own_rewards,
+    own_weights,
     policy_logps,
     sample_answers,
     sampling_seed,
     score,
+    total_reward,
 )
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, run_stage, validate
 from runtime.errors import UserError
+from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, context_length, with_start
 from transformer import Transformer, token_logps
@@ -281,25 +288,27 @@ def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
 # Rewards
 
 
-def judge(rollout: Rollout, golds: list, config: Config) -> dict[str, Tensor]:
-    """What each answer earns, by the name of the reward, (N,) each, before weights."""
-    correct, formed = score(rollout.texts, golds, rollout.finished, config.verifier)
-    rewards = {"correct": correct, "formatted": formed}
+def judge(rollout: Rollout, asked: list[Prompt], config: Config) -> dict[str, Tensor]:
+    """What each answer earns, by the name of the reward, (N,) each, before weights. asked: the N questions."""
+    if config.reward == "verifier":
+        golds = [question.gold for question in asked]
+        rewards = dict(zip(("correct", "formatted"), score(rollout.texts, golds, rollout.finished, config.verifier)))
+    else:
+        rewards = own_rewards(rollout, asked, config.reward)
     if config.overlong_buffer:
         limit, buffer = config.max_new_tokens, config.overlong_buffer
-        lengths = rollout.mask.sum(dim=1).tolist()
-        rewards["overlong"] = torch.tensor([overlong_penalty(n, limit, buffer) for n in lengths]).to(correct)
+        penalties = [overlong_penalty(n, limit, buffer) for n in rollout.mask.sum(dim=1).tolist()]
+        rewards["overlong"] = torch.tensor(penalties, device=rollout.tokens.device)
     return rewards
 
 
 def weights_of(config: Config) -> dict[str, float]:
     """How much each reward counts. A KL in the reward is a cost: what strays from the reference earns less."""
-    return {"correct": config.correct_weight, "formatted": config.format_weight, "overlong": 1.0, "kl": -config.beta}
-
-
-def total_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The weighted sum of all rewards, (N,)."""
-    return sum(weights[name] * values for name, values in rewards.items())
+    if config.reward == "verifier":
+        judgements = {"correct": config.correct_weight, "formatted": config.format_weight}
+    else:
+        judgements = own_weights(config)
+    return judgements | {"overlong": 1.0, "kl": -config.beta}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -313,8 +322,9 @@ def groups_that_teach(rewards: dict[str, Tensor], weights: dict[str, float], gro
     teaches = torch.zeros(len(next(iter(rewards.values()))) // group_size, dtype=torch.bool)
     for name, values in rewards.items():
         if weights[name]:
-            groups = values.view(-1, group_size)  # (P, G)
-            teaches |= (groups != groups[:, :1]).any(dim=1).cpu()
+            groups = values.view(-1, group_size)  # (P, G); what is unknown (NaN) differs from nothing
+            least, most = groups.nan_to_num(math.inf).amin(dim=1), groups.nan_to_num(-math.inf).amax(dim=1)
+            teaches |= (most > least).cpu()
     return teaches
 
 
@@ -409,7 +419,11 @@ def check(config: Config) -> None:
         raise UserError("kl_times_ratio is for k1 or k3 in the loss, with a --beta")
     if config.kl_times_ratio and config.ratio_level == "sequence":
         raise UserError("kl_times_ratio weighs the KL of a token by its own ratio: it wants --ratio_level token")
-    if not (config.correct_weight or config.format_weight or config.overlong_buffer or config.beta):
+    check_reward(config)
+    if config.reward != "verifier" and not has_own_rewards(config):
+        raise UserError(f"reward {config.reward}: the verifier, or a Python file; a reward model is for ppo.py")
+    verified = config.correct_weight or config.format_weight or config.overlong_buffer or config.beta
+    if config.reward == "verifier" and not verified:
         raise UserError("all weights are 0: there is nothing to learn")
 
 
@@ -444,7 +458,7 @@ def main(config: Config) -> dict:
     G, share = config.group_size, config.prompts_per_step // processes.world_size()  # answers to each of these prompts
     announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
-        run.evaluation(0, accuracy=questions.accuracy(run, policy))
+        run.evaluation(0, **questions.examine(run, policy))
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):
@@ -460,7 +474,7 @@ def main(config: Config) -> dict:
             rollouts.append(more)
             asked += [question for _, question in batch]
             rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
-            rewards = judge(rollout, [question.gold for question in asked for _ in range(G)], config)  # (N,) each
+            rewards = judge(rollout, [question for question in asked for _ in range(G)], config)  # (N,) each
             teaches = groups_that_teach(rewards, weights, G)  # (questions,)
             missing = share - int(teaches.sum())
             if missing <= 0:
@@ -486,7 +500,7 @@ def main(config: Config) -> dict:
         old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
         assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
         if step == 0:
-            report_start(run, rollout, rewards["correct"], sampled, signal["flat_groups"], asked[0])
+            report_start(run, rollout, rewards, sampled, signal["flat_groups"], asked[0])
         sampling_seconds = time.perf_counter() - begun
 
         # 5. A few updates on the same answers. From the second on, ratios differ from 1 and the clip acts.
@@ -505,19 +519,20 @@ def main(config: Config) -> dict:
         if "kl" in rewards:
             figures["kl_ref"] = mean_per_token(rewards["kl"], rollout.mask)
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
-        run.log(step, int(figures.pop("tokens")), always=True, show=("reward", "correct"), lr=lr, **figures)
+        run.log(step, int(figures.pop("tokens")), always=True, show=("reward", *rewards), lr=lr, **figures)
         alarm.check(figures)
-        accuracy = None
+        held_out = {}
         if run.due(step, config.eval_every, config.steps):
-            accuracy = questions.accuracy(run, policy)
-            run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked[0], rollout, rewards["correct"], min(4, G)))
-        if accuracy is not None or run.should_save(step, config.steps):
-            run.save(step, config.steps, policy, optimizers, tokenizer, metric=accuracy, lower_is_better=False)
-    accuracy = questions.accuracy(run, policy)
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
-    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
-    return {"accuracy": accuracy}
+            held_out = questions.examine(run, policy)
+            run.evaluation(step + 1, **held_out)
+            run.sample(step + 1, render(asked[0], rollout, rewards, min(4, G)))
+        if held_out or run.should_save(step, config.steps):
+            best = held_out.get(questions.goal)
+            run.save(step, config.steps, policy, optimizers, tokenizer, metric=best, lower_is_better=False)
+    held_out = questions.examine(run, policy)
+    hint = evaluate_command(config, run.folder, config.eval_data or config.data)
+    run.close(questions.summary(held_out), next_command=hint)
+    return held_out
 
 
 def example() -> None:

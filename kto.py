@@ -60,6 +60,7 @@ from preferences import (
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
 from runtime.errors import UserError
+from runtime.rows import evaluate_command
 from runtime.run import Run
 from sft import answers
 from stages import begin, with_start
@@ -70,11 +71,9 @@ from transformer import Transformer, answer_logps, model_size
 class Config(LoRARunConfig):
     data: str = "own"
     """The answers: both of each pair of own (right and wrong answers of the starting policy to the embedded
-    questions), arith, hh-harmless, hh-helpful, ultrafeedback or a .jsonl file with the columns prompt, chosen,
-    rejected; or a .jsonl file with the columns prompt, completion, label.
+    questions), arith, hh-harmless, hh-helpful, ultrafeedback, or a file of rows (.jsonl) or dataset of the hub
+    (org/name) with the columns prompt, chosen, rejected; or one with the columns prompt, completion, label.
     """
-    eval_data: str = ""
-    """Where held-out answers come from, and questions, if it is arith. Default: the same data; for own, arith."""
     n_pairs: CountOrNone = None
     """Use at most this many pairs, or labelled answers (None: 2048 of arith, all of the others)."""
     init_from: str = ""
@@ -182,7 +181,8 @@ def validation(run: Run, model: Transformer, rows: JudgedRows | PairRows, ref: T
     liked, disliked = rewards[rows.desirable], rewards[~rows.desirable]
     figures = {"val_loss": total / len(rows)}
     if len(liked) and len(disliked):  # how often a desirable answer has the higher reward, of all pairs of the two
-        figures["val_accuracy"] = float((liked[:, None] > disliked[None, :]).float().mean())
+        difference = liked[:, None] - disliked[None, :]
+        figures["val_accuracy"] = float((difference > 0).float().mean() + 0.5 * (difference == 0).float().mean())
         figures["val_margin"] = float(liked.mean() - disliked.mean())
     return figures
 
@@ -215,13 +215,13 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
-def load_held_out(config: Config, tokenizer, eval_data: list[str]) -> tuple[JudgedRows | PairRows, list]:
-    """Held-out rows, and the desirable answers among them as conversations."""
-    if has_labels(eval_data):
-        judged = load_judged(eval_data, "validation", config.data_dir)[: config.eval_pairs]
+def load_held_out(config: Config, tokenizer, eval_data: list[str], part: str) -> tuple[JudgedRows | PairRows, list]:
+    """Held-out rows, of that split, and the desirable answers among them as conversations."""
+    if has_labels(eval_data, config.data_dir, config.columns):
+        judged = load_judged(eval_data, part, config.data_dir, rename=config.columns)[: config.eval_pairs]
         liked = [(one.prompt, one.answer) for one in judged if one.desirable]
         return encode_judged(judged, tokenizer, config.max_length), as_chats(liked)
-    pairs = load_pairs(eval_data, "validation", config.data_dir)[: config.eval_pairs]
+    pairs = load_pairs(eval_data, part, config.data_dir, rename=config.columns)[: config.eval_pairs]
     return encode_pairs(pairs, tokenizer, config.max_length), as_chats([(p.prompt, p.chosen) for p in pairs])
 
 
@@ -243,12 +243,13 @@ def main(config: Config) -> dict:
 
     # Single answers in random order. "own" are on-policy: right and wrong answers of the starting policy.
     own = own_pairs(model, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
-    judged = load_judged(sources(config.data, own), "train", config.data_dir, config.seed, config.n_pairs)
+    chosen = sources(config.data, own)
+    judged = load_judged(chosen, "train", config.data_dir, config.seed, config.n_pairs, config.columns)
     rows = encode_judged(judged, tokenizer, config.max_length)
     if len(rows) < 2:
         raise UserError("kto compares answers with those to other prompts: it needs at least two")
-    eval_data = held_out_of(config.eval_data or config.data)
-    held_out, chats = load_held_out(config, tokenizer, eval_data)
+    eval_data, part = held_out_of(config)
+    held_out, chats = load_held_out(config, tokenizer, eval_data, part)
     questions = load_questions(eval_data, tokenizer, model, config.eval_prompts)
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
 
@@ -304,8 +305,9 @@ def main(config: Config) -> dict:
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
 
     figures = validation(run, model, held_out, held_out_ref, config)
-    hint = "" if has_labels(eval_data) else f"python evaluate.py {config.init_from} {run.folder} --data {eval_data[0]}"
-    run.close(f"held-out answers: accuracy {figures.get('val_accuracy', math.nan):.3f}", next_command=hint)
+    hint = evaluate_command(config, run.folder, eval_data[0]) if isinstance(held_out, PairRows) else ""
+    told = f", accuracy {figures['val_accuracy']:.3f}" if "val_accuracy" in figures else ""  # of one class: none
+    run.close(f"held-out answers: loss {figures['val_loss']:.4f}{told}", next_command=hint)
     return figures
 
 

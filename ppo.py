@@ -52,6 +52,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from attention import at_least_float32
+from data import Prompt, parts_of
 from optim import learning_rate, make_optimizers, update
 from reward import RewardModel, context_of, load_reward_model, real_tokens
 from rollout import (
@@ -59,18 +60,24 @@ from rollout import (
     Rollout,
     RolloutConfig,
     announce,
+    check_reward,
+    has_own_rewards,
     longest_prompt,
     micro_batches,
     minibatches,
+    own_rewards,
+    own_weights,
     policy_logps,
     sample_answers,
     sampling_seed,
     score,
+    total_reward,
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
 from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, run_stage, validate
 from runtime.errors import UserError
+from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, with_start
 from tokenizer import Tokenizer
@@ -93,7 +100,8 @@ from watch import (
 @dataclass(frozen=True)
 class Config(RolloutConfig):
     reward: str = "verifier"
-    """Where the score comes from: "verifier" (verify.py), or the folder of a reward model (reward.py)."""
+    """What judges the answers: "verifier" (verify.py), a Python file, each function of which is one reward, or the
+    folder of a reward model (reward.py)."""
     correct_weight: Annotated[float, Finite()] = 1.0
     """The verifier's reward for the right answer in the strict form. Negative, it makes the policy unlearn."""
     unfinished_penalty: Annotated[float, Finite()] = 1.0
@@ -272,9 +280,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
 
 
 def load_judge(config: Config, tokenizer: Tokenizer, device: torch.device) -> RewardModel | None:
-    """The reward model that ``config.reward`` names, frozen; None if a rule judges. UserError if it reads other tokens
+    """The reward model that ``config.reward`` names, frozen; None if rules judge. UserError if it reads other tokens
     than the policy writes."""
-    if config.reward == "verifier":
+    if judged_by_rules(config):
         return None
     judge, other, _ = load_reward_model(config.reward, device)
     if other.state() != tokenizer.state():
@@ -282,12 +290,50 @@ def load_judge(config: Config, tokenizer: Tokenizer, device: torch.device) -> Re
     return judge.requires_grad_(False)
 
 
+def judged_by_rules(config: Config) -> bool:
+    """Does a rule judge, the verifier's or the user's own, and no reward model?"""
+    return config.reward == "verifier" or has_own_rewards(config)
+
+
 @torch.no_grad()
-def score_answers(run: Run, judge: RewardModel, rollout: Rollout, size: int) -> Tensor:
-    """The reward model's scores of a rollout's answers, (N,), ``size`` at a time."""
+def score_answers(
+    run: Run, judge: RewardModel | None, rollout: Rollout, asked: list[Prompt], config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The score of each answer, (N,), before what it loses for being cut off; and the rewards that rules gave it, (N,)
+    each by name, which a reward model's score does not consist of. asked: the N questions."""
+    if has_own_rewards(config):
+        rewards = own_rewards(rollout, asked, config.reward)
+        scores = total_reward(rewards, own_weights(config))
+        if processes.sum_numbers([float(scores.isnan().any())])[0]:
+            raise UserError(f"PPO needs a score for every answer, but {config.reward} does not know one (NaN)")
+        return scores, rewards
+    rewards = {}
+    if all(question.gold is not None for question in asked):
+        golds = [question.gold for question in asked]
+        rewards = dict(zip(("correct", "formatted"), score(rollout.texts, golds, rollout.finished)))
+    if judge is None:
+        return config.correct_weight * rewards["correct"] + config.format_weight * rewards["formatted"], rewards
+    size = config.micro_batch_size
     parts = zip(rollout.tokens.split(size), real_tokens(rollout.tokens, rollout.mask).split(size))
     with run.autocast(), run.eager():
-        return torch.cat([judge(tokens, real) for tokens, real in parts])
+        return torch.cat([judge(tokens, real) for tokens, real in parts]), rewards
+
+
+@torch.no_grad()
+def examine(
+    run: Run, policy: Transformer, judge: RewardModel | None, questions: Questions, config: Config
+) -> dict[str, float]:
+    """What ``Questions.examine`` finds; of questions whose answers nobody knows, "val_score", the reward model's mean
+    score of the greedy answers."""
+    if judge is None or questions.answers_known:
+        return questions.examine(run, policy)
+    scores = []
+    for part in parts_of(list(range(len(questions.held))), 64):
+        ids, asked = [questions.held_ids[i] for i in part], [questions.held[i] for i in part]
+        with run.autocast(), run.eager():
+            rollout = sample_answers(policy, questions.tokenizer, ids, 1, config.max_new_tokens, 0.0, seed=0)
+        scores.append(score_answers(run, judge, rollout, asked, config)[0])
+    return {"val_score": float(torch.cat(scores).mean())}
 
 
 @torch.no_grad()
@@ -359,6 +405,8 @@ def check(config: Config) -> None:
         raise UserError(f"{config.prompts_per_step} prompts do not make {config.minibatches} minibatches per process")
     if config.kl_target is not None and config.prompts_per_step > config.kl_horizon:
         raise UserError(f"kl_horizon {config.kl_horizon} is less than one step of {config.prompts_per_step} answers")
+    if judged_by_rules(config):
+        check_reward(config)
     if config.kl_target is not None and not config.beta:
         raise UserError("a beta of 0 cannot adapt: give --beta a start, or drop --kl_target")
 
@@ -367,7 +415,7 @@ def main(config: Config) -> dict:
     """Train; return the last evaluation's figures. A finished run is only evaluated, an unfinished one continues."""
     config = with_start(config, "sft")
     check(config)
-    if config.reward != "verifier":
+    if not judged_by_rules(config):
         need_checkpoint(config.reward, "python reward.py")
     run, policy, tokenizer = begin(config, "ppo", "python sft.py")
     judge = load_judge(config, tokenizer, run.device)
@@ -385,7 +433,7 @@ def main(config: Config) -> dict:
     beta = float(run.state["extra"]["beta"]) if run.state and not run.finished else config.beta
     announce(run, policy, questions, config.prompts_per_step, reward=config.reward, starts=config.init_from)
     if first == 0:
-        run.evaluation(0, accuracy=questions.accuracy(run, policy))
+        run.evaluation(0, **examine(run, policy, judge, questions, config))
     alarm = Alarm(run)
 
     for step in run.steps(first, config.steps):
@@ -394,11 +442,7 @@ def main(config: Config) -> dict:
         ids, asked, seed = [ids for ids, _ in batch], [one for _, one in batch], sampling_seed(config.seed, step)
         with run.autocast(), run.eager():
             rollout = sample_answers(policy, tokenizer, ids, 1, config.max_new_tokens, config.temperature, seed)
-        correct, formed = score(rollout.texts, [question.gold for question in asked], rollout.finished)  # (N,) each
-        if judge is None:
-            scores = config.correct_weight * correct + config.format_weight * formed
-        else:
-            scores = score_answers(run, judge, rollout, config.micro_batch_size)
+        scores, judged = score_answers(run, judge, rollout, asked, config)  # (N,); (N,) each
         scores = scores - config.unfinished_penalty * (~rollout.finished)
 
         # 2. What the policy, its critic and the reference say of every token, before anything moves.
@@ -415,9 +459,9 @@ def main(config: Config) -> dict:
         batch = Batch(rollout.tokens, rollout.mask, old_logps, values, advantages, returns)
         flat = float(flat_groups(processes.gather(scores), config.prompts_per_step))  # are all scores equal?
         kl = torch.zeros_like(scores) if ref_logps is None else ((old_logps - ref_logps) * rollout.mask).sum(dim=1)
-        sampled = describe(rollout, {"score": scores, "correct": correct, "formatted": formed, "kl_ref": kl})
+        sampled = describe(rollout, {"score": scores, **judged, "kl_ref": kl})
         if step == 0:
-            report_start(run, rollout, correct, sampled, flat, asked[0])
+            report_start(run, rollout, judged, sampled, flat, asked[0])
         sampling_seconds = time.perf_counter() - begun
 
         # 4. Epochs of minibatches on the same answers; the clip keeps that honest.
@@ -436,22 +480,22 @@ def main(config: Config) -> dict:
         del figures["ratio_gap"]  # later it only says how far the updates went
         figures["explained_variance"] = explained_variance(values, returns, rollout.mask)
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
-        run.log(step, int(figures.pop("tokens")), always=True, show=("score", "correct"), lr=lr, **figures)
+        run.log(step, int(figures.pop("tokens")), always=True, show=("score", *judged), lr=lr, **figures)
         alarm.check(figures)
         if config.kl_target is not None:
             beta = adapt_beta(beta, figures["kl_ref"], config.kl_target, config.prompts_per_step, config.kl_horizon)
-        accuracy = None
+        run.extra, held_out = {"beta": beta}, {}
         if run.due(step, config.eval_every, config.steps):
-            accuracy = questions.accuracy(run, policy)
-            run.evaluation(step + 1, accuracy=accuracy)
-            run.sample(step + 1, render(asked[0], rollout, correct, n=1))
-        if accuracy is not None or run.should_save(step, config.steps):
-            extra = {"beta": beta}
-            run.save(step, config.steps, model, optimizers, tokenizer, accuracy, lower_is_better=False, extra=extra)
-    accuracy = questions.accuracy(run, policy)
-    hint = f"python evaluate.py {config.init_from} {run.folder} --data {config.data}"
-    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint)
-    return {"accuracy": accuracy}
+            held_out = examine(run, policy, judge, questions, config)
+            run.evaluation(step + 1, **held_out)
+            run.sample(step + 1, render(asked[0], rollout, judged, n=1))
+        if held_out or run.should_save(step, config.steps):
+            best = held_out.get(questions.goal, held_out.get("val_score"))
+            run.save(step, config.steps, model, optimizers, tokenizer, metric=best, lower_is_better=False)
+    held_out = examine(run, policy, judge, questions, config)
+    hint = evaluate_command(config, run.folder, config.eval_data or config.data)
+    run.close(questions.summary(held_out), next_command=hint)
+    return held_out
 
 
 def example() -> None:

@@ -25,7 +25,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arithmetic
-from data import Prompt, columns, dialogue, encode_prompts, load_prompts, read_dataset, report_skipped
+from data import Prompt, dialogue, encode_prompts, load_prompts, messages_of
 from rollout import sample_answers, score
 from runtime import processes
 from runtime.checkpoint import find_checkpoint, write_text
 from runtime.config import AtLeast, Count, CountOrNone, parse, validate
 from runtime.device import pick_device
 from runtime.errors import UserError, run_main
+from runtime.rows import EVERY, columns, held_out, is_own, own_rows, read_dataset, report_skipped
+from runtime.rows import sources as parts_of_data
 from stages import load_stage
 from tokenizer import ByteTokenizer, Tokenizer, encode_chat
 from transformer import Transformer
@@ -80,17 +82,20 @@ SOURCES = {  # hub id, configuration, split for training, split for the test
 
 
 def load_pairs(
-    name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None
-) -> list[Pair]:
-    """At most ``n`` pairs of "arith", of "sums" (plain ones, none held out), of a name in SOURCES, or of a ``.jsonl``
-    file with the columns prompt, chosen and rejected; of several, in a list or joined by "+", at most ``n`` of each.
+    name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None,
+    rename: Sequence[str] = (),
+) -> list[Pair]:  # fmt: skip
+    """At most ``n`` pairs of "arith", of "sums" (plain ones, none held out), of a name in SOURCES, or of a user's data
+    with the columns prompt, chosen and rejected; of several, in a list or joined by "+", at most ``n`` of each.
 
-    split: "train", "validation" (of a dataset without one, every 50th row of train) or "test" (a file has none of its
-    own and gives its validation rows).
+    split: "train", "validation" (of a dataset without one, every 50th row of train), "test", or "whole", which of a
+    user's data is all of it, like "test", and of the others "validation".
     """
     if len(sources(name)) > 1:
-        return [pair for part in sources(name) for pair in load_pairs(part, split, data_dir, seed, n)]
+        return [pair for part in sources(name) for pair in load_pairs(part, split, data_dir, seed, n, rename)]
     (name,) = sources(name)
+    if split == "whole" and not is_own(name):
+        split = "validation"
     if name == "arith":
         most, start = (2048, f"{seed}") if split == "train" else (512, split)
         found = arithmetic.preference_pairs(n or most, start, split)
@@ -99,7 +104,7 @@ def load_pairs(
         found = arithmetic.sum_pairs(n or 2048, f"{split} {seed}")
         return [Pair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["flaw"]) for row in found]
     skipped, pairs = Counter(), []
-    for row in itertools.islice(_rows(name, split, data_dir), n):
+    for row in itertools.islice(_rows(name, split, data_dir, rename), n):
         pair = _read_pair(row, name, skipped)
         if pair is not None:
             pairs.append(pair)
@@ -110,17 +115,20 @@ def load_pairs(
 
 
 def load_judged(
-    name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None
-) -> list[Judged]:
-    """Single answers with a label, in random order: both answers of each of ``n`` pairs, or the rows of a ``.jsonl``
-    file with the columns prompt, completion and label.
+    name: str | list[str], split: str, data_dir: str = "", seed: int = 0, n: int | None = None,
+    rename: Sequence[str] = (),
+) -> list[Judged]:  # fmt: skip
+    """Single answers with a label, in random order: both answers of each of ``n`` pairs, or the rows of a user's data
+    with the columns prompt, completion and label.
     """
-    if has_labels(name):
+    if has_labels(name, data_dir, rename):
         (name,), skipped, judged = sources(name), Counter(), []
-        for row in itertools.islice(_rows(name, split, data_dir), n):
+        for row in itertools.islice(_rows(name, split, data_dir, rename), n):
             prompt, answer, label = columns(row, ["prompt", "completion", "label"], name)
-            messages, text = _messages(prompt), _text(answer)
-            if not text:
+            messages, text = tuple(messages_of(prompt) or ()), _text(answer)
+            if not messages:
+                skipped["whose prompt is neither a text nor messages"] += 1
+            elif not text:
                 skipped["with an empty answer"] += 1
             elif not isinstance(label, (bool, int)) or label not in (0, 1):
                 skipped["with a label that is neither true nor false"] += 1
@@ -130,75 +138,62 @@ def load_judged(
         if not judged:
             raise UserError(f"{name} ({split}) has no usable answer")
     else:
-        pairs = load_pairs(name, split, data_dir, seed, n)
+        pairs = load_pairs(name, split, data_dir, seed, n, rename)
         judged = [Judged(pair.prompt, pair.chosen, True) for pair in pairs]
         judged += [Judged(pair.prompt, pair.rejected, False) for pair in pairs]
     random.Random(f"judged {seed}").shuffle(judged)
     return judged
 
 
-def has_labels(data: str | list[str]) -> bool:
-    """Is this a file of single answers with labels?"""
+def has_labels(data: str | list[str], data_dir: str = "", rename: Sequence[str] = ()) -> bool:
+    """Is this a dataset of single answers with labels?"""
     first, *more = sources(data)
-    return not more and first.endswith(".jsonl") and Path(first).is_file() and "label" in next(_lines(first), {})
+    return not more and is_own(first) and "label" in next(own_rows(first, "whole", data_dir, rename), {})
 
 
 def sources(data: str | list[str], own: str = "") -> list[str]:
-    """The parts of "a+b", with the file ``own`` in place of "own", if it is given; a file may have a plus in its
-    name.
-    """
-    if isinstance(data, list):
-        return data
-    parts = [data] if Path(data).is_file() else data.split("+")
-    return [own if own and part == "own" else part for part in parts]
+    """The parts of "a+b", with the file ``own`` in place of "own", if it is given."""
+    return [own if own and part == "own" else part for part in parts_of_data(data)]
 
 
-def _rows(name: str, split: str, data_dir: str):
-    if name.endswith(".jsonl"):
-        rows, own = _lines(name), False
-    elif name in SOURCES:
-        hub_id, config, train, test = SOURCES[name]
-        rows, own = read_dataset(hub_id, config, test if split == "test" else train, data_dir), split == "test"
-    else:
+def _rows(name: str, split: str, data_dir: str, rename: Sequence[str]):
+    if is_own(name):
+        return own_rows(name, "whole" if split == "test" else split, data_dir, rename)
+    if name not in SOURCES:
         if name == "own":
             raise UserError("own answers need the policy that gives them: --policy out/arith/sft")
-        raise UserError(f"--data {name}: no pairs called so; there are arith, {', '.join(SOURCES)}, or a .jsonl file")
-    return rows if own else (row for i, row in enumerate(rows) if (i % 50 == 0) == (split != "train"))
-
-
-def _lines(path: str):
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON, or cut off ({error.msg})") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, line {number}: not an object with named columns")
-                yield row
+        raise UserError(
+            f"--data {name}: no pairs called so; there are arith, {', '.join(SOURCES)}, a file of rows (.jsonl), and "
+            "the datasets of the hub (org/name)"
+        )
+    hub_id, config, train, test = SOURCES[name]
+    if split == "test":
+        return read_dataset(hub_id, config, test, data_dir)
+    rows = read_dataset(hub_id, config, train, data_dir)
+    return (row for i, row in enumerate(rows) if (i % EVERY == 0) == (split != "train"))
 
 
 def _read_pair(row: dict, name: str, skipped: Counter) -> Pair | None:
     """A row of any source as a pair, or None, with the reason counted.
 
-    HH-RLHF writes two whole dialogues, equal up to the last answer; UltraFeedback writes them as messages.
+    Without a prompt, chosen and rejected are two whole dialogues, equal up to the last answer: as HH-RLHF's text or,
+    as in TRL's implicit prompts, as messages. With one, they are answers (UltraFeedback: messages, the last of which
+    is the answer).
     """
-    if "prompt" not in row and isinstance(row.get("chosen"), str):
-        chosen, rejected = (dialogue(text) for text in columns(row, ["chosen", "rejected"], name))
-        for messages in (chosen, rejected):
+    better, worse = columns(row, ["chosen", "rejected"], name)
+    if "prompt" not in row:
+        read = [dialogue(side) if isinstance(side, str) else messages_of(side) or [] for side in (better, worse)]
+        for messages in read:
             if len(messages) < 2 or messages[-1]["role"] != "assistant":
                 skipped["whose dialogue does not end in an answer"] += 1
                 return None
+        chosen, rejected = read
         if chosen[:-1] != rejected[:-1]:
             skipped["whose answers have different prompts"] += 1
             return None
         prompt, better, worse = tuple(chosen[:-1]), chosen[-1]["content"], rejected[-1]["content"]
     else:
-        before, better, worse = columns(row, ["prompt", "chosen", "rejected"], name)
-        prompt, better, worse = _messages(before), _text(better), _text(worse)
+        prompt, better, worse = tuple(messages_of(row["prompt"]) or ()), _text(better), _text(worse)
     if not better or not worse:
         skipped["with an empty answer"] += 1
     elif better == worse:
@@ -210,15 +205,10 @@ def _read_pair(row: dict, name: str, skipped: Counter) -> Pair | None:
     return None
 
 
-def _messages(prompt) -> tuple[dict, ...]:
-    if isinstance(prompt, list):
-        return tuple({"role": m["role"], "content": m["content"].strip()} for m in prompt)
-    return ({"role": "user", "content": str(prompt or "").strip()},)
-
-
 def _text(answer) -> str:
-    """A text, or the last of a list of messages."""
-    return str((answer[-1]["content"] if isinstance(answer, list) and answer else answer) or "").strip()
+    """An answer's text: the answer itself, or the last of a list of messages; empty if it is neither."""
+    messages = messages_of(answer)
+    return messages[-1]["content"] if messages else ""
 
 
 @torch.no_grad()
@@ -279,9 +269,11 @@ def pairs_of_answers(
     return pairs
 
 
-def held_out_of(data: str) -> list[str]:
-    """What to validate on: the same data, but for "own" pairs, whose questions were trained on, arith."""
-    return list(dict.fromkeys("arith" if part == "own" else part for part in sources(data)))
+def held_out_of(config) -> tuple[list[str], str]:
+    """What a stage validates on, and which split of it: ``eval_data``, or the data itself, but for "own" pairs, whose
+    questions were trained on, arith."""
+    data, part = held_out(config)
+    return list(dict.fromkeys("arith" if one == "own" else one for one in sources(data))), part
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,18 +384,30 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Pa
 
 
 def encode_judged(judged: Sequence[Judged], tokenizer: Tokenizer, length: int) -> JudgedRows:
-    """Single answers as ids, at most ``length`` in a row."""
-    desirable = torch.tensor([one.desirable for one in judged])
-    rows, cut = JudgedRows([], [], desirable, tokenizer.pad_id, length), Counter()
+    """Single answers as ids, at most ``length`` in a row. Those that a cut makes identical to another one with the
+    opposite label are left out, and counted."""
+    cut, encoded, labels = Counter(), [], defaultdict(set)
     for one in judged:
         prompt = encode_chat(tokenizer, one.prompt, add_generation_prompt=True)[0]
         whole = tokenizer.encode(one.answer) + [tokenizer.eot_id]
         kept, (answer,) = fit(prompt, [whole], length)
-        cut["with the beginning of the prompt cut"] += len(kept) < len(prompt)
-        cut["with the end of the answer cut"] += answer != whole
+        row = (*kept, -1, *answer)
+        labels[row].add(one.desirable)
+        encoded.append((one.desirable, prompt, whole, row, len(kept) < len(prompt), answer != whole))
+    rows, desirable = JudgedRows([], [], torch.empty(0), tokenizer.pad_id, length), []
+    for label, prompt, whole, row, prompt_cut, answer_cut in encoded:
+        if answer_cut and len(labels[row]) == 2:
+            cut["of opposite labels, identical after truncation (left out)"] += 1
+            continue
+        cut["with the beginning of the prompt cut"] += prompt_cut
+        cut["with the end of the answer cut"] += answer_cut
         rows.prompts.append(prompt)
         rows.answers.append(whole)
+        desirable.append(label)
+    rows.desirable = torch.tensor(desirable, dtype=torch.bool)
     _report_cut(cut, len(judged), length, "answers")
+    if not len(rows):
+        raise UserError(f"no answer is left at a length of {length} tokens: use a longer --max_length")
     return rows
 
 
@@ -420,10 +424,12 @@ def _report_cut(cut: Counter, n: int, length: int, what: str) -> None:
 @dataclass(frozen=True)
 class Config:
     data: str = "arith"
-    """arith, sums, hh-harmless, hh-helpful, ultrafeedback, a .jsonl file, or several, joined by "+"; with --policy:
-    arith, gsm8k or svamp."""
-    split: Literal["train", "validation", "test"] = "train"
-    """The split of the data."""
+    """arith, sums, hh-harmless, hh-helpful, ultrafeedback, a file of rows (.jsonl), a dataset of the hub (org/name), or
+    several, joined by "+"; with --policy: arith, gsm8k, svamp, or questions of your own, a file or on the hub."""
+    columns: tuple[str, ...] = ()
+    """Of your own data: the columns that are called otherwise, as meaning=column, for example chosen=better."""
+    split: Literal["train", "validation", "test", "whole"] = "train"
+    """The split of the data; of your own data, train leaves out every 50th row, validation is those."""
     data_dir: str = ""
     """A local mirror of datasets, looked in before the hub."""
     n: CountOrNone = None
@@ -446,9 +452,9 @@ def collect(config: Config) -> list[Pair]:
     """The pairs that ``config`` asks for."""
     validate(config)
     if not config.policy:
-        return load_pairs(config.data, config.split, config.data_dir, config.seed, config.n)
+        return load_pairs(config.data, config.split, config.data_dir, config.seed, config.n, config.columns)
     policy, tokenizer, _ = load_stage(config.policy, device=pick_device(config.device))
-    prompts = load_prompts(config.data, config.split, config.data_dir, config.seed, config.n)
+    prompts = load_prompts(config.data, config.split, config.data_dir, config.seed, config.n, config.columns)
     answers = config.samples, config.max_new_tokens, config.seed
     return pairs_of_answers(policy, tokenizer, prompts, config.policy, *answers)
 

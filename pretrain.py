@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from data import TokenFile, bits_per_byte, parts_of, prepare_tokens, train_tokenizer
+from data import CHATS, TokenFile, bits_per_byte, parts_of, prepare_tokens, train_tokenizer
 from generate import generate
 from layers import ModelConfig
 from moe import (
@@ -53,6 +53,7 @@ from runtime.config import (
     validate,
 )
 from runtime.errors import UserError
+from runtime.rows import held_out
 from runtime.run import Run, start
 from tokenizer import Tokenizer, load_tokenizer
 from transformer import Transformer, model_size, token_logps
@@ -61,7 +62,8 @@ from transformer import Transformer, model_size, token_logps
 @dataclass(frozen=True)
 class Config(TrainConfig):
     data: str = "arith"
-    """The text: arith, tinystories, pile, books, or the path of a text file or of a folder with .txt files."""
+    """The text: arith, tinystories, pile, books, a text file or a folder with .txt files, or rows with a "text": a file
+    (.jsonl) or a dataset of the hub (org/name)."""
     max_documents: CountOrNone = None
     """Read at most this many documents of each split (None: all)."""
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
@@ -161,8 +163,6 @@ def balancing(routers: dict[int, list[Tensor]], config: Config) -> Tensor | floa
 def validation(run: Run, model: Transformer, file: TokenFile, config: Config) -> dict:
     """Mean loss, in nats per token, over windows spread evenly over the validation split, and bits per byte."""
     n = len(file.file["validation"]) - config.seq_len - 1
-    if n < 0:
-        raise UserError(f"the validation split is shorter than one window of {config.seq_len + 1} tokens")
     starts = torch.linspace(0, n, min(config.eval_windows, n + 1), dtype=torch.float64).long().tolist()
     total = 0.0
     for part in parts_of(starts, config.batch_size):
@@ -207,15 +207,22 @@ def model_config(config: Config, vocab_size: int) -> ModelConfig:
 
 def tokens_of(run: Run, config: Config) -> tuple[Tokenizer, TokenFile]:
     """A tokenizer, and the data as tokens in a file of the run's folder; both are made once."""
-    data = config.data, config.data_dir, config.seed, config.max_documents
+    data = config.data, config.data_dir, config.seed, config.max_documents, config.columns
     if run.state is not None:
         tokenizer = load_tokenizer(run.state["tokenizer"])
     else:
         tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, *data)
     if run.is_main:
-        prepare_tokens(run.folder / "tokens.h5", tokenizer, *data)
+        prepare_tokens(run.folder / "tokens.h5", tokenizer, *data, held_out=held_out(config))
     processes.barrier()
-    return tokenizer, TokenFile(run.folder / "tokens.h5")
+    file = TokenFile(run.folder / "tokens.h5")
+    for split, tokens in file.file.items():
+        if len(tokens) <= config.seq_len:
+            raise UserError(
+                f"the {split} split has {len(tokens):,} tokens, fewer than one window of {config.seq_len + 1}: "
+                "give more text, or a shorter --seq_len"
+            )
+    return tokenizer, file
 
 
 def announce(run: Run, model: Transformer, config: Config, file: TokenFile) -> None:
@@ -274,7 +281,8 @@ def main(config: Config) -> dict:
 
     figures = validation(run, model, file, config)
     file.close()
-    hint = f"python sft.py --task {config.task} --init_from {run.folder}"
+    chats = config.data if config.data in CHATS or config.data == "arith" else "CHATS.jsonl"
+    hint = f"python sft.py --task {config.task} --data {chats} --init_from {run.folder}"
     run.close(f"{figures['bits_per_byte']:.3f} bits per byte", next_command=hint)
     return figures
 

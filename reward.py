@@ -93,7 +93,8 @@ DEFAULTS = {"arith": 8192}  # pairs
 class Config(TrainConfig):
     data: str = "arith+own"
     """arith, own (right and wrong answers of the starting policy to the embedded questions), hh-harmless, hh-helpful,
-    ultrafeedback, a .jsonl file with the columns prompt, chosen, rejected, or several of these, joined by "+".
+    ultrafeedback, a file of rows with the columns prompt, chosen, rejected (.jsonl), a dataset of the hub (org/name),
+    or several of these, joined by "+".
     """
     n_pairs: CountOrNone = None
     """Use at most this many pairs of each source (None: 8192 of arith, all of the others)."""
@@ -352,7 +353,8 @@ def training_pairs(config: Config, own: str = "") -> list[Pair]:
     """The pairs of all sources; own: the file with those of the starting policy's own answers."""
     pairs = []
     for name in sources(config.data, own):
-        pairs += load_pairs(name, "train", config.data_dir, config.seed, config.n_pairs or DEFAULTS.get(name))
+        n = config.n_pairs or DEFAULTS.get(name)
+        pairs += load_pairs(name, "train", config.data_dir, config.seed, n, config.columns)
         if name == "arith" and config.n_sums:
             pairs += load_pairs("sums", "train", seed=config.seed, n=config.n_sums)
     return pairs
@@ -384,7 +386,7 @@ def make_body(run: Run, config: Config, tokenizer: Tokenizer) -> Transformer:
 
 def load_held_out(config: Config, tokenizer: Tokenizer) -> PairRows:
     """The held-out pairs as rows; of several sources, some of each."""
-    pairs = load_pairs(held_out_of(config.data), "validation", config.data_dir, config.seed)
+    pairs = load_pairs(*held_out_of(config), config.data_dir, config.seed, rename=config.columns)
     random.Random("held out").shuffle(pairs)
     return encode_pairs(pairs[: config.eval_pairs], tokenizer, config.max_length)
 
@@ -476,8 +478,9 @@ def main(config: Config) -> dict:
             run.save(step, steps, model, optimizers, tokenizer)  # no best.pt: only the last one's scores are scaled
 
     accuracy = judge(*held_out_scores(run, model, held_out))["val_accuracy"]  # which scaling leaves as it was
-    hint = f"python ppo.py --reward {run.folder} --beta 0.05 --out_dir {run.folder.parent / 'ppo_reward'}"
-    run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint if "arith" in held_out_of(config.data) else "")
+    asked = "" if "arith" in held_out_of(config)[0] else f" --task {config.task} --data QUESTIONS.jsonl"
+    asked += f" --reward {run.folder} --beta 0.05 --out_dir {run.folder.parent / 'ppo_reward'}"
+    run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python ppo.py{asked}")
     return {"val_accuracy": accuracy}
 
 

@@ -7,7 +7,7 @@ or everything after is quietly wrong:
 * the tokens that count: those the policy chose, its end-of-text among them (stopping is a decision, and is learned
   like any other); never the prompt, never padding;
 * the log-probabilities: those of the distribution that was sampled from, ``softmax(logits / temperature)``;
-* the judgement: an answer that was cut off has not answered, whatever it says so far.
+* the judgement: to the verifier an answer that was cut off has not answered, whatever it says so far.
 
 An answer becomes a row [prompt | answer | padding], so the model needs no mask for padding on the left, and the
 columns of ``mask`` and of the log-probabilities agree with those of ``token_logps``: column t is about token t+1.
@@ -15,9 +15,10 @@ columns of ``mask`` and of the log-probabilities agree with those of ``token_log
 Run ``python rollout.py`` to see the rows of two answers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -28,19 +29,25 @@ from engine import can_decode_fast, fast_generate
 from generate import generate
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Positive, TrainConfig
-from runtime.errors import UserError
+from runtime.errors import RewardError, UserError
+from runtime.rows import describe_held_out, held_out
 from runtime.run import Run
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, model_size, token_logps
-from verify import correctness_reward, format_reward, lax_correctness_reward
+from verify import call_reward, correctness_reward, format_reward, lax_correctness_reward, load_rewards
 
 
 @dataclass(frozen=True)
 class RolloutConfig(TrainConfig):
     """What every stage that learns from its own answers has in common."""
 
-    data: Literal["arith", "gsm8k", "svamp"] = "arith"
-    """Where the prompts come from."""
+    data: str = "arith"
+    """Where the questions come from: arith, gsm8k, svamp, a file of rows with the columns prompt and answer (.jsonl),
+    or a dataset of the hub (org/name)."""
+    reward: str = "verifier"
+    """What judges the answers: "verifier" (verify.py), or a Python file, each function of which is one reward."""
+    reward_weights: tuple[str, ...] = ()
+    """How much each of those functions counts, as name=weight (1 if it is not named)."""
     n_prompts: CountOrNone = None
     """Use at most this many prompts (None: 4096 of arith, all of the others)."""
     init_from: str = ""
@@ -96,12 +103,20 @@ class Questions:
 
     def __init__(self, config, tokenizer: Tokenizer, longest: int, warmup: int = 0, fade: int = 0):
         self.config, self.tokenizer, self.warmup, self.fade = config, tokenizer, warmup, fade
-        sources = {config.data: load_prompts(config.data, "train", config.data_dir, config.seed, config.n_prompts)}
+        own = config.data_dir, config.seed, config.n_prompts, config.columns
+        sources = {config.data: load_prompts(config.data, "train", *own)}
         if warmup or fade:
             sources["arith"] = load_prompts("arith", "train", seed=config.seed)
         self.train = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
-        held = load_prompts(config.data, "validation", config.data_dir, n=config.eval_prompts)
+        where, part = held_out(config)
+        held = load_prompts(where, part, config.data_dir, n=config.eval_prompts, rename=config.columns)
         self.held_ids, self.held = encode_prompts(held, tokenizer, longest)
+        self.answers_known = all(one.gold is not None for one in (*self.train[config.data][1], *self.held))
+        if config.reward == "verifier" and not self.answers_known:
+            raise UserError(
+                f"{config.data} has rows without an answer to compare with: name its column with --columns answer=..., "
+                "or give a reward of your own with --reward FILE.py"
+            )
 
     def batch(
         self, step: int, draw: int = 0, without: Sequence[Prompt] = (), most: int | None = None
@@ -120,15 +135,29 @@ class Questions:
         known = set(map(id, without))
         return [one for one in processes.my_share(batch) if id(one[1]) not in known][:most]
 
-    def accuracy(self, run: Run, model: Transformer) -> float:
-        """The share of the held-out questions that the model, greedily, answers right."""
-        return greedy_accuracy(run, model, self.tokenizer, self.held_ids, self.held, self.config.max_new_tokens)
+    def examine(self, run: Run, model: Transformer) -> dict[str, float]:
+        """What the model's greedy answers to the held-out questions are worth: "accuracy", or, with rewards of the
+        user's own, "val_reward", their weighted sum, and "val_<name>", the mean of each."""
+        config, questions = self.config, (self.tokenizer, self.held_ids, self.held)
+        if not has_own_rewards(config):
+            return {"accuracy": greedy_accuracy(run, model, *questions, config.max_new_tokens)}
+        with run.autocast(), run.eager():
+            rewards, _ = greedy_rewards(model, *questions, config.max_new_tokens, config.reward)
+        rewards = {"reward": total_reward(rewards, own_weights(config))} | rewards
+        return {f"val_{name}": float(values.nanmean()) for name, values in rewards.items()}
+
+    @property
+    def goal(self) -> str:
+        """The figure of ``examine`` that says which checkpoint is the best."""
+        return "val_reward" if has_own_rewards(self.config) else "accuracy"
 
     def describe(self) -> str:
-        return (
-            f"{self.config.data}: {len(self.train[self.config.data][0]):,} prompts, {len(self.held):,} held-out "
-            "questions"
-        )
+        told = f"{len(self.train[self.config.data][0]):,} prompts, {len(self.held):,} held-out questions"
+        return f"{self.config.data}: {told}" + describe_held_out(self.config)
+
+    def summary(self, figures: dict[str, float]) -> str:
+        """The last evaluation in words."""
+        return ", ".join(f"held-out {name.removeprefix('val_')} {value:.3f}" for name, value in figures.items())
 
 
 def announce(run: Run, model: Transformer, questions: Questions, answers: int, **more: str) -> None:
@@ -202,6 +231,10 @@ def sample_answers(
     return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# What the answers are worth
+
+
 def score(texts: Sequence[str], golds: Sequence, finished: Tensor, verifier: str = "strict") -> tuple[Tensor, Tensor]:
     """(N,) correctness and (N,) format, 0 or 1 each; an answer that was cut off has neither.
 
@@ -213,8 +246,63 @@ def score(texts: Sequence[str], golds: Sequence, finished: Tensor, verifier: str
         correct = [correctness_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
     else:
         correct = [lax_correctness_reward(text, gold, verifier) for text, gold in zip(texts, golds)]
-    formed = [format_reward(text) * ok for text, ok in zip(texts, done)]
+    formed = [format_reward(text, gold) * ok for text, gold, ok in zip(texts, golds, done)]
     return torch.tensor(correct, device=finished.device), torch.tensor(formed, device=finished.device)
+
+
+def has_own_rewards(config) -> bool:
+    """Do functions of the user's own judge the answers?"""
+    return config.reward.endswith(".py")
+
+
+def own_rewards(rollout: Rollout, asked: Sequence[Prompt], path: str) -> dict[str, Tensor]:
+    """What each answer earns by the functions of the file ``path``, (N,) each, by name; NaN where one does not know.
+    asked: the N questions. If a function fails, in whichever process, all end with a ``RewardError``.
+    """
+    functions, done = load_rewards(path), rollout.finished.tolist()
+    rewards, problem = {name: [] for name in functions}, None
+    try:
+        for prompt, text, finished in zip(asked, rollout.texts, done, strict=True):
+            for name, function in functions.items():
+                row = prompt.row | {"finished": finished}
+                rewards[name].append(call_reward(name, function, prompt.messages[-1]["content"], text, row))
+    except RewardError as error:
+        problem = error
+    if processes.sum_numbers([float(problem is not None)])[0]:
+        raise problem or RewardError("a reward failed in another process, see its message")
+    return {name: torch.tensor(values, device=rollout.tokens.device) for name, values in rewards.items()}
+
+
+def own_weights(config) -> dict[str, float]:
+    """How much each function of ``config.reward`` counts, by its name."""
+    weights = dict.fromkeys(load_rewards(config.reward), 1.0)
+    for given in config.reward_weights:
+        name, _, weight = given.partition("=")
+        if name not in weights:
+            raise UserError(f"reward_weights {given}: {config.reward} has {', '.join(weights)}")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise UserError(f"reward_weights {given}: write name=weight, for example {name}=0.5")
+    return weights
+
+
+def check_reward(config) -> None:
+    """Refuse a file of rewards that cannot be used, before anything is loaded."""
+    if has_own_rewards(config):
+        if not any(own_weights(config).values()):
+            raise UserError("all weights are 0: there is nothing to learn")
+    elif config.reward_weights:
+        raise UserError("reward_weights are for the functions of a file: --reward FILE.py")
+
+
+def total_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum of the rewards that are known, (N,); NaN for an answer of which every judgement is unknown."""
+    total = sum(weights[name] * values.nan_to_num(0.0) for name, values in rewards.items())
+    judgements = [values for name, values in rewards.items() if name not in ("overlong", "kl")]
+    return total.masked_fill(torch.stack(judgements).isnan().all(dim=0), math.nan) if judgements else total
 
 
 @torch.no_grad()
@@ -237,6 +325,25 @@ def answer_greedily(
         tokens += int(rollout.mask.sum())
     n = len(order)
     return {"accuracy": right / n, "cut_off": cut / n, "unreadable": unread / n, "tokens": tokens / n}
+
+
+@torch.no_grad()
+def greedy_rewards(
+    model: Transformer, tokenizer: Tokenizer, ids: list, prompts: Sequence[Prompt], max_new: int, path: str,
+    batch_size: int = 128, show: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
+    """The rewards of the user's own, (N,) each by name, of the model's greedy answers to N encoded questions; and
+    "cut_off", the share that did not end, and "tokens", the mean length."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found, cut, tokens = {name: torch.empty(len(ids)) for name in load_rewards(path)}, 0, 0
+    for first in tqdm(range(0, len(order), batch_size), desc="greedy", leave=False, disable=not show):
+        rows = order[first : first + batch_size]
+        rollout = sample_answers(model, tokenizer, [ids[i] for i in rows], 1, max_new, 0.0, seed=0)
+        for name, values in own_rewards(rollout, [prompts[i] for i in rows], path).items():
+            found[name][rows] = values.cpu()
+        cut += int((~rollout.finished).sum())
+        tokens += int(rollout.mask.sum())
+    return found, {"cut_off": cut / len(ids), "tokens": tokens / len(ids)}
 
 
 def greedy_accuracy(

@@ -46,6 +46,7 @@ from runtime.config import AtLeast, Count, CountOrNone, NotNegative, Positive, c
 from runtime.errors import UserError
 from runtime.folder import run_folder
 from runtime.plots import plot_sweep
+from runtime.rows import describe_held_out, held_out
 from runtime.run import Run
 from stages import begin, with_start
 from tokenizer import Tokenizer, encode_chat
@@ -55,7 +56,8 @@ from transformer import Transformer, model_size, token_logps
 @dataclass(frozen=True)
 class Config(LoRARunConfig):
     data: str = "arith"
-    """The conversations: arith, gsm8k, alpaca, dolly, hh-harmless, hh-helpful, or several joined by "+"."""
+    """The conversations: arith, gsm8k, alpaca, dolly, hh-harmless, a file of rows (.jsonl: messages, or prompt and
+    completion), a dataset of the hub (org/name), or several joined by "+"."""
     n_examples: CountOrNone = None
     """Use at most this many conversations of each source (None: 192 of arith, all of the others)."""
     init_from: str = ""
@@ -134,14 +136,15 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
-def announce(run: Run, model: Transformer, config: Config, rows: PackedRows, n_chats: int, steps: int) -> None:
+def announce(run: Run, model: Transformer, config: Config, rows: PackedRows, steps: int) -> None:
     """Compile the model if that pays, and say what the run will do."""
     tokens_per_step = config.batch_size * config.seq_len
     how = run.maybe_compile(model, steps, tokens_per_step)
     learned = f"{int(rows.loss_mask.sum()):,} tokens to learn"
     run.banner(
         model_size(model, config.seq_len), steps, tokens_per_step, how, starts=config.init_from,
-        data=f"{config.data}: {n_chats:,} conversations in {len(rows):,} rows, {learned}",
+        data=f"{config.data}: {rows.n_documents():,} conversations in {len(rows):,} rows, {learned}"
+        + describe_held_out(config),
     )  # fmt: skip
 
 
@@ -154,10 +157,10 @@ def main(config: Config) -> dict:
         raise UserError(f"seq_len {config.seq_len} is longer than the model's max_seq_len {model.config.max_seq_len}")
 
     # Conversations, packed into rows of T = seq_len tokens; the mask is 1 on what the assistant says.
-    chats = load_chats(config.data, "train", config.data_dir, config.seed, config.n_examples)
-    held_out = load_chats(config.data, "validation", config.data_dir, config.seed, config.n_examples)
+    limits = config.data_dir, config.seed, config.n_examples, config.columns
+    chats, chats_held_out = load_chats(config.data, "train", *limits), load_chats(*held_out(config), *limits)
     rows = pack(chats, tokenizer, config.seq_len, config.packing)
-    held_out_rows = pack(held_out, tokenizer, config.seq_len)
+    held_out_rows = pack(chats_held_out, tokenizer, config.seq_len)
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
 
     start_lora(model, config)
@@ -165,7 +168,7 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:
-        announce(run, model, config, rows, len(chats), steps)
+        announce(run, model, config, rows, steps)
 
     for step in run.steps(first, steps):
         batch = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed))
@@ -192,7 +195,7 @@ def main(config: Config) -> dict:
             figures = validation(run, model, held_out_rows, config.batch_size)
             run.evaluation(step + 1, **figures)
         if last:
-            run.sample(steps, answers(run, model, tokenizer, held_out))
+            run.sample(steps, answers(run, model, tokenizer, chats_held_out))
         if figures or run.should_save(step, steps):
             run.save(step, steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))
 
@@ -202,9 +205,9 @@ def main(config: Config) -> dict:
 
 
 def next_command(config: Config, run: Run) -> str:
-    """GRPO, if there are questions with a known answer among the data."""
-    data = next((name for name in ("arith", "gsm8k") if name in config.data.split("+")), "")
-    return f"python grpo.py --task {config.task} --data {data} --init_from {run.folder}" if data else ""
+    """GRPO, on questions of the same kind, or on the user's."""
+    data = next((name for name in ("arith", "gsm8k") if name in config.data.split("+")), "QUESTIONS.jsonl")
+    return f"python grpo.py --task {config.task} --data {data} --init_from {run.folder}"
 
 
 def sweep(config: Config) -> None:

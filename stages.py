@@ -59,6 +59,7 @@ def begin(config, stage: str, command: str) -> tuple[Run, Transformer, Tokenizer
     run = start(config, stage)
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     run.record_parent(state, config.init_from)
+    run.tokenizer = tokenizer
     return run, model, tokenizer
 
 

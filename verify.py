@@ -11,15 +11,32 @@ separators in the wrong place, a second pair of tags, tags inside the thinking, 
 separators in the right place, a final full stop and the Unicode minus are accepted. Numbers are compared exactly, as
 decimals: 72 is 72.0, and no string from the model is ever evaluated.
 
-``correctness_reward`` is 0 if there is no valid answer: a right number in the wrong place earns nothing.
+``correctness_reward`` is 0 if there is no valid answer: a right number in the wrong place earns nothing. Where the
+reference is a text, as in multiple choice, the answer part must be that text, but for case and white space.
+
+A rule of your own is a Python function in a file (``--reward my_rewards.py``)::
+
+    def short(prompt, answer, row):     # the question, what the policy wrote, and all columns of the question's row
+        return 1.0 if len(answer) < 80 else 0.0
+
+Each public function of the file is one reward, by its name; NaN says that an answer cannot be judged. ``row`` also has
+``row["finished"]``: whether the answer ended by itself. configs/reward_json.py is an example that learns.
 
 Run ``python verify.py`` for a table of what passes and what does not.
 """
 
+import functools
+import inspect
+import math
 import re
+import runpy
+from collections.abc import Callable
 from decimal import Decimal
+from types import FunctionType
 
-from runtime.errors import UserError
+from runtime.errors import RewardError, UserError
+
+Gold = Decimal | tuple[str, ...]  # a reference answer: a number, or the texts that are right
 
 # The whole answer, from the first character to the last. The lookahead in THINKING refuses any further tag inside the
 # thinking.
@@ -49,21 +66,39 @@ def extract_answer(text: str) -> Decimal | None:
     >>> extract_answer("<think></think><answer>7</answer>") is None
     True
     """
+    answer = _answer_part(text)
+    return None if answer is None else _number(answer)
+
+
+def extract_text(text: str) -> str | None:
+    """The answer part as a text, in lower case, white space made single, or None if there is none or the form is wrong.
+
+    >>> extract_text("<think>The largest is Asia.</think><answer> South  Asia. </answer>")
+    'south asia'
+    """
+    return _plain(_answer_part(text) or "") or None
+
+
+def _answer_part(text: str) -> str | None:
     shape = _SHAPE.fullmatch(text)
-    if shape is None or not shape["thinking"].strip():
-        return None
-    return _number(shape["answer"])
+    return None if shape is None or not shape["thinking"].strip() else shape["answer"]
 
 
-def correctness_reward(text: str, gold: Decimal | str | int) -> float:
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).removesuffix(".").rstrip()
+
+
+def correctness_reward(text: str, gold: Gold | str | int) -> float:
     """1.0 if the answer equals ``gold``, else 0.0 (also when there is no valid answer)."""
+    if isinstance(gold, tuple):
+        return float(extract_text(text) in {_plain(one) for one in gold})
     answer = extract_answer(text)
     return float(answer is not None and answer == parse_gold(gold))
 
 
-def format_reward(text: str) -> float:
-    """1.0 if the text has the strict form, whatever its number."""
-    return float(extract_answer(text) is not None)
+def format_reward(text: str, gold: Gold | str | int = 0) -> float:
+    """1.0 if the text has the strict form, whatever its answer: a number, or where ``gold`` is a text, any text."""
+    return float((extract_text(text) if isinstance(gold, tuple) else extract_answer(text)) is not None)
 
 
 def lax_correctness_reward(text: str, gold: Decimal | str | int, verifier: str = "last") -> float:
@@ -110,6 +145,23 @@ def overlong_penalty(n_tokens: int, limit: int, buffer: int) -> float:
     return max(-1.0, min(0.0, (limit - buffer - n_tokens) / buffer))
 
 
+def read_gold(answer) -> Gold:
+    """A reference answer of a user's data: a number, a text that holds one or ends in ``#### 7``, any other text, or a
+    list of texts of which each is right.
+
+    >>> read_gold("1,080"), read_gold("Paris"), read_gold(["Paris", "Paris, France"])
+    (Decimal('1080'), ('Paris',), ('Paris', 'Paris, France'))
+    """
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+        return Decimal(str(answer))
+    if isinstance(answer, str) and ("####" in answer or _GOLD.fullmatch(answer.strip())):
+        return parse_gold(answer)
+    texts = answer if isinstance(answer, (list, tuple)) else [str(answer)] if isinstance(answer, (str, bool)) else []
+    if not texts or not all(isinstance(text, str) and _plain(text) for text in texts):
+        raise UserError(f"not a reference answer: {str(answer)[:60]!r}")
+    return tuple(texts)
+
+
 def parse_gold(gold: Decimal | str | int) -> Decimal:
     """The reference answer as a Decimal: a number, or GSM8K's ``... #### 1,080``, of which the part after ``####``
     counts.
@@ -125,6 +177,51 @@ def parse_gold(gold: Decimal | str | int) -> Decimal:
     if not _GOLD.fullmatch(text):
         raise UserError(f"not a reference answer: {gold[-60:]!r}")
     return Decimal(text.replace("$", "").replace(",", ""))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rewards of the user's own
+
+Reward = Callable[[str, str, dict], float]
+
+
+@functools.cache
+def load_rewards(path: str) -> dict[str, Reward]:
+    """The public functions of a Python file, by name: each one a reward. A file without any is a ``UserError``."""
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise UserError(f"--reward {path}: {error.strerror}") from None
+    except Exception as error:
+        raise UserError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    found = {
+        name: value
+        for name, value in names.items()
+        if isinstance(value, FunctionType) and value.__code__.co_filename == path and not name.startswith("_")
+    }
+    for name, function in found.items():
+        try:
+            inspect.signature(function).bind("prompt", "answer", {})
+        except TypeError:
+            raise UserError(f"{path}: {name}(prompt, answer, row) should take three arguments") from None
+    if not found:
+        raise UserError(f"{path} defines no function: write def my_reward(prompt, answer, row): return a number")
+    return found
+
+
+def call_reward(name: str, reward: Reward, prompt: str, answer: str, row: dict) -> float:
+    """The reward of one answer as a float, NaN if it is None; whatever goes wrong in it is a ``RewardError``."""
+    try:
+        value = reward(prompt, answer, row)
+        value = math.nan if value is None else float(value)
+    except Exception as error:
+        shown = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise RewardError(
+            f"the reward {name} failed ({shown}) on the answer {answer[:80]!r} to {str(row)[:300]}"
+        ) from None
+    if math.isinf(value):
+        raise RewardError(f"the reward {name} is infinite for the answer {answer[:80]!r} to {str(row)[:300]}")
+    return value
 
 
 if __name__ == "__main__":

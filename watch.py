@@ -29,6 +29,9 @@ from runtime.run import Run
 # What the answers and their rewards are like
 
 
+UNKNOWN = -12345.0  # in the place of NaN, which equals nothing
+
+
 def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
     """The share of groups whose rewards are all equal: between equals nothing can be learned."""
     groups = rewards.view(-1, group_size)
@@ -47,7 +50,7 @@ def distinct_advantages(rewards: Tensor, advantages: Tensor, group_size: int) ->
     """
     combinations = distinct = 0
     for rows, values in zip(rewards.split(group_size), advantages.split(group_size)):
-        n = len({tuple(row) for row in rows.tolist()})
+        n = len({tuple(row) for row in rows.nan_to_num(UNKNOWN).tolist()})
         if n > 1:
             combinations += n
             distinct += len({round(value, 4) for value in values.tolist()})
@@ -55,9 +58,9 @@ def distinct_advantages(rewards: Tensor, advantages: Tensor, group_size: int) ->
 
 
 def describe(rollout: Rollout, rewards: dict[str, Tensor]) -> dict[str, float]:
-    """Means over answers: each of the rewards, (N,), the share that ended by themselves, tokens, the sampled estimate
-    of the entropy (of a whole answer); and how many answers there are."""
-    means = {name: float(values.mean()) for name, values in rewards.items()}
+    """Means over answers: each of the rewards, (N,), as far as they are known, the share that ended by themselves,
+    tokens, the sampled estimate of the entropy (of a whole answer); and how many answers there are."""
+    means = {name: float(values.nanmean().nan_to_num(0.0)) for name, values in rewards.items()}
     means["finished"] = float(rollout.finished.float().mean())
     means["length"] = float(rollout.mask.sum()) / len(rollout)
     means["entropy"] = -float(rollout.sampled_logps.sum()) / len(rollout)
@@ -96,11 +99,17 @@ def mean_per_token(values: Tensor, mask: Tensor) -> float:
     return float(torch.div(*processes.sum_over_processes(torch.stack([values.sum(), mask.sum().to(values)]))))
 
 
-def render(prompt: Prompt, rollout: Rollout, correct: Tensor, n: int = 4) -> str:
-    """A question and the first ``n`` answers to it, for a human eye."""
-    lines = [f"question: {prompt.messages[-1]['content']}", f"gold:     {prompt.gold}"]
-    for text, ok, done in list(zip(rollout.texts, correct.tolist(), rollout.finished.tolist()))[:n]:
-        lines.append(f"{'right' if ok else 'wrong'}{'' if done else ', cut off'}: {text}")
+def render(prompt: Prompt, rollout: Rollout, rewards: dict[str, Tensor], n: int = 4) -> str:
+    """A question and the first ``n`` answers to it, for a human eye. rewards: (N,) each; "correct" as a word."""
+    lines = [f"question: {prompt.messages[-1]['content']}"]
+    if prompt.gold is not None:
+        lines.append(f"gold:     {' or '.join(prompt.gold) if isinstance(prompt.gold, tuple) else prompt.gold}")
+    for i, (text, done) in enumerate(list(zip(rollout.texts, rollout.finished.tolist()))[:n]):
+        if "correct" in rewards:
+            judged = "right" if rewards["correct"][i] else "wrong"
+        else:
+            judged = ", ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items())
+        lines.append(f"{judged}{'' if done else ', cut off'}: {text}")
     return "\n".join(lines)
 
 
@@ -113,19 +122,22 @@ def show(values: Tensor) -> str:
 # Whether it can learn, and whether it does
 
 
-def report_start(run: Run, rollout: Rollout, correct: Tensor, figures: dict, flat: float, asked: Prompt) -> None:
+def report_start(
+    run: Run, rollout: Rollout, rewards: dict[str, Tensor], figures: dict, flat: float, asked: Prompt
+) -> None:
     """What the policy can do before the first step: if it never succeeds, it has nothing to learn from.
 
-    figures: those of ``describe``, of this process; correct: (N,), of the answers that are shown; flat: the share of
-    flat groups, of all processes.
+    figures: those of ``describe``, of this process; rewards: (N,) each, of the answers that are shown; flat: the share
+    of flat groups, of all processes.
     """
-    means = mean_over_answers(figures)
+    means, names = mean_over_answers(figures), {"correct": "pass@1", "formatted": "well-formed"}
     finished = means["finished"]
+    earned = ", ".join(f"{names.get(name, name)} {means[name]:.3f}" for name in rewards if name in means)
     run.print(
-        f"  start      pass@1 {means['correct']:.3f}, well-formed {means['formatted']:.3f}, "
-        f"finished {finished:.3f}, cut off {1 - finished:.3f}, groups with equal rewards {flat:.3f}"
+        f"  start      {earned}, finished {finished:.3f}, cut off {1 - finished:.3f}, "
+        f"groups with equal rewards {flat:.3f}"
     )
-    run.print("             " + render(asked, rollout, correct, n=1).replace("\n", "\n             "))
+    run.print("             " + render(asked, rollout, rewards, n=1).replace("\n", "\n             "))
     if flat == 1:
         run.print(
             "WARNING: all rewards are equal, so nothing can be learned: start from a better model, or raise "

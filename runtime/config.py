@@ -115,6 +115,11 @@ class RunConfig:
     """The run's own folder. Default: out/<task>/<stage>."""
     data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
     """A local mirror of datasets, looked in before the hub. Default: the environment variable ALIGNBOOK_DATA."""
+    eval_data: str = ""
+    """Held-out data, of the same kinds as ``data``; a file is used whole. Default: the validation split of ``data``, or
+    every 50th row."""
+    columns: tuple[str, ...] = ()
+    """Of your own data: the columns that are called otherwise, as meaning=column, for example answer=final."""
     seed: Annotated[int, AtLeast(0, below=2**63)] = 0
     """The same seed on the same machine gives the same run."""
     device: str = "auto"

@@ -1,10 +1,18 @@
 """An error that the user can mend is one line, not a traceback."""
 
 import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """Something the user can change: a wrong name, a missing file, an impossible combination. Its text is one line."""
+
+
+class RewardError(UserError):
+    """A reward of the user's own failed. What the run has learned until then is saved before it ends."""
+
+
+RESCUES: list[Callable[[], None]] = []  # what is done after a RewardError, before the program ends: the run saves
 
 
 def close_processes() -> None:
@@ -18,6 +26,9 @@ def run_main(main) -> None:
     try:
         main()
     except UserError as error:
+        if isinstance(error, RewardError):
+            for rescue in RESCUES:
+                rescue()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

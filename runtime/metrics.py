@@ -16,6 +16,7 @@ class Metrics:
     def __init__(self, folder: Path, log_every: int, device: torch.device, precision: str, world: int):
         self.folder, self.log_every = folder, log_every
         self.device, self.precision, self.world = device, precision, world
+        self.last = 0  # the number of steps of the run; ``Run.steps`` knows it
         self.flops_per_token = 0.0  # of a training token; the banner knows it
         self.tracker: Callable[[dict | None], None] | None = None
         self._peak: float | None = None
@@ -31,8 +32,8 @@ class Metrics:
         self._mark = time.perf_counter()
 
     def due(self, step: int) -> bool:
-        """Whether ``step``, counted from 0, gets a row by itself."""
-        return (step + 1) % self.log_every == 0 or step == 0
+        """Whether ``step``, counted from 0, gets a row by itself: the first, the last, and every ``log_every``-th."""
+        return (step + 1) % self.log_every == 0 or step in (0, self.last - 1)
 
     def step_row(self, step: int, tokens: int, always: bool, metrics: dict) -> dict | None:
         """The row of a step, counted from 0, with the speed since the last row; None if it gets none."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import torch
 
-from runtime import processes
+from runtime import errors, processes
 from runtime.checkpoint import (
     ADAPTERS,
     load_weights,
@@ -61,6 +61,13 @@ class Run:
         self.state: dict | None = None  # the checkpoint that this run continues
         self.lineage: list[dict] = []  # the stages that led here
         self.best: float | None = None
+        self.extra: dict = {}  # what else the stage needs to go on; saved with every checkpoint
+        self.model = self.tokenizer = None  # with these a run that has to stop can save what it has learned
+        self.optimizers, self.saved_step, self.unsaved = (
+            (),
+            -1,
+            None,
+        )  # unsaved: (the last whole step, of how many), if no checkpoint has it
         self.progress = Progress(stage, self.folder, self.world, self.is_main)
         self.metrics = Metrics(self.folder, config.log_every, self.device, self.precision, self.world)
 
@@ -81,6 +88,7 @@ class Run:
 
     def resume(self, model, optimizers=()) -> int:
         """Put the weights, the optimizers and the random state back where the checkpoint has them; return its step."""
+        self.model, self.optimizers = model, optimizers
         if self.state is None:
             return 0
         if ("adapters" in self.state) != (getattr(model, "lora", None) is not None):
@@ -176,9 +184,17 @@ class Run:
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """first, first + 1, ..., last - 1 under a progress bar. Ctrl-C finishes the step, saves it, and stops."""
+        self.metrics.last = last
         for step in self.progress.steps(first, last, self.config.profile_steps, self.device):
             self.metrics.restart_clock()
             yield step
+            self.unsaved = None if self.saved_step == step else (step, last)
+
+    def save_unsaved(self) -> None:
+        """Save what was learned since the last checkpoint: for a step that has to stop before it changes anything."""
+        if self.unsaved is not None and self.tokenizer is not None:
+            self.save(*self.unsaved, self.model, self.optimizers, self.tokenizer)
+            self.print(f"saved after {self.unsaved[0] + 1} steps; the same command continues")
 
     def logs(self, step: int) -> bool:
         """Will ``log`` write a row of this step, counted from 0?"""
@@ -226,11 +242,8 @@ class Run:
         tokenizer,
         metric: float | None = None,
         lower_is_better=True,
-        extra: dict | None = None,
     ) -> None:
-        """Write the checkpoint after ``step`` (counted from 0); ``metric`` decides whether it is also ``best.pt``.
-        ``extra``: what else a stage needs to go on.
-        """
+        """Write the checkpoint after ``step`` (counted from 0); ``metric`` decides whether it is also ``best.pt``."""
         stop = self.progress.interrupted
         better = metric is not None and (
             self.best is None or (metric < self.best if lower_is_better else metric > self.best)
@@ -253,12 +266,12 @@ class Run:
                 "rng": torch.get_rng_state(),
                 "best": self.best,
                 "lineage": self.lineage,
-                "extra": extra or {},
+                "extra": self.extra,
                 **adapters,
             }
             save_checkpoint(self.folder, state, self.config.keep_last, better)
         processes.barrier()
-        self.progress.saved_for_stop = stop
+        self.saved_step, self.progress.saved_for_stop = step, stop
         self.metrics.restart_clock()
 
     def _weights(self, model, step: int) -> tuple[dict, dict]:
@@ -293,4 +306,5 @@ def start(config, stage: str) -> Run:
     """Open the folder of a stage's run, fresh or to be continued."""
     run = Run(config, stage)
     run.open()
+    errors.RESCUES[:] = [run.save_unsaved]
     return run

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import types
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import assert_exact_resume
 
 import gdpo
 import grpo
+from data import Prompt
 from gdpo import Config, condition, gdpo_advantages, group_sums
 from grpo import accumulate_gradients, group_advantages
 from runtime.errors import UserError
@@ -212,7 +214,7 @@ def test_an_answer_that_was_cut_off_is_neither_short_nor_whole():
         torch.zeros(2, 6, dtype=torch.long), mask, mask.float(), [text] * 2, torch.tensor([True, False])
     )
     config = Config(conditioned=False, length_limit=5, integer_weight=1.0)
-    rewards = gdpo.judge(rollout, [3, 3], config)
+    rewards = gdpo.judge(rollout, [Prompt((), Decimal(3))] * 2, config)
     assert {name: values.tolist() for name, values in rewards.items()} == dict.fromkeys(
         ("correct", "formatted", "short", "integer"), [1.0, 0.0]
     )
@@ -272,13 +274,15 @@ def test_rewards_of_answers():
     rollout = grpo.Rollout(
         torch.zeros(4, 7), mask, torch.zeros(4, 6), [good, wrong, good, "7"], torch.tensor([1, 1, 0, 1]).bool()
     )
-    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=5, integer_weight=1.0, conditioned=False))
+    rewards = gdpo.judge(
+        rollout, [Prompt((), Decimal(7))] * 4, Config(length_limit=5, integer_weight=1.0, conditioned=False)
+    )
     assert {name: values.tolist() for name, values in rewards.items()} == {
         "correct": [1, 0, 0, 0], "formatted": [1, 1, 0, 0], "short": [0, 1, 0, 0], "integer": [1, 0, 0, 0],
     }  # fmt: skip
-    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=5))
+    rewards = gdpo.judge(rollout, [Prompt((), Decimal(7))] * 4, Config(length_limit=5))
     assert rewards["short"].tolist() == [0, 0, 0, 0] and "integer" not in rewards
-    rewards = gdpo.judge(rollout, [7] * 4, Config(length_limit=6))
+    rewards = gdpo.judge(rollout, [Prompt((), Decimal(7))] * 4, Config(length_limit=6))
     assert rewards["short"].tolist() == [1, 0, 0, 0]
 
 

@@ -16,7 +16,7 @@ import grpo
 import pretrain
 import rollout as rollout_module
 import sft
-from data import encode_prompts, load_prompts
+from data import Prompt, encode_prompts, load_prompts
 from grpo import (
     Config,
     accumulate_gradients,
@@ -641,12 +641,12 @@ def test_an_answer_is_judged_by_the_gold_of_its_own_question(tmp_path, start, mo
     assert len(set(gold_of.values())) > 10
     real, judged = grpo.judge, []
 
-    def judge(rollout, golds, config):
+    def judge(rollout, asked, config):
         judged.append(
             [tuple(row[: mask.int().argmax() + 1].tolist()) for row, mask in zip(rollout.tokens, rollout.mask)]
         )
-        assert golds == [gold_of[question] for question in judged[-1]]
-        return real(rollout, golds, config)
+        assert [one.gold for one in asked] == [gold_of[question] for question in judged[-1]]
+        return real(rollout, asked, config)
 
     monkeypatch.setattr(grpo, "judge", judge)
     grpo.main(tiny_grpo(tmp_path, start, steps=2, draws=draws))
@@ -761,11 +761,11 @@ def test_the_penalty_for_length_is_a_reward():
     lengths = [20, 38, 43, 48]
     mask = torch.arange(48)[None] < torch.tensor(lengths)[:, None]
     rollout = grpo.Rollout(torch.zeros(4, 49), mask, torch.zeros(4, 48), ["7"] * 4, torch.ones(4, dtype=torch.bool))
-    rewards = grpo.judge(rollout, [7] * 4, Config(overlong_buffer=10))
+    rewards = grpo.judge(rollout, [Prompt((), Decimal(7))] * 4, Config(overlong_buffer=10))
     assert rewards["overlong"].tolist() == [0.0, 0.0, -0.5, -1.0]
     total = grpo.total_reward(rewards, grpo.weights_of(Config()))
     assert total.tolist() == [0.0, 0.0, -0.5, -1.0]
-    assert "overlong" not in grpo.judge(rollout, [7] * 4, Config())
+    assert "overlong" not in grpo.judge(rollout, [Prompt((), Decimal(7))] * 4, Config())
 
 
 @pytest.mark.parametrize(("minibatches", "passes"), [(2, 1), (3, 2)])

@@ -317,8 +317,10 @@ def test_parts_of_the_data(tmp_path, monkeypatch):
     (tmp_path / "a+b.jsonl").write_text('{"prompt": "q", "chosen": "x", "rejected": "y"}\n')
     assert len(load_pairs("a+b.jsonl", "validation")) == 1 and not has_labels("a+b.jsonl")
     assert len(load_pairs(["arith", "a+b.jsonl"], "validation")) == 513
-    assert held_out_of("own") == ["arith"] == held_out_of("arith+own")
-    assert held_out_of("hh-helpful+own") == ["hh-helpful", "arith"]
+    for data in ("own", "arith+own"):
+        assert held_out_of(dpo.Config(data=data)) == (["arith"], "validation")
+    assert held_out_of(dpo.Config(data="hh-helpful+own")) == (["hh-helpful", "arith"], "validation")
+    assert held_out_of(dpo.Config(data="a.jsonl", eval_data="b.jsonl")) == (["b.jsonl"], "whole")
 
 
 def test_batches_of_pairs_have_the_chosen_answers_first():

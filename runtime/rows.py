@@ -1,0 +1,198 @@
+"""Rows of a dataset: from a file, from a local mirror of the hub, or from the hub itself.
+
+A user names data of his own by a file (``chats.jsonl``; compressed, ``.csv`` or ``.parquet`` too), or by its id on the
+hub, ``org/name``, ``org/name:configuration`` or ``org/name:configuration:split``. ``--columns question=q answer=final``
+says which of its columns mean what.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from runtime import processes
+from runtime.errors import UserError
+
+LINES = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open, ".jsonl.bz2": bz2.open}  # read as they stream
+TABLES = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # read by the library "datasets"
+FOLDERS = ("Anthropic/hh-rlhf",)  # datasets whose configurations are folders on the hub
+
+
+def read_dataset(
+    hub_id: str, config: str | None, split: str, data_dir: str = "", streaming: bool = False
+) -> Iterator[dict]:
+    """The rows of ``DIR/<hub id, / as __>/[config/]<split>.jsonl[.xz|.gz]`` if ``data_dir`` has it, else of the hub's
+    dataset.
+    """
+    stem = Path(data_dir, hub_id.replace("/", "__"), config or "", split)
+    for ending in (".jsonl.xz", ".jsonl.gz", ".jsonl"):
+        path = Path(f"{stem}{ending}")
+        if data_dir and path.is_file():
+            return read_file(path)
+    looked = f"{stem}.jsonl[.xz|.gz]" if data_dir else ""
+    if hub_id.startswith("local/"):
+        raise UserError(
+            f"{hub_id} is on no hub: "
+            + (f"it should be at {looked}" if looked else "name the folder that holds it with --data_dir DIR")
+        )
+    return _read_hub(hub_id, config, split, streaming, looked)
+
+
+def _read_hub(hub_id: str, config: str | None, split: str, streaming: bool, looked: str) -> Iterator[dict]:
+    import datasets  # seconds to import, so only here
+
+    try:
+        if hub_id in FOLDERS:
+            return iter(datasets.load_dataset(hub_id, data_dir=config, split=split, streaming=streaming))
+        return iter(datasets.load_dataset(hub_id, config, split=split, streaming=streaming))
+    except Exception as error:  # whatever the network stack, the hub or the file formats raise
+        raise UserError(
+            f"the dataset {hub_id} ({split}) could not be loaded ({_why(error)}): go online, "
+            + (f"or put it at {looked}" if looked else "or name a local mirror with --data_dir DIR or ALIGNBOOK_DATA")
+        ) from None
+
+
+def _why(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:160] if text else ''}"
+
+
+def read_file(path: str | Path) -> Iterator[dict]:
+    """The rows of a file: a JSON object on each line, or a table."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    opener = next((LINES[ending] for ending in LINES if path.name.endswith(ending)), None)
+    return _read_table(path) if opener is None else _read_lines(path, opener)
+
+
+def _read_lines(path: Path, opener) -> Iterator[dict]:
+    n = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not JSON, or cut off ({error.msg})") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, line {number}: not an object with named columns")
+                yield row
+                n += 1
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged or cut off after {n} rows ({error})") from None
+
+
+def _read_table(path: Path) -> Iterator[dict]:
+    import datasets
+
+    try:
+        return iter(datasets.load_dataset(TABLES[path.suffix], data_files=str(path), split="train"))
+    except Exception as error:
+        raise UserError(f"{path} could not be read ({_why(error)})") from None
+
+
+def columns(row: dict, names: Sequence[str], source: str) -> list:
+    """The values of these columns, or an error that says which the dataset has."""
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise UserError(
+            f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, row))}"
+            + (f" (--columns {missing[0]}=... says which is meant)" if is_own(source) else "")
+        )
+    return [row[name] for name in names]
+
+
+def report_skipped(skipped: Counter, what: str) -> None:
+    if skipped and processes.rank() == 0:
+        print(f"skipped {sum(skipped.values())} {what}: " + ", ".join(f"{n} {why}" for why, n in skipped.most_common()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data of the user's own
+
+EVERY = 50  # of a dataset without a validation split, the rows that are kept for it
+
+
+def sources(data: str | list[str]) -> list[str]:
+    """The parts of "a+b"; a file may have a plus in its name."""
+    if isinstance(data, list):
+        return data
+    return [data] if Path(data).is_file() else data.split("+")
+
+
+def is_file(name: str) -> bool:
+    """Is this the name of a file of rows?"""
+    return name.endswith((*LINES, *TABLES))
+
+
+def is_own(name: str) -> bool:
+    """Is this a file of rows, or a dataset of the hub? (Otherwise it is one that the book knows by name.)"""
+    return is_file(name) or "/" in name
+
+
+def own_rows(
+    name: str, split: str, data_dir: str = "", rename: Sequence[str] = (), streaming: bool = False
+) -> Iterator[dict]:
+    """The rows of a user's dataset. split: "train" or "validation" (every 50th row), or "whole", all of it.
+
+    rename: "meaning=column" for each column that the dataset calls otherwise.
+    """
+    if is_file(name):
+        rows: Iterable[dict] = read_file(name)
+    else:
+        hub_id, *parts = name.split(":")
+        if len(parts) > 2:
+            raise UserError(
+                f"--data {name}: a dataset of the hub is org/name, org/name:config or org/name:config:split"
+            )
+        config, its_split = (parts[0] or None if parts else None), parts[1] if len(parts) == 2 else "train"
+        rows = read_dataset(hub_id, config, its_split, data_dir, streaming)
+    names = column_names(rename)
+    for i, row in enumerate(rows):
+        if split == "whole" or (i % EVERY == 0) == (split == "validation"):
+            yield row | {meaning: columns(row, [column], name)[0] for meaning, column in names.items()}
+
+
+def column_names(rename: Sequence[str]) -> dict[str, str]:
+    """``("answer=final",)`` as ``{"answer": "final"}``."""
+    names = {}
+    for pair in rename:
+        meaning, equals, column = pair.partition("=")
+        if not (meaning and equals and column):
+            raise UserError(f"--columns {pair}: write meaning=column, for example answer=final")
+        names[meaning] = column
+    return names
+
+
+def held_out(config) -> tuple[str, str]:
+    """Where a stage's held-out rows come from, and which they are: all of ``eval_data``, if it is named, or the
+    validation split of ``data``.
+    """
+    return (config.eval_data, "whole") if config.eval_data else (config.data, "validation")
+
+
+def describe_held_out(config) -> str:
+    """For a run's banner, where it is not a split of the data's own."""
+    if config.eval_data:
+        return f"; held out: {config.eval_data}"
+    return f"; held out: every {EVERY}th row" if any(map(is_own, sources(config.data))) else ""
+
+
+def evaluate_command(config, folder: Path, data: str) -> str:
+    """What compares a run with the model that it started from, on held-out rows of ``data``."""
+    asked = f"python evaluate.py {config.init_from} {folder} --data {data}"
+    if is_own(data) and not config.eval_data:
+        asked += " --split validation"
+    if config.columns:
+        asked += f" --columns {' '.join(config.columns)}"
+    if getattr(config, "reward", "").endswith(".py"):
+        asked += " ".join(["", "--reward", config.reward, *(["--reward_weights"] if config.reward_weights else [])])
+        asked += "".join(f" {weight}" for weight in config.reward_weights)
+    return asked

@@ -64,7 +64,7 @@ from torch import Tensor
 
 import arithmetic
 from attention import at_least_float32
-from data import columns, epoch_batch, parts_of, read_dataset, report_skipped, similar_lengths, text_documents
+from data import epoch_batch, parts_of, similar_lengths, text_documents
 from layers import ModelConfig, make_norm
 from lora import load_state
 from optim import learning_rate, make_optimizers, update
@@ -84,6 +84,8 @@ from runtime.config import (
 )
 from runtime.errors import UserError
 from runtime.linear import Linear, linear
+from runtime.rows import columns, is_own, own_rows, read_dataset, report_skipped
+from runtime.rows import held_out as held_out_rows
 from runtime.run import Run, start
 from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
@@ -95,7 +97,8 @@ class Config(TrainConfig):
     objective: Literal["classify", "mlm"] = "classify"
     """classify: learn the labels. mlm: learn to fill in hidden words, without labels."""
     data: str = "arith"
-    """arith, imdb, sst2, rotten_tomatoes. For mlm also several joined by "+", and the corpora of pretrain.py."""
+    """arith, imdb, sst2, rotten_tomatoes, or rows with a text and a label: a file (.jsonl), a dataset of the hub
+    (org/name). For mlm also several joined by "+", and all that pretrain.py reads."""
     n_texts: CountOrNone = None
     """Use only so many training texts of each source (None: all; of arith 4096 to classify)."""
     init_from: str = ""
@@ -260,11 +263,26 @@ LABELLED = {  # hub id, the names of labels 0, 1, ...; the columns are called te
 ARITH_CLASSES = ("not more", "more")
 
 
+def class_names(config: Config) -> tuple[str, ...]:
+    """The names of the labels; of a user's data those that its training rows have, sorted."""
+    if config.data == "arith":
+        return ARITH_CLASSES
+    if config.data in LABELLED:
+        return LABELLED[config.data][1]
+    rows = own_rows(config.data, "train", config.data_dir, config.columns)
+    found = sorted({str(columns(row, ["text", "label"], config.data)[1]) for row in rows})
+    if len(found) < 2:
+        raise UserError(f"{config.data} has one label, {', '.join(found)}: there is nothing to tell apart")
+    return tuple(found)
+
+
 def load_labelled(
-    name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None
-) -> tuple[list[str], list[int]]:
-    """Texts and labels of "train", "validation" or "test". IMDB has no validation split: every tenth training text is
-    kept for it. ``n``: so many, drawn at random (the files may be sorted by label).
+    name: str, split: str, data_dir: str = "", seed: int = 0, n: int | None = None, rename: Sequence[str] = (),
+    own_classes: Sequence[str] = (),
+) -> tuple[list[str], list[int]]:  # fmt: skip
+    """Texts and labels of "train", "validation" or "test"; of a user's data, "whole" is all of it. IMDB has no
+    validation split: every tenth training text is kept for it. ``n``: so many, drawn at random (the files may be sorted
+    by label). own_classes: the names of a user's labels.
 
     arith: a question of the embedded task; label 1 if its answer is more than the first number it names.
     """
@@ -272,14 +290,21 @@ def load_labelled(
         most, start = (4096, f"{seed} encoder") if split == "train" else (512, split)
         found = arithmetic.problems(n or most, start, split)
         return [p.question for p in found], [int(p.answer > int(re.search(r"\d+", p.question)[0])) for p in found]
-    if name not in LABELLED:
-        raise UserError(f"no labelled texts called {name!r}; there are arith, {', '.join(LABELLED)}")
-    hub_id, classes = LABELLED[name]
-    own = split if split == "test" or name != "imdb" else "train"
+    if is_own(name):
+        hub_id, classes = name, tuple(own_classes)
+        number = {label: i for i, label in enumerate(classes)}
+        rows = own_rows(name, split, data_dir, rename)
+        rows = (row | {"label": number.get(str(row.get("label")), -1)} for row in rows)
+    elif name in LABELLED:
+        hub_id, classes = LABELLED[name]
+        own = split if split == "test" or name != "imdb" else "train"
+        rows = read_dataset(hub_id, None, own, data_dir)
+        if name == "imdb" and own == "train":
+            rows = (row for i, row in enumerate(rows) if (i % 10 == 0) == (split == "validation"))
+    else:
+        raise UserError(f"no labelled texts called {name!r}; there are arith, {', '.join(LABELLED)}, or rows (.jsonl)")
     texts, labels, skipped = [], [], Counter()
-    for i, row in enumerate(read_dataset(hub_id, None, own, data_dir)):
-        if name == "imdb" and own == "train" and (i % 10 == 0) != (split == "validation"):
-            continue
+    for row in rows:
         text, label = columns(row, ["text", "label"], hub_id)
         if not isinstance(text, str) or not text.strip() or label not in range(len(classes)):
             skipped["without a text or a label"] += 1
@@ -303,7 +328,7 @@ def plain_texts(names: str, split: str, config: Config) -> Iterable[str]:
         if name in LABELLED:
             yield from load_labelled(name, split, config.data_dir, config.seed, n)[0]
         else:
-            for text in text_documents(name, split, config.data_dir, config.seed, n):
+            for text in text_documents(name, split, config.data_dir, config.seed, n, config.columns):
                 if isinstance(text, str) and text.strip():
                     yield text
                 else:
@@ -370,9 +395,12 @@ def to_fill_in(texts: Iterable[str], tokenizer: Tokenizer, length: int, lowercas
 
 
 def labelled_texts(config: Config, split: str, tokenizer: Tokenizer, length: int, lowercase: bool) -> Texts:
-    """A split as rows to classify; ``n_texts`` bounds the training split only."""
-    n = config.n_texts if split == "train" else None
-    texts, labels = load_labelled(config.data, split, config.data_dir, config.seed, n)
+    """A split as rows to classify; ``n_texts`` bounds the training split only. A user's data is tested on
+    ``eval_data``, or else on the rows that it is validated on."""
+    n, name = config.n_texts if split == "train" else None, config.data
+    if split == "test" and is_own(name):
+        name, split = held_out_rows(config)
+    texts, labels = load_labelled(name, split, config.data_dir, config.seed, n, config.columns, class_names(config))
     return to_classify(texts, labels, tokenizer, length, lowercase)
 
 
@@ -461,8 +489,8 @@ def check(config: Config) -> None:
     validate(config)
     if config.objective == "mlm" and config.hide == 0:
         raise UserError("mlm hides some tokens: --hide above 0")
-    if config.objective == "classify" and config.data not in ("arith", *LABELLED):
-        raise UserError(f"--data {config.data} has no labels; there are arith, {', '.join(LABELLED)}")
+    if config.objective == "classify" and config.data not in ("arith", *LABELLED) and not is_own(config.data):
+        raise UserError(f"--data {config.data} has no labels; there are arith, {', '.join(LABELLED)}, or rows (.jsonl)")
     if config.init_from and config.tokenizer_from:
         raise UserError("--init_from brings its own tokenizer: leave --tokenizer_from out")
     if config.init_from and config.lowercase:
@@ -577,7 +605,7 @@ def train_mlm(config: Config) -> dict:
         maskable = real & (tokens < vocab)  # (B, T)
         generator = step_generator(config, step)
         corrupted, chosen = mask_tokens(tokens, maskable, vocab, mask_id, config.hide, generator)  # (B, T) each
-        n_chosen = max(1, int(chosen.sum()))  # of the whole batch
+        n_chosen = int(chosen.sum())  # of the whole batch
         share = processes.my_share(torch.arange(len(rows), device=run.device))
         loss = accuracy = torch.zeros((), device=run.device)
         for part in parts_of(share, config.micro_batch_size):
@@ -585,12 +613,13 @@ def train_mlm(config: Config) -> dict:
             with run.autocast():
                 logits = model(corrupted[part], real[part], chosen[part])  # (n, V)
             # A sum over this part, divided by the count of the whole batch: parts and processes add up to the mean.
-            part_loss = F.cross_entropy(logits, targets, reduction="sum") / n_chosen
+            part_loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, n_chosen)
             run.scaler.scale(part_loss).backward()
             loss = loss + part_loss.detach()
-            accuracy = accuracy + (logits.argmax(dim=-1) == targets).sum() / n_chosen
+            accuracy = accuracy + (logits.argmax(dim=-1) == targets).sum() / max(1, n_chosen)
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
-        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
+        # If by chance no word was hidden, momentum must not move the weights by itself.
+        grad_norm = update(run, model, optimizers, lr, config.max_grad_norm) if n_chosen else 0.0
 
         loss, accuracy = processes.sum_over_processes(torch.stack([loss, accuracy])).tolist()
         figures = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": lr}
@@ -616,7 +645,7 @@ def train_classifier(config: Config) -> dict:
     run = start(config, "encoder")
     tokenizer = make_tokenizer(run, config)
     body, lowercase, length = make_body(run, config, tokenizer)
-    classes = ARITH_CLASSES if config.data == "arith" else LABELLED[config.data][1]  # C names
+    classes = class_names(config)  # C names
     model = Classifier(body, len(classes), config.pooling).to(run.device)
     body.activation_checkpointing = config.activation_checkpointing
 

@@ -35,19 +35,40 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data import CHATS, CORPORA, bits_per_byte, encode_prompts, load_chats, load_prompts, pack, text_documents
+from data import (
+    CHATS,
+    CORPORA,
+    PROMPTS,
+    Prompt,
+    bits_per_byte,
+    encode_prompts,
+    load_chats,
+    load_prompts,
+    pack,
+    text_documents,
+)
 from lora import load_state
 from preferences import SOURCES, encode_pairs, load_pairs
 from reward import load_reward_model, scores
-from rollout import answer_greedily, sample_answers, score
-from runtime.checkpoint import find_checkpoint, weights_id, write_text
+from rollout import (
+    answer_greedily,
+    check_reward,
+    greedy_rewards,
+    has_own_rewards,
+    own_weights,
+    sample_answers,
+    score,
+    total_reward,
+)
+from runtime.checkpoint import find_checkpoint, need_checkpoint, weights_id, write_text
 from runtime.config import Above, AtLeast, Count, CountOrZero, Positive, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
+from runtime.rows import is_file, is_own, own_rows
 from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, answer_logps, token_logps
-from verify import extract_answer
+from verify import is_right, read_answer
 
 
 @dataclass(frozen=True)
@@ -56,8 +77,18 @@ class Config:
     """Run folders or checkpoint files, in the order of the table. Default: the stages found in out/arith."""
     data: str = "arith"
     """arith, gsm8k or svamp (accuracy); alpaca or dolly (perplexity, ROUGE-L); tinystories, books, pile or a text
-    file (bits per byte); hh-harmless, hh-helpful, ultrafeedback or a .jsonl file (accuracy on pairs).
+    file (bits per byte); hh-harmless, hh-helpful or ultrafeedback (accuracy on pairs). Of your own rows, a file
+    (.jsonl) or a dataset of the hub (org/name), the columns say which it is: chosen and rejected (pairs); answer
+    (questions); completion, output or an assistant's message (references); text.
     """
+    split: Literal["test", "validation"] = "test"
+    """Of your own rows, test is all of them, validation every 50th, which no stage has trained on."""
+    columns: tuple[str, ...] = ()
+    """Of your own rows: the columns that are called otherwise, as meaning=column, for example answer=final."""
+    reward: str = "verifier"
+    """What judges the answers: "verifier" (verify.py), or a Python file, each function of which is one reward."""
+    reward_weights: tuple[str, ...] = ()
+    """How much each of those functions counts, as name=weight (1 if it is not named)."""
     data_dir: str = os.environ.get("ALIGNBOOK_DATA", "")
     """A local mirror of datasets, looked in before the hub."""
     n: Count = 512
@@ -153,9 +184,13 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
     """Greedy accuracy with its interval, cut-off and unreadable answers; with ``samples``, pass@k and majority vote."""
     max_new = config.max_new_tokens or (48 if config.data == "arith" else 256)
     max_new = min(max_new, model.config.max_seq_len // 2)
-    prompts = load_prompts(config.data, "test", config.data_dir, n=config.n)
+    prompts = load_prompts(config.data, config.split, config.data_dir, n=config.n, rename=config.columns)
     ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
+    if has_own_rewards(config):
+        return measure_rewards(model, tokenizer, ids, prompts, max_new, config)
     n, golds = len(ids), [prompt.gold for prompt in prompts]
+    if None in golds:
+        raise UserError(f"{config.data} has rows without an answer: --columns answer=..., or --reward FILE.py")
     figures = answer_greedily(model, tokenizer, ids, golds, max_new, config.batch_size, show=True)
     passes, majority = {k: 0.0 for k in config.ks if k <= config.samples}, 0
     order = sorted(range(n), key=lambda i: len(ids[i]))  # prompts of like length together: less padding
@@ -167,19 +202,35 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
             top_p=config.top_p,
         )  # fmt: skip
         asked = [golds[i] for i in batch for _ in range(config.samples)]
+        done = rollout.finished.tolist()
         counts = score(rollout.texts, asked, rollout.finished)[0].view(-1, config.samples).sum(dim=1)
         for j, (i, c) in enumerate(zip(batch, counts.tolist())):
             for k in passes:
                 passes[k] += pass_at_k(config.samples, int(c), k) / n
             mine = slice(j * config.samples, (j + 1) * config.samples)
-            read = [extract_answer(t) if ok else None for t, ok in zip(rollout.texts[mine], rollout.finished[mine])]
-            majority += majority_vote(read) == golds[i]
+            read = [read_answer(t, golds[i]) if ok else None for t, ok in zip(rollout.texts[mine], done[mine])]
+            majority += is_right(majority_vote(read), golds[i])
     low, high = wilson_interval(round(figures["accuracy"] * n), n)
     result = {"accuracy": figures.pop("accuracy"), "low": low, "high": high, "n": n} | figures
     result |= {f"pass@{k}": value for k, value in passes.items()}
     if config.samples:
         result[f"maj@{config.samples}"] = majority / n
     return result
+
+
+def measure_rewards(
+    model: Transformer, tokenizer: Tokenizer, ids: list, prompts: list[Prompt], max_new: int, config: Config
+) -> dict:
+    """Rewards of the user's own, of greedy answers: their weighted sum with a 95 % interval, and the mean of each."""
+    size = config.batch_size
+    found, figures = greedy_rewards(model, tokenizer, ids, prompts, max_new, config.reward, size, show=True)
+    total = total_reward(found, own_weights(config))
+    known = total[~total.isnan()]
+    if not len(known):
+        raise UserError(f"{config.reward} knows the reward of no answer (NaN)")
+    half = 1.96 * float(known.std()) / math.sqrt(len(known)) if len(known) > 1 else math.inf
+    mean, means = float(known.mean()), {name: float(values.nanmean()) for name, values in found.items()}
+    return {"reward": mean, "low": mean - half, "high": mean + half, "n": len(known)} | means | figures
 
 
 @torch.no_grad()
@@ -189,7 +240,8 @@ def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> di
     """
     device, length = model.head.weight.device, model.config.max_seq_len
     pieces, n_bytes = [], 0
-    for text in islice(text_documents(config.data, "validation", config.data_dir), config.n):
+    part = "whole" if config.split == "test" else "validation"  # of the named ones, their validation split
+    for text in islice(text_documents(config.data, part, config.data_dir, rename=config.columns), config.n):
         if isinstance(text, str) and text.strip():
             end = tokenizer.eot_id  # where a document begins, the last one ended
             ids = [end, *tokenizer.encode(text), end]
@@ -214,7 +266,8 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
     training.
     """
     device = model.head.weight.device
-    chats = load_chats(config.data, "validation", config.data_dir, n=config.n)
+    part = "whole" if config.split == "test" else "validation"  # of the named ones, the rows kept from training
+    chats = load_chats(config.data, part, config.data_dir, n=config.n, rename=config.columns)
     rows = pack(chats, tokenizer, model.config.max_seq_len)
     nats = count = 0.0
     for first in tqdm(range(0, len(rows), 16), desc="references", leave=False):
@@ -238,13 +291,14 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
 
 @torch.no_grad()
 def measure_pairs(path: str, config: Config) -> dict:
-    """How often the preferred answer of a test pair gets the higher score. Scores are those of a reward model; or β
-    (log π - log π_ref) of a policy that was trained from a reference (dpo, ipo, kto, and PPO, GRPO and GDPO too), found
-    through its lineage; or log π per token (simpo, orpo, and models without a reference). A tie counts as wrong.
+    """How often the preferred answer of a test pair gets the higher score; a tie counts as wrong. Scores are those of a
+    reward model; or β (log π - log π_ref) of a policy that was trained from a reference (dpo, ipo, kto, and PPO, GRPO
+    and GDPO too; of ipo per token, if its loss averages), found through its lineage; or log π per token (simpo, orpo,
+    and models without a reference).
     """
     device, state = pick_device(config.device), load_state(path)
     length = state["config"].get("max_length") or state["model_config"]["max_seq_len"]
-    pairs = load_pairs(config.data, "test", config.data_dir, n=config.n)
+    pairs = load_pairs(config.data, config.split, config.data_dir, n=config.n, rename=config.columns)
     if state["stage"] == "reward":
         model, tokenizer, _ = load_reward_model(path, device)
         rows = encode_pairs(pairs, tokenizer, length)
@@ -263,7 +317,9 @@ def measure_pairs(path: str, config: Config) -> dict:
             some = range(first, min(first + 32, len(rows)))
             tokens, mask, _ = rows.batch(some, device)
             sums, lengths = answer_logps(model, tokens, mask)
-            gains = sums / lengths if reference is None else sums - answer_logps(reference, tokens, mask)[0]
+            gains = sums if reference is None else sums - answer_logps(reference, tokens, mask)[0]
+            averaged = state["stage"] == "ipo" and state["config"].get("ipo_average")
+            gains = gains / lengths if reference is None or averaged else gains
             found[:, first : first + len(some)] = gains.view(2, -1).cpu()
         chosen, rejected = found
     right, n = int((chosen > rejected).sum()), len(rows)
@@ -271,28 +327,55 @@ def measure_pairs(path: str, config: Config) -> dict:
     return {"accuracy": right / n, "low": low, "high": high, "n": n}
 
 
+def kind_of(config: Config) -> str:
+    """What the data asks of a model: "answers", "references", "pairs" or "text"."""
+    name = config.data
+    if name in ("arith", *PROMPTS):
+        return "answers"
+    if name in SOURCES:
+        return "pairs"
+    if name.split("+")[0] in CHATS:
+        return "references"
+    if name in CORPORA or (Path(name).exists() and not is_file(name)):
+        return "text"
+    if not is_own(name):
+        known = dict.fromkeys(["arith", *PROMPTS, *CHATS, *CORPORA, *SOURCES])
+        raise UserError(f"--data {name}: there are {', '.join(known)}, a text file, and rows of your own (.jsonl)")
+    row = next(own_rows(name, "whole", config.data_dir, config.columns), {})
+    if "chosen" in row and "rejected" in row:
+        return "pairs"
+    if "text" in row:
+        return "text"
+    if "answer" in row or has_own_rewards(config):
+        return "answers"
+    last = (row.get("messages") or row.get("conversations") or [{}])[-1]
+    replied = last.get("role", last.get("from")) in ("assistant", "gpt")
+    return "references" if replied or "completion" in row or "output" in row else "answers"
+
+
 def measure(path: str, config: Config) -> dict:
     """Everything that ``config.data`` allows to measure of one checkpoint, as a row of the table."""
-    device = pick_device(config.device)
+    device, kind = pick_device(config.device), kind_of(config)
     state = load_state(path)
     row = {"stage": state["stage"], "path": str(path), "step": state["step"], "data": config.data}
-    if state["stage"] == "reward" or config.data in SOURCES or config.data.endswith(".jsonl"):
+    if state["stage"] == "reward" or kind == "pairs":
         with autocast(device, pick_precision(config.precision, device)):
             return row | measure_pairs(path, config)
     model, tokenizer, _ = load_stage(path, device=device)
+    measures = {"answers": measure_answers, "references": measure_references, "text": measure_text}
     with autocast(device, pick_precision(config.precision, device)):
-        if config.data in ("arith", "gsm8k", "svamp"):
-            row |= measure_answers(model, tokenizer, config)
-            if config.data == "arith":
-                row |= measure_text(model, tokenizer, config)
-        elif config.data.split("+")[0] in CHATS:
-            row |= measure_references(model, tokenizer, config)
-        elif config.data in CORPORA or Path(config.data).exists():
+        row |= measures[kind](model, tokenizer, config)
+        if config.data == "arith":
             row |= measure_text(model, tokenizer, config)
-        else:
-            known = ["arith", "gsm8k", "svamp", *CHATS, *CORPORA, *SOURCES]
-            raise UserError(f"--data {config.data}: there are {', '.join(dict.fromkeys(known))}, or a text file")
     return row
+
+
+def need_all(paths: Sequence[str], config: Config) -> None:
+    """Refuse, before anything is measured, data that nobody knows and checkpoints that are not there."""
+    check_reward(config)
+    for path in paths:
+        need_checkpoint(path)
+    kind_of(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,16 +387,16 @@ DIGITS = {"tokens": 1}
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a markdown table: accuracy with its interval, and every other figure that some row has."""
-    hidden = {"stage", "path", "step", "data", "accuracy", "low", "high", "n", "documents_bytes"}
+    hidden = {"stage", "path", "step", "data", "accuracy", "reward", "low", "high", "n", "documents_bytes"}
     names = list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
-    has_accuracy = any("accuracy" in row for row in rows)
-    head = ["stage", *(["accuracy", "95 % interval"] if has_accuracy else []), *(COLUMNS.get(n, n) for n in names), "n"]
+    first = next((name for name in ("accuracy", "reward") for row in rows if name in row), "")  # with an interval
+    head = ["stage", *([first, "95 % interval"] if first else []), *(COLUMNS.get(n, n) for n in names), "n"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for row in rows:
         cells = [row["stage"]]
-        if has_accuracy:
-            known = "accuracy" in row
-            cells += [f"{row['accuracy']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if known else ["", ""]
+        if first:
+            known = first in row
+            cells += [f"{row[first]:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if known else ["", ""]
         cells += [f"{row[name]:.{DIGITS.get(name, 3)}f}" if name in row else "" for name in names] + [
             str(row.get("n", ""))
         ]
@@ -342,6 +425,7 @@ def main() -> None:
     )
     if not paths:
         raise UserError("nothing to evaluate: name run folders or checkpoints, or make some with: python pipeline.py")
+    need_all(paths, config)
     rows = [measure(path, config) for path in paths]
     repeated = Counter(row["stage"] for row in rows)
     for row in rows:  # two runs of one stage go by their folders

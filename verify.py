@@ -88,17 +88,27 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()
 
 
+def read_answer(text: str, gold: Gold) -> Decimal | str | None:
+    """The answer as a number, or where ``gold`` is a text, as a text; None if it cannot be read."""
+    return extract_text(text) if isinstance(gold, tuple) else extract_answer(text)
+
+
+def is_right(answer: Decimal | str | None, gold: Gold) -> bool:
+    """Whether an answer that ``read_answer`` has read is ``gold``, or one of its texts."""
+    return answer is not None and (
+        answer in {_plain(one) for one in gold} if isinstance(gold, tuple) else answer == gold
+    )
+
+
 def correctness_reward(text: str, gold: Gold | str | int) -> float:
     """1.0 if the answer equals ``gold``, else 0.0 (also when there is no valid answer)."""
-    if isinstance(gold, tuple):
-        return float(extract_text(text) in {_plain(one) for one in gold})
-    answer = extract_answer(text)
-    return float(answer is not None and answer == parse_gold(gold))
+    gold = gold if isinstance(gold, tuple) else parse_gold(gold)
+    return float(is_right(read_answer(text, gold), gold))
 
 
 def format_reward(text: str, gold: Gold | str | int = 0) -> float:
     """1.0 if the text has the strict form, whatever its answer: a number, or where ``gold`` is a text, any text."""
-    return float((extract_text(text) if isinstance(gold, tuple) else extract_answer(text)) is not None)
+    return float(read_answer(text, gold) is not None)
 
 
 def lax_correctness_reward(text: str, gold: Decimal | str | int, verifier: str = "last") -> float:

@@ -25,6 +25,7 @@ def test_schedule_is_that_of_the_reference_one_step_on(name, final):
     ours = [learning_rate(step, 20, 1.0, 4, final) for step in range(19)]
     torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), reference[1:], rtol=1e-7, atol=1e-9)
     assert learning_rate(19, 20, 1.0, 4, final) == pytest.approx(final)
+    assert [learning_rate(step, 3, 1.0, 2, final) for step in range(3)] == pytest.approx([0.5, 1.0, final])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -361,7 +361,7 @@ def test_an_examination_of_many_questions_judges_each_by_its_own_gold(policy, mo
     def judged(texts, golds, finished, *_):
         asked.extend(golds)
         assert len(texts) == len(golds)
-        return torch.tensor([float(gold % 3 == 0) for gold in golds]), torch.ones(len(golds))
+        return torch.tensor([[float(gold % 3 == i) for gold in golds] for i in range(2)]).unbind()
 
     monkeypatch.setattr(rollout_module, "score", judged)
     run = StubRun()
@@ -369,6 +369,8 @@ def test_an_examination_of_many_questions_judges_each_by_its_own_gold(policy, mo
     prompts = [SimpleNamespace(gold=i) for i in range(131)]
     accuracy = rollout_module.greedy_accuracy(run, policy, TOKENIZER, [[65]] * 131, prompts, 1)
     assert asked == list(range(131)) and accuracy == pytest.approx(44 / 131)
+    more = rollout_module.answer_greedily(policy, TOKENIZER, [[65]] * 131, range(131), 2)
+    assert more == {"accuracy": accuracy, "unreadable": pytest.approx(87 / 131), "cut_off": 1.0, "tokens": 2.0}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])

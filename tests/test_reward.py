@@ -263,6 +263,7 @@ def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
     logged = [json.loads(line) for line in (tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["val_accuracy"] == figures["val_accuracy"]
     assert set(logged[-1]) >= {"val_loss", "val_margin", "val_calibration_error"}
+    assert [row["step"] for row in logged if "val_loss" in row] == [3, 6]
     judge, tokenizer, state = load_reward_model(str(tmp_path / "reward"))
     assert state["stage"] == "reward" and state["lineage"][-1]["stage"] == "sft"
     assert "flaw" in (tmp_path / "reward" / "samples.txt").read_text()
@@ -323,7 +324,10 @@ def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft
     chosen, rejected = scored[torch.arange(8), real.sum(dim=1) - 1].chunk(2)
     whole = bradley_terry_loss(chosen, rejected, 0.5, 0.1)
     of_tokens = token_loss(*scored.chunk(2), behind_the_difference(tokens, real))
-    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
+    assert row["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
+    logged = row["loss"]
     assert logged == pytest.approx(float(0.7 * whole + 0.3 * of_tokens), rel=1e-5)
     assert logged != pytest.approx(float(0.7 * bradley_terry_loss(chosen, rejected) + 0.3 * of_tokens), rel=1e-3)
 

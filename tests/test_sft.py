@@ -115,7 +115,7 @@ def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
         assert row["share_learned"] == pytest.approx(float(learned) / (4 * config.seq_len))
 
 
-def test_the_answers_that_are_shown_fit_into_the_context():
+def test_the_answers_that_are_shown_fit_into_the_context(monkeypatch):
     """Questions of unlike lengths; what has no room for an answer is not asked."""
     run = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext, eager=contextlib.nullcontext)
     model = Transformer(ModelConfig(261, 32, 2, 2, max_seq_len=64))
@@ -123,7 +123,10 @@ def test_the_answers_that_are_shown_fit_into_the_context():
         [{"role": "user", "content": text}, {"role": "assistant", "content": "7"}]
         for text in ("q" * 99, "a" * 61, "b", "c" * 62, "d", "e")
     ]
+    room, real = [], sft.generate
+    monkeypatch.setattr(sft, "generate", lambda *args, **more: room.append(args[2]) or real(*args, **more))
     lines = sft.answers(run, model, ByteTokenizer(), chats).splitlines()
+    assert room == [1]  # behind the longest of them
     assert [line for line in lines if line.startswith("question")] == [f"question:  {x}" for x in ("a" * 61, "b", "d")]
     assert sft.answers(run, model, ByteTokenizer(), chats[:1]) == "every question is longer than the context"
 

@@ -433,11 +433,8 @@ def test_it_learns_to_fill_in_and_to_classify(tmp_path):
     told = [row["accuracy"] for row in rows if "accuracy" in row]
     assert sum(told[-5:]) / 5 > 0.8
     state = load_checkpoint(tmp_path / "cls")
-    assert (
-        state["model_config"]["tie_embeddings"]
-        and state["lineage"][0]["stage"] == "mlm"
-        and state["model_config"]["max_seq_len"] == 44
-    )
+    assert state["lineage"][0]["stage"] == "mlm" and state["model_config"]["max_seq_len"] == 44
+    assert state["model_config"]["tie_embeddings"]
     assert (tmp_path / "cls" / "samples.txt").read_text().count("positive") > 0
 
 

@@ -627,6 +627,10 @@ def test_the_clip_takes_only_what_the_advantage_would_push_further():
         sums = UpdateSums(clip_low=0.2, clip_high=0.1, lower_bound=lower_bound)
         sums.add(ratios.log().expand(3, 5), torch.zeros(3, 5), torch.tensor([1.0, -1.0, 0.0]), mask)
         assert sums.means()["clip_fraction"] == pytest.approx(clipped / 10)
+    sums = UpdateSums(clip_low=0.2, clip_high=0.1)
+    sums.add(torch.full((1, 1), 0.5), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1).bool())
+    means = sums.means()
+    assert means["clip_fraction"] == means["tokens"] == 1 and means["kl_old"] == pytest.approx(math.exp(0.5) - 1.5)
 
 
 def shown_questions(monkeypatch, stage, start) -> list[bool]:

@@ -663,6 +663,11 @@ def test_what_cannot_work_is_refused_in_one_line(tmp_path, folders, changes, wor
         ppo.main(tiny(tmp_path / "x", folders, **changes))
 
 
+def test_settings_at_the_bound_are_not_refused(tmp_path):
+    for changes in ({"minibatches": 8}, {"kl_target": 1.0, "kl_horizon": 8, "beta": 0.1}):
+        ppo.check(tiny(tmp_path, tmp_path, **changes))
+
+
 def test_the_worked_example_is_worked_by_hand(capsys):
     """λ = ½, a score of 1 at the end, a tenth of log 2 for straying at the second token."""
     ppo.example()

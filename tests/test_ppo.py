@@ -558,6 +558,8 @@ def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, j
     }  # fmt: skip
     assert len(rows) == 5 and wanted <= set(rows[0]) and shown == [True, True, True]
     assert [row["step"] for row in metrics(tmp_path / "ppo") if "accuracy" in row] == [0, 3, 5]
+    text = (tmp_path / "ppo" / "samples.txt").read_text()  # one answer to each question: the next one is to another
+    assert len(re.findall(r"^(?:right|wrong)(?:, cut off)?: ", text, re.M)) == text.count("question: ") == 2
     assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-3) and rows[0]["first_ratio_gap"] < 1e-4
     assert len({row["beta"] for row in rows}) > 1 and all(0.05 < row["rollout_share"] < 1 for row in rows)
     model, tokenizer, state = load_stage(str(tmp_path / "ppo"))  # the value head stays behind

@@ -295,6 +295,17 @@ def test_after_training_answers_of_the_starting_policy_score_0_with_variance_1(t
     assert len({int(mask.sum()) + len(prompt) for mask, prompt in zip(rollout.mask, rows.prompts)}) > 2
 
 
+def test_two_prompts_with_room_are_enough_to_scale_the_scores(sft_folder):
+    policy, tokenizer, _ = load_stage(str(sft_folder))
+    room = policy.config.max_seq_len - 6
+    pairs = [Pair(({"role": "user", "content": "q" * n},), "5", "6") for n in (room - 2, room - 1, 1, 2)]
+    rows = encode_pairs(pairs, ByteTokenizer(), 2 * room)
+    config = replace(Config(), normalize_on=2, max_new_tokens=6)
+    assert reward.prompts_with_room(policy, policy, rows, config) == [rows.prompts[0], rows.prompts[2]]
+    with pytest.raises(UserError, match="at least two prompts"):
+        reward.prompts_with_room(policy, policy, rows, replace(config, normalize_on=1))
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypatch):
     whole, stopped = (tiny(tmp_path / name, sft_folder) for name in ("whole", "stopped"))
     assert_exact_resume(monkeypatch, reward, whole, stopped, saves=2)

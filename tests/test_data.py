@@ -236,6 +236,15 @@ def test_packed_conversations_do_not_see_each_other():
         start += ids.shape[1]
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_conversation_that_just_fills_a_row_is_kept(packing, capsys):
+    chats = [chat for chat in CHATS if len(encode_chat(BYTES, chat)[0]) <= 32]
+    longest = max(len(encode_chat(BYTES, chat)[0]) for chat in chats)
+    rows = pack(chats, BYTES, longest, packing)
+    assert sum(int(row.max()) for row in rows.segments) == len(chats) and "longer than" not in capsys.readouterr().out
+    assert (rows.segments == 1).all(dim=1).any()  # it fills its row
+
+
 def test_rows_that_are_all_too_long_are_an_error():
     with pytest.raises(UserError, match="longer than 4 tokens"):
         pack(CHATS, BYTES, 4)
@@ -286,6 +295,9 @@ def test_the_exam_is_the_same_for_every_seed_and_disjoint_from_training():
     assert exam == load_prompts("arith", "test", seed=2, n=100)
     train = {p.messages[0]["content"] for p in load_prompts("arith", "train", seed=1)}
     assert not train & {p.messages[0]["content"] for p in exam}
+    held_out = load_prompts("arith", "validation", seed=1)
+    assert held_out == load_prompts("arith", "validation", seed=2) and len(held_out) == 512
+    assert not train & {p.messages[0]["content"] for p in held_out} and len(load_prompts("arith", "train")) == 4096
 
 
 def test_long_prompts_are_left_out_and_counted(capsys):

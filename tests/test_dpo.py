@@ -25,7 +25,7 @@ from dpo import (
     simpo_loss,
     where_needed,
 )
-from kto import answer_figures, batch_kl, kto_loss
+from kto import answer_figures, batch_kl, class_means, kto_loss
 from preferences import Judged, Pair, encode_judged, encode_pairs, load_judged, load_pairs
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError
@@ -368,6 +368,18 @@ def test_the_stage_computes_the_loss_of_single_answers(run):
     assert figures["logp_rejected"] == pytest.approx(averages[False], rel=1e-4)
 
 
+def test_the_figures_of_kto_are_means_over_each_class_by_itself():
+    sums = {"desirable": 3, "reward_chosen": 6.0, "logp_chosen": -1.5, "reward_rejected": -5.0, "logp_rejected": -10.0}
+    means = {"reward_chosen": 2.0, "logp_chosen": -0.5, "reward_rejected": -1.0, "logp_rejected": -2.0, "margin": 3.0}
+    assert class_means(sums, 8) == means
+    nothing = {"reward_chosen": 0.0, "logp_chosen": 0.0, "reward_rejected": 0.0, "logp_rejected": 0.0}
+    assert class_means(nothing | {"desirable": 2, "reward_chosen": 1.0}, 2) == {"reward_chosen": 0.5, "logp_chosen": 0}
+    assert class_means(nothing | {"desirable": 0, "logp_rejected": -3.0}, 2) == {
+        "reward_rejected": 0,
+        "logp_rejected": -1.5,
+    }
+
+
 def test_the_reference_of_pairs_has_two_rows_and_no_gradient(run):
     model, rows = model_and_rows(5)
     ref = reference_logps(model, rows.batch, len(rows), batch_size=2)
@@ -424,6 +436,10 @@ def test_a_run_of_each_method(tmp_path, sft_folder, method):
         assert step["loss"] == pytest.approx(math.log(2), abs=1e-4) and step["margin"] == pytest.approx(0, abs=1e-4)
     if method == "kto":
         assert step["loss"] == pytest.approx(0.5, abs=1e-4) and step["kl"] == pytest.approx(0, abs=1e-3)
+    last = [row for row in rows if "loss" in row][-1]
+    assert last["margin"] != 0
+    assert last["margin"] == pytest.approx(last["reward_chosen"] - last["reward_rejected"], rel=1e-3, abs=1e-6)
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6, 8]
     assert any("val_questions" in row for row in rows) and (tmp_path / method / "best.pt").exists()
 
 
@@ -449,8 +465,10 @@ def test_the_figures_of_held_out_pairs_are_those_of_each_pair_alone(tmp_path, sf
     reference, _, _ = load_stage(str(sft_folder))
     rows = encode_pairs(load_pairs("arith", "validation")[:41], tokenizer, 96)
     losses, margins, nll, words = [], [], 0.0, 0
+    averages, rewards = [0.0, 0.0], [0.0, 0.0]
     for prompt, *both in zip(rows.prompts, rows.chosen, rows.rejected):
         chosen, rejected = (answer_alone(policy, prompt, answer)[0] for answer in both)
+        averages = [averages[0] + chosen / len(both[0]), averages[1] + rejected / len(both[1])]
         if method == "orpo":
             chosen, rejected = chosen / len(both[0]), rejected / len(both[1])
             odds = [a - math.log(1 - math.exp(a)) for a in (chosen, rejected)]
@@ -465,24 +483,28 @@ def test_the_figures_of_held_out_pairs_are_those_of_each_pair_alone(tmp_path, sf
             else:
                 losses.append((1.3 * sigmoid(-0.3 * chosen) + 0.6 * sigmoid(0.3 * rejected)) / 2)
         margins.append(0.3 * (chosen - rejected))
+        rewards = [rewards[0] + 0.3 * chosen, rewards[1] + 0.3 * rejected]
     n = len(losses)
     assert n == 41 and figures["val_loss"] == pytest.approx(sum(losses) / n + nll / max(words, 1), rel=1e-4)
     assert figures["val_accuracy"] == pytest.approx(sum(margin > 0 for margin in margins) / n)
     assert figures["val_margin"] == pytest.approx(sum(margins) / n, rel=1e-3, abs=1e-5)
+    for name, average, reward in zip(("chosen", "rejected"), averages, rewards):
+        assert figures[f"val_logp_{name}"] == pytest.approx(average / n, rel=1e-3)
+        assert figures[f"val_reward_{name}"] == pytest.approx(reward / n, rel=1e-3, abs=1e-5)
 
 
 def test_the_figures_of_held_out_answers_are_those_of_each_answer_alone(tmp_path, sft_folder):
     """Of single answers, more than one batch of a validation holds: the loss without a KL, and how often a desirable
     answer has a higher reward than an undesirable one."""
     path = tmp_path / "thumbs.jsonl"
-    lines = [{"prompt": f"{i}+1?", "completion": f"{i + i % 7}", "label": i % 3 == 0} for i in range(3300)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))  # every 50th is held out: 66
+    lines = [{"prompt": f"{i}+1?", "completion": f"{i + i % 7}", "label": i % 3 == 0} for i in range(3500)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))  # every 50th is held out: 70
     settings = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6, "lr": 5e-3, "warmup": 0}
     config = tiny(tmp_path / "kto", sft_folder, method="kto", data=str(path), n_pairs=32, epochs=1.0, **settings)
-    figures = kto.main(replace(config, eval_pairs=100))
+    figures = kto.main(replace(config, eval_pairs=66))
     policy, tokenizer, _ = load_stage(str(tmp_path / "kto"))
     reference, _, _ = load_stage(str(sft_folder))
-    rows = encode_judged(load_judged(str(path), "validation"), tokenizer, 96)
+    rows = encode_judged(load_judged(str(path), "validation")[:66], tokenizer, 96)
     rewards, losses = {True: [], False: []}, []
     for prompt, answer, liked in zip(rows.prompts, rows.answers, rows.desirable.tolist()):
         gain = answer_alone(policy, prompt, answer)[0] - answer_alone(reference, prompt, answer)[0]

@@ -411,6 +411,10 @@ def test_it_learns_to_fill_in_and_to_classify(tmp_path):
     )
     rows = [json.loads(line) for line in (tmp_path / "mlm" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss"] > 5.0 and figures["val_loss"] < 1.0 and figures["val_accuracy"] > 0.7
+    told = [row["accuracy"] for row in rows if "accuracy" in row]  # of the words of a step
+    assert told[0] < 0.1 and sum(told[-5:]) / 5 > 0.6
+    steps = max(row["step"] for row in rows)
+    assert [row["step"] for row in rows if "val_loss" in row] == sorted({*range(50, steps, 50), steps})
     reviews = [(f"film {i} {'bad then good' if i % 2 else 'good then bad'}", i % 2) for i in range(200)]
     data = mirror(tmp_path, "SetFit__sst2", train=reviews, validation=reviews[:40], test=reviews[40:100])
     figures = encoder.main(
@@ -425,8 +429,12 @@ def test_it_learns_to_fill_in_and_to_classify(tmp_path):
         )
     )
     assert figures["test_accuracy"] > 0.9
+    rows = [json.loads(line) for line in (tmp_path / "cls" / "metrics.jsonl").read_text().splitlines()]
+    told = [row["accuracy"] for row in rows if "accuracy" in row]
+    assert sum(told[-5:]) / 5 > 0.8
     state = load_checkpoint(tmp_path / "cls")
     assert state["lineage"][0]["stage"] == "mlm" and state["model_config"]["max_seq_len"] == 44
+    assert state["model_config"]["tie_embeddings"]
     assert (tmp_path / "cls" / "samples.txt").read_text().count("positive") > 0
 
 

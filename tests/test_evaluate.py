@@ -1,5 +1,7 @@
 import json
+import math
 from decimal import Decimal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from tiny import tiny_pretrain
 
 import evaluate
 import pretrain
+from data import encode_prompts, load_prompts
 from evaluate import majority_vote, pass_at_k, rouge_l, wilson_interval
+from tokenizer import encode_chat
 from transformer import token_logps
 
 
@@ -87,6 +91,26 @@ def test_bits_per_byte_are_nats_over_bytes(base, tmp_path):
         assert row["bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / len(held), rel=1e-4)
 
 
+def test_long_documents_are_measured_in_pieces_and_empty_ones_not_at_all(base, monkeypatch, tmp_path):
+    """Each token is predicted once, from those of its piece; a piece begins with the last token of the one before."""
+    model, tokenizer, _ = evaluate.load_stage(str(base))
+    texts, length = ["One day Tom went to the café. " * 50, "A short one."], model.config.max_seq_len
+    documents = ["", texts[0], " \n", None, texts[1], "one too many"]
+    monkeypatch.setattr(evaluate, "text_documents", lambda *args, **more: iter(documents))
+    (tmp_path / "text.txt").write_text("in its place")
+    row = evaluate.measure(str(base), evaluate.Config(data=str(tmp_path / "text.txt"), n=5, batch_size=2, device="cpu"))
+    nats = 0.0
+    for text in texts:
+        ids, done = [tokenizer.eot_id, *tokenizer.encode(text), tokenizer.eot_id], 0
+        while done < len(ids) - 1:
+            piece = torch.tensor([ids[done : done + length]])
+            nats -= float(token_logps(model, piece).detach().sum())
+            done += piece.shape[1] - 1
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert len(ids) < length < len(tokenizer.encode(texts[0])) / 2 and row["documents_bytes"] == n_bytes
+    assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
 def test_instruction_data_gives_perplexity_and_rouge(base, tmp_path):
     folder = tmp_path / "databricks__databricks-dolly-15k"
     folder.mkdir()
@@ -96,6 +120,61 @@ def test_instruction_data_gives_perplexity_and_rouge(base, tmp_path):
         str(base), evaluate.Config(data="dolly", data_dir=str(tmp_path), max_new_tokens=8, device="cpu")
     )
     assert figures["perplexity"] > 1 and 0 <= figures["rouge_l"] <= 1 and figures["n"] == 2
+
+
+def test_each_reference_and_each_answer_counts_once(base, monkeypatch):
+    """More rows and more questions than one batch has, and a question that leaves no room for an answer."""
+    model, tokenizer, _ = evaluate.load_stage(str(base))
+    length, words = model.config.max_seq_len, [f"word{i} " * (3 + i % 11) for i in range(40)]
+    prompt_of = lambda text: encode_chat(tokenizer, [{"role": "user", "content": text}], True)[0]  # noqa: E731
+    while len(prompt_of(words[7])) <= length - 8:
+        words[7] += "a "
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": f"{i} " * (20 if i != 7 else 1)}]
+        for i, text in enumerate(words)
+    ]
+    compared = []
+    monkeypatch.setattr(evaluate, "load_chats", lambda *args, **more: chats)
+    monkeypatch.setattr(evaluate, "rouge_l", lambda *args: compared.append(args) or 0.25)
+    config = evaluate.Config(data="dolly", batch_size=6, max_new_tokens=8, device="cpu")
+    figures = evaluate.measure(str(base), config)
+    nats = count = 0.0
+    expected = []
+    for chat, text in zip(chats, words):
+        ids, mask = (torch.tensor([x]) for x in encode_chat(tokenizer, chat))
+        assert ids.shape[1] <= length
+        nats -= float((token_logps(model, ids) * mask[:, 1:]).detach().sum())
+        count += int(mask.sum())
+        if text != words[7]:
+            answer = evaluate.sample_answers(model, tokenizer, [prompt_of(text)], 1, 8, 0.0, seed=0)
+            expected.append((answer.texts[0], chat[1]["content"]))
+    assert len(evaluate.pack(chats, tokenizer, length)) > 16
+    assert figures["perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
+    assert sorted(compared) == sorted(expected) and len(set(expected)) == 39
+    assert figures["n"] == 39 and figures["rouge_l"] == pytest.approx(0.25)
+
+
+def test_the_samples_of_a_question_are_judged_together_and_by_its_own_gold(base, monkeypatch):
+    """Of three answers to each question 2, 3, 1, 0 and 3 are right, the wrong ones all different and first."""
+    tokenizer = evaluate.load_stage(str(base))[1]
+    ids, prompts = encode_prompts(load_prompts("arith", "test", n=5), tokenizer, 200)
+    gold_of, counts = {tuple(x): prompt.gold for x, prompt in zip(ids, prompts)}, iter([2, 3, 1, 0, 3])
+
+    def sampled(model, tokenizer, prompts, n, *more, **knobs):
+        texts = []
+        for prompt in prompts:
+            gold, right = gold_of[tuple(prompt)], next(counts)
+            said = [gold + 1 + i for i in range(n - right)] + [gold] * right
+            texts += [f"<think>so</think><answer>{value}</answer>" for value in said]
+        return SimpleNamespace(texts=texts, finished=torch.ones(len(texts), dtype=torch.bool))
+
+    greedy = {"accuracy": 0.4, "cut_off": 0.0, "unreadable": 0.0, "tokens": 9.0}
+    monkeypatch.setattr(evaluate, "sample_answers", sampled)
+    monkeypatch.setattr(evaluate, "answer_greedily", lambda *args, **more: dict(greedy))
+    row = evaluate.measure(str(base), evaluate.Config(n=5, samples=3, ks=(1, 2, 3), batch_size=6, device="cpu"))
+    assert row["pass@1"] == pytest.approx(9 / 15) and row["pass@3"] == pytest.approx(4 / 5)
+    assert row["pass@2"] == pytest.approx((1 + 1 + 2 / 3 + 0 + 1) / 5)
+    assert row["maj@3"] == pytest.approx(3 / 5) and row["accuracy"] == 0.4 and row["low"] < 0.4 < row["high"]
 
 
 def test_two_runs_of_one_stage_go_by_their_folders(monkeypatch, capsys):

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_json, load_npz
-from test_grpo import StubRun, policy, rollout_of, start  # noqa: F401  (fixtures)
+from test_grpo import StubRun, policy, rollout_of, shown_questions, start  # noqa: F401  (fixtures)
 from tiny import assert_exact_resume
 
 import gdpo
 import grpo
-from data import Prompt
+import rollout as rollout_module
+from data import Prompt, encode_prompts, load_prompts
 from gdpo import Config, condition, gdpo_advantages, group_sums
 from grpo import accumulate_gradients, group_advantages
+from optim import learning_rate
 from runtime.errors import UserError
 from runtime.run import Run
+from stages import load_stage
 from watch import distinct_advantages
 
 NUMBERS = load_npz("advantages_grpo_gdpo")
@@ -323,14 +326,68 @@ def tiny_gdpo(folder, start, **changes) -> Config:  # noqa: F811
     ids=str,
 )
 def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):  # noqa: F811
-    figures = gdpo.main(tiny_gdpo(tmp_path, start, **changes))
+    figures = gdpo.main(tiny_gdpo(tmp_path, start, epochs=1, **changes))
     assert 0 <= figures["accuracy"] <= 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "reward" in row]
     assert {"correct", "formatted", "short", "distinct_advantages", "flat_groups"} <= steps[0].keys()
     assert ("integer" in steps[0]) == ("integer_weight" in changes)
+    for row in steps:  # the one update of a rollout begins with the policy that sampled
+        assert abs(row["kl_old"]) < 1e-4 and row["clip_fraction"] == 0 and 0.05 < row["rollout_share"] < 1
+    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2]
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["stage"] == "gdpo"
     assert ("but for its last step" in capsys.readouterr().out) == ("length_weight" in changes)
+
+
+@pytest.mark.parametrize("flat", [{}, {1: 1.0, 3: 0.0}])
+def test_questions_are_drawn_again_only_for_groups_that_teach_nothing(tmp_path, start, monkeypatch, flat):  # noqa: F811
+    """And each answer is judged by the gold of its own question, and keeps its own advantage."""
+    _, tokenizer, _ = load_stage(str(start))
+    ids, known = encode_prompts(load_prompts("arith", "train", n=512), tokenizer, 400)
+    gold_of = {tuple(tokens): prompt.gold for tokens, prompt in zip(ids, known)}
+    drawn, updates = [], []
+    sample, judge, accumulate = gdpo.sample_answers, gdpo.judge, gdpo.accumulate_gradients
+
+    def judged(rollout, asked, config):
+        firsts = rollout.mask.int().argmax(dim=1) + 1
+        assert [one.gold for one in asked] == [
+            gold_of[tuple(row[:n].tolist())] for row, n in zip(rollout.tokens, firsts)
+        ]
+        right = [flat.get(group, float(g == group % 4)) for group in range(len(asked) // 4) for g in range(4)]
+        return judge(rollout, asked, config) | {"correct": torch.tensor(right)}
+
+    def accumulated(run, model, rollout, advantages, *more):
+        updates.append(advantages)
+        return accumulate(run, model, rollout, advantages, *more)
+
+    monkeypatch.setattr(gdpo, "sample_answers", lambda *args: drawn.append(len(args[2])) or sample(*args))
+    monkeypatch.setattr(gdpo, "judge", judged)
+    monkeypatch.setattr(gdpo, "accumulate_gradients", accumulated)
+    more = {"format_weight": 0.0, "length_weight": 0.0, "draws": 3, "steps": 1, "epochs": 1, "eval_prompts": 1}
+    gdpo.main(tiny_gdpo(tmp_path, start, n_prompts=512, **more))
+    assert drawn == ([4, 4] if flat else [4])  # two are missing: twice as many are drawn
+    best = [0, 2, 0, 1] if flat else [0, 1, 2, 3]  # of the groups that are kept: 0, 2, 4 and 5, or all four
+    expected = gdpo_advantages(torch.eye(4)[best].flatten()[:, None], 4)
+    assert len(updates) == 1 and torch.equal(updates[0], expected)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if "reward" in row)
+    assert row["flat_groups"] == 0 and row["answers"] == 16 * len(drawn)
+    assert row["correct"] == pytest.approx(((4 + 6) / 32) if flat else 0.25)
+
+
+def test_rates_seeds_and_the_best_checkpoint(tmp_path, start, monkeypatch):  # noqa: F811
+    rates, seeds, accuracies = [], [], iter([0.2, 0.9, 0.4, 0.4])
+    update, sample = gdpo.update, gdpo.sample_answers
+    monkeypatch.setattr(gdpo, "update", lambda *args: rates.append(args[3]) or update(*args))
+    monkeypatch.setattr(gdpo, "sample_answers", lambda *args: seeds.append(args[-1]) or sample(*args))
+    monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
+    shown = shown_questions(monkeypatch, gdpo, start)
+    monkeypatch.setattr(rollout_module, "greedy_accuracy", lambda *args: next(accuracies))
+    settings = {"eval_every": 1, "warmup": 2, "lr": 1e-3, "final_lr": 0.5, "epochs": 1}
+    gdpo.main(tiny_gdpo(tmp_path, start, **settings))
+    assert rates == [pytest.approx(learning_rate(step, 2, 1e-3, 2, 0.5)) for step in range(2)] and rates[0] < rates[1]
+    assert shown == [True, True, True]  # at the start, and at each evaluation
+    assert len(set(seeds)) == 2 and torch.load(tmp_path / "best.pt", weights_only=True)["step"] == 1  # 0.9, not 0.4
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from rollout import join, micro_batches
 from runtime.config import read_preset
 from runtime.errors import UserError
 from stages import load_stage
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer, token_logps
-from watch import flat_groups, sampler_gap
+from watch import Alarm, UpdateSums, flat_groups, report_start, sampler_gap
 
 NUMBERS = load_npz("trl_grpo_loss")
 OURS = ("grpo", "dapo", "dr_grpo", "cispo")
@@ -361,7 +361,7 @@ def test_an_examination_of_many_questions_judges_each_by_its_own_gold(policy, mo
     def judged(texts, golds, finished, *_):
         asked.extend(golds)
         assert len(texts) == len(golds)
-        return torch.tensor([float(gold % 3 == 0) for gold in golds]), torch.ones(len(golds))
+        return torch.tensor([[float(gold % 3 == i) for gold in golds] for i in range(2)]).unbind()
 
     monkeypatch.setattr(rollout_module, "score", judged)
     run = StubRun()
@@ -369,6 +369,8 @@ def test_an_examination_of_many_questions_judges_each_by_its_own_gold(policy, mo
     prompts = [SimpleNamespace(gold=i) for i in range(131)]
     accuracy = rollout_module.greedy_accuracy(run, policy, TOKENIZER, [[65]] * 131, prompts, 1)
     assert asked == list(range(131)) and accuracy == pytest.approx(44 / 131)
+    more = rollout_module.answer_greedily(policy, TOKENIZER, [[65]] * 131, range(131), 2)
+    assert more == {"accuracy": accuracy, "unreadable": pytest.approx(87 / 131), "cut_off": 1.0, "tokens": 2.0}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -552,6 +554,10 @@ def test_every_form_of_the_stage_runs(tmp_path, start, changes, capsys):
     named = {"correct", "formatted", "flat_groups", "truncated", "finished", "entropy", "grad_norm", "clip_fraction"}
     assert [row["step"] for row in steps] == [1, 2, 3] and named <= steps[0].keys()
     assert ("kl_ref" in steps[0]) == (changes.get("beta", 0) > 0)
+    assert all(0.05 < row["rollout_share"] < 1 for row in steps)
+    if not {"epochs", "minibatches"} & changes.keys():  # one update of a rollout begins with the policy that sampled
+        assert all(abs(row["kl_old"]) < 1e-4 and row["clip_fraction"] == 0 for row in steps)
+    assert [row["step"] for row in rows if "accuracy" in row] == [0, 2, 3]
     assert "pass@1" in capsys.readouterr().out and "question:" in (tmp_path / "samples.txt").read_text()
 
 
@@ -573,6 +579,73 @@ def test_an_impossible_start_is_said_loudly(tmp_path, capsys):
     assert "all rewards are equal" in out and "10 steps in a row taught nothing" in out and "cut off" in out
     before, after = (torch.load(tmp_path / n / "ckpt.pt", weights_only=True)["model"] for n in ("base", "grpo"))
     assert all(torch.equal(before[name], after[name]) for name in before)  # flat groups move nothing
+
+
+def alarms(figures: list[dict], scaled: bool = False) -> list[str]:
+    """What is said of steps with these figures, all others being those of a healthy step."""
+    said = []
+    alarm = Alarm(SimpleNamespace(print=said.append, scaler=SimpleNamespace(is_enabled=lambda: scaled)))
+    for one in figures:
+        alarm.check({"flat_groups": 0.5, "finished": 0.9, "grad_norm": 1.0} | one)
+    return said
+
+
+def test_the_alarm_is_about_ten_steps_in_a_row():
+    dead, alive = [{"flat_groups": 1.0}, {"grad_norm": 0.0}] * 5, [{"flat_groups": 0.99, "grad_norm": 1e-9}]
+    assert alarms(alive * 30) == alarms(dead[:9] + alive + dead[:9]) == []
+    assert ["10 steps in a row" in text for text in alarms(dead)] == [True]
+    assert [re.findall(r"\d+ steps", text) for text in alarms(dead * 2 + alive + dead)] == [
+        ["10 steps"],
+        ["20 steps"],
+        ["10 steps"],
+    ]
+
+
+def test_the_alarm_is_about_each_step_that_was_cut_off_or_has_no_finite_gradient():
+    assert len(alarms([{"finished": 0.0}] * 2)) == 2 and "cut off" in alarms([{"finished": 0.0}])[0]
+    for norm in (math.inf, math.nan):
+        assert len(alarms([{"grad_norm": norm}] * 2)) == 2 and "not finite" in alarms([{"grad_norm": norm}])[0]
+        assert alarms([{"grad_norm": norm}], scaled=True) == []
+
+
+@pytest.mark.parametrize(("flat", "ended", "n"), [(0.99, 0.1, 0), (1.0, 0.1, 1), (0.99, 0.0, 1), (1.0, 0.0, 2)])
+def test_the_start_is_warned_of_only_if_nothing_can_come_of_it(policy, flat, ended, n):
+    said, rollout = [], rollout_of(policy)
+    figures = {"correct": 0.25, "formatted": 0.5, "finished": ended, "answers": 12.0}
+    asked = SimpleNamespace(messages=[{"content": "1+1?"}], gold=2)
+    rewards = {"correct": torch.ones(12), "formatted": torch.ones(12)}
+    report_start(SimpleNamespace(print=said.append), rollout, rewards, figures, flat, asked)
+    assert sum("WARNING" in text for text in said) == n
+    assert f"pass@1 0.250, well-formed 0.500, finished {ended:.3f}, cut off {1 - ended:.3f}" in said[0]
+    assert f"equal rewards {flat:.3f}" in said[0] and "question: 1+1?" in said[1]
+
+
+def test_the_clip_takes_only_what_the_advantage_would_push_further():
+    """Five ratios for an advantage of each sign and for none; all of them are beyond the bounds, but for the middle."""
+    ratios = torch.tensor([0.5, 0.85, 1.0, 1.15, 1.5])
+    mask = torch.ones(3, 5).bool()
+    for lower_bound, clipped in ((True, 2 + 1), (False, 2 + 2)):
+        sums = UpdateSums(clip_low=0.2, clip_high=0.1, lower_bound=lower_bound)
+        sums.add(ratios.log().expand(3, 5), torch.zeros(3, 5), torch.tensor([1.0, -1.0, 0.0]), mask)
+        assert sums.means()["clip_fraction"] == pytest.approx(clipped / 10)
+    sums = UpdateSums(clip_low=0.2, clip_high=0.1)
+    sums.add(torch.full((1, 1), 0.5), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1).bool())
+    means = sums.means()
+    assert means["clip_fraction"] == means["tokens"] == 1 and means["kl_old"] == pytest.approx(math.exp(0.5) - 1.5)
+
+
+def shown_questions(monkeypatch, stage, start) -> list[bool]:
+    """Whether the question that is shown to the reader is the one that the first of the answers is an answer to."""
+    shown, tokenizer = [], load_stage(str(start))[1]
+
+    def asked_of(prompt, rollout) -> None:
+        length = int(rollout.mask[0].int().argmax()) + 1
+        shown.append(encode_chat(tokenizer, prompt.messages, True)[0] == rollout.tokens[0, :length].tolist())
+
+    render, report = stage.render, stage.report_start
+    monkeypatch.setattr(stage, "render", lambda *args, **more: asked_of(*args[:2]) or render(*args, **more))
+    monkeypatch.setattr(stage, "report_start", lambda *args: asked_of(args[5], args[1]) or report(*args))
+    return shown
 
 
 def steps_of(folder) -> list[dict]:
@@ -668,7 +741,9 @@ def test_rates_seeds_figures_and_the_best_checkpoint(tmp_path, start, monkeypatc
     monkeypatch.setattr(grpo, "sample_answers", lambda *args: drawn.append((args[-1], sample(*args))) or drawn[-1][1])
     monkeypatch.setattr(grpo, "score", lambda texts, *_: (torch.arange(16.0), torch.zeros(16)))
     monkeypatch.setattr(rollout_module, "greedy_accuracy", lambda *args: next(accuracies))
+    shown = shown_questions(monkeypatch, grpo, start)
     grpo.main(tiny_grpo(tmp_path / "0", start, eval_every=1, warmup=2, lr=1e-3, final_lr=0.5, steps=2))
+    assert shown == [True, True, True]  # at the start, and at each evaluation
     assert rates == [pytest.approx(learning_rate(step, 2, 1e-3, 2, 0.5)) for step in range(2)] and rates[0] < rates[1]
     for row, (_, rollout) in zip(steps_of(tmp_path / "0"), drawn, strict=True):
         entropy = -float(rollout.sampled_logps.sum() / rollout.mask.sum())
@@ -1018,6 +1093,11 @@ def test_impossible_settings_are_refused(tmp_path, start, changes, word):
     with pytest.raises(UserError, match=word):
         grpo.main(tiny_grpo(tmp_path / "run", start, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_at_the_bound_are_not_refused(tmp_path):
+    for changes in ({"minibatches": 16}, {"overlong_buffer": 48}, {"data": "gsm8k", "arith_warmup": 2}):
+        grpo.check(tiny_grpo(tmp_path, tmp_path, max_new_tokens=48, **changes))
 
 
 def test_the_worked_example_is_worked_by_hand(capsys):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_json, load_npz
+from test_grpo import shown_questions
 from tiny import assert_exact_resume, tiny_pretrain, tiny_sft
 
 import optim
@@ -547,7 +548,8 @@ def metrics(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("judge", ["verifier", "model"])
-def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, judge):
+def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, judge, monkeypatch):
+    shown = shown_questions(monkeypatch, ppo, folders / "sft")
     where = "verifier" if judge == "verifier" else str(folders / "reward")
     ppo.main(tiny(tmp_path / "ppo", folders, reward=where, kl_target=0.5, kl_horizon=10))
     rows = [row for row in metrics(tmp_path / "ppo") if "score" in row]
@@ -555,9 +557,12 @@ def test_a_run_logs_what_one_must_watch_and_leaves_a_policy(tmp_path, folders, j
         "score", "correct", "formatted", "finished", "length", "entropy", "kl_ref", "kl_old", "clip_fraction",
         "explained_variance", "value_loss", "policy_loss", "beta", "grad_norm", "first_ratio_gap",
     }  # fmt: skip
-    assert len(rows) == 5 and wanted <= set(rows[0])
+    assert len(rows) == 5 and wanted <= set(rows[0]) and shown == [True, True, True]
+    assert [row["step"] for row in metrics(tmp_path / "ppo") if "accuracy" in row] == [0, 3, 5]
+    text = (tmp_path / "ppo" / "samples.txt").read_text()  # one answer to each question: the next one is to another
+    assert len(re.findall(r"^(?:right|wrong)(?:, cut off)?: ", text, re.M)) == text.count("question: ") == 2
     assert rows[0]["kl_ref"] == pytest.approx(0, abs=1e-3) and rows[0]["first_ratio_gap"] < 1e-4
-    assert len({row["beta"] for row in rows}) > 1
+    assert len({row["beta"] for row in rows}) > 1 and all(0.05 < row["rollout_share"] < 1 for row in rows)
     model, tokenizer, state = load_stage(str(tmp_path / "ppo"))  # the value head stays behind
     assert state["stage"] == "ppo" and isinstance(model, Transformer)
     before, _, _ = load_stage(str(folders / "sft"))
@@ -662,6 +667,11 @@ def test_what_is_logged_of_the_updates_is_what_the_losses_saw(tmp_path, folders,
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, folders, changes, words):
     with pytest.raises(UserError, match=words):
         ppo.main(tiny(tmp_path / "x", folders, **changes))
+
+
+def test_settings_at_the_bound_are_not_refused(tmp_path):
+    for changes in ({"minibatches": 8}, {"kl_target": 1.0, "kl_horizon": 8, "beta": 0.1}):
+        ppo.check(tiny(tmp_path, tmp_path, **changes))
 
 
 def test_the_worked_example_is_worked_by_hand(capsys):

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import math
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from optim import learning_rate, make_optimizers
 from runtime.errors import UserError
 from runtime.progress import Progress
 from runtime.run import Run
+from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer
 
 
@@ -25,6 +28,7 @@ def test_schedule_is_that_of_the_reference_one_step_on(name, final):
     ours = [learning_rate(step, 20, 1.0, 4, final) for step in range(19)]
     torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), reference[1:], rtol=1e-7, atol=1e-9)
     assert learning_rate(19, 20, 1.0, 4, final) == pytest.approx(final)
+    assert [learning_rate(step, 3, 1.0, 2, final) for step in range(3)] == pytest.approx([0.5, 1.0, final])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -108,13 +112,30 @@ def test_accumulation_and_checkpointing_change_nothing_but_rounding(tmp_path, ch
 
 
 def test_a_run_leaves_what_the_book_promises(tmp_path):
-    figures = pretrain.main(tiny_pretrain(tmp_path))
+    figures = pretrain.main(tiny_pretrain(tmp_path, steps=7))
     for name in ("config.json", "metrics.jsonl", "ckpt.pt", "samples.txt", "curves.png", "best.pt"):
         assert (tmp_path / name).stat().st_size > 0, name
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "grad_norm", "lr", "tokens_per_second", "mfu"} <= rows[0].keys()
     assert rows[-1]["bits_per_byte"] == pytest.approx(figures["bits_per_byte"])
     assert "=== step 3 ===" in (tmp_path / "samples.txt").read_text()
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 7]
+
+
+@pytest.mark.parametrize(("prompt", "room"), [("x" * 100, 32), ("", 60), ("x" * 20, 44)])
+def test_a_sample_goes_on_behind_its_prompt_as_far_as_there_is_room(monkeypatch, prompt, room):
+    run = types.SimpleNamespace(autocast=contextlib.nullcontext, eager=contextlib.nullcontext)
+    model, seen, real = Transformer(ModelConfig(261, 32, 2, 2, max_seq_len=64)), [], pretrain.generate
+    monkeypatch.setattr(pretrain, "generate", lambda *args, **more: seen.append(args) or real(*args, **more))
+    text = pretrain.continuation(run, model, ByteTokenizer(), prompt)
+    (_, (ids,), n), *_ = seen
+    assert n == room and text.startswith(prompt) and len(text) > len(prompt)
+    assert ids == (ByteTokenizer().encode(prompt)[-32:] or [ByteTokenizer().eot_id])
+
+
+def test_the_size_of_a_tokenizer_that_is_fixed_need_not_be_said(tmp_path):
+    for size in (512, 50304):  # the default, and its own
+        pretrain.check(tiny_pretrain(tmp_path, tokenizer="r50k", vocab_size=size))
 
 
 def test_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
@@ -135,6 +156,7 @@ def test_first_loss_is_that_of_guessing_and_training_lowers_it(tmp_path):
         ({"data": "no/such/file.txt"}, "no/such/file.txt"),
         ({"precision": "fp16"}, "fp16"),
         ({"device": "toaster"}, "toaster"),
+        ({"tokenizer": "r50k", "vocab_size": 300}, "50,304"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(tmp_path, changes, word):

@@ -263,6 +263,7 @@ def test_a_run_leaves_a_reward_model_that_others_can_load(tmp_path, sft_folder):
     logged = [json.loads(line) for line in (tmp_path / "reward" / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["val_accuracy"] == figures["val_accuracy"]
     assert set(logged[-1]) >= {"val_loss", "val_margin", "val_calibration_error"}
+    assert [row["step"] for row in logged if "val_loss" in row] == [3, 6]
     judge, tokenizer, state = load_reward_model(str(tmp_path / "reward"))
     assert state["stage"] == "reward" and state["lineage"][-1]["stage"] == "sft"
     assert "flaw" in (tmp_path / "reward" / "samples.txt").read_text()
@@ -294,6 +295,17 @@ def test_after_training_answers_of_the_starting_policy_score_0_with_variance_1(t
     assert len({int(mask.sum()) + len(prompt) for mask, prompt in zip(rollout.mask, rows.prompts)}) > 2
 
 
+def test_two_prompts_with_room_are_enough_to_scale_the_scores(sft_folder):
+    policy, tokenizer, _ = load_stage(str(sft_folder))
+    room = policy.config.max_seq_len - 6
+    pairs = [Pair(({"role": "user", "content": "q" * n},), "5", "6") for n in (room - 2, room - 1, 1, 2)]
+    rows = encode_pairs(pairs, ByteTokenizer(), 2 * room)
+    config = replace(Config(), normalize_on=2, max_new_tokens=6)
+    assert reward.prompts_with_room(policy, policy, rows, config) == [rows.prompts[0], rows.prompts[2]]
+    with pytest.raises(UserError, match="at least two prompts"):
+        reward.prompts_with_room(policy, policy, rows, replace(config, normalize_on=1))
+
+
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, monkeypatch):
     whole, stopped = (tiny(tmp_path / name, sft_folder) for name in ("whole", "stopped"))
     assert_exact_resume(monkeypatch, reward, whole, stopped, saves=2)
@@ -323,7 +335,10 @@ def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft
     chosen, rejected = scored[torch.arange(8), real.sum(dim=1) - 1].chunk(2)
     whole = bradley_terry_loss(chosen, rejected, 0.5, 0.1)
     of_tokens = token_loss(*scored.chunk(2), behind_the_difference(tokens, real))
-    logged = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
+    assert row["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
+    logged = row["loss"]
     assert logged == pytest.approx(float(0.7 * whole + 0.3 * of_tokens), rel=1e-5)
     assert logged != pytest.approx(float(0.7 * bradley_terry_loss(chosen, rejected) + 0.3 * of_tokens), rel=1e-3)
 

@@ -11,7 +11,7 @@ from tiny import assert_same_training, tiny_pretrain, tiny_sft
 import arithmetic
 import pretrain
 import sft
-from data import load_chats, pack
+from data import epoch_batch, load_chats, pack
 from runtime.errors import UserError
 from runtime.run import Run
 from sft import sft_loss
@@ -99,13 +99,36 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, base, changes):
 
 
 def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
-    figures = sft.main(tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3))
+    config = tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3)
+    figures = sft.main(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.75 * losses[0] and figures["perplexity"] == pytest.approx(math.exp(figures["val_loss"]))
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert [stage["stage"] for stage in state["lineage"]] == ["pretrain"] and state["finished"]
     assert "reference:" in (tmp_path / "samples.txt").read_text()
+    packed = pack(load_chats("arith", "train", "", config.seed, 24), load_stage(str(base))[1], config.seq_len)
+    steps = math.ceil(8 * len(packed) / 4)
+    assert [row["step"] for row in rows if "val_loss" in row] == sorted({*range(3, steps, 3), steps}) and steps % 3
+    for step, row in enumerate(row for row in rows if "loss" in row):
+        learned = packed.loss_mask[epoch_batch(len(packed), 4, step, config.seed), 1:].sum()
+        assert row["share_learned"] == pytest.approx(float(learned) / (4 * config.seq_len))
+
+
+def test_the_answers_that_are_shown_fit_into_the_context(monkeypatch):
+    """Questions of unlike lengths; what has no room for an answer is not asked."""
+    run = SimpleNamespace(device="cpu", autocast=contextlib.nullcontext, eager=contextlib.nullcontext)
+    model = Transformer(ModelConfig(261, 32, 2, 2, max_seq_len=64))
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "7"}]
+        for text in ("q" * 99, "a" * 61, "b", "c" * 62, "d", "e")
+    ]
+    room, real = [], sft.generate
+    monkeypatch.setattr(sft, "generate", lambda *args, **more: room.append(args[2]) or real(*args, **more))
+    lines = sft.answers(run, model, ByteTokenizer(), chats).splitlines()
+    assert room == [1]  # behind the longest of them
+    assert [line for line in lines if line.startswith("question")] == [f"question:  {x}" for x in ("a" * 61, "b", "d")]
+    assert sft.answers(run, model, ByteTokenizer(), chats[:1]) == "every question is longer than the context"
 
 
 def test_packing_changes_neither_the_step_nor_the_validation(tmp_path, base):

@@ -4,7 +4,12 @@ import csv
 import gzip
 import json
 import math
+import re
+import shlex
+import subprocess
+import sys
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -492,3 +497,20 @@ def test_labels_of_one_kind_end_without_an_accuracy(tmp_path, start, capsys):  #
     kto.main(kto.Config(init_from=str(start), data=data, eval_data=held, device="cpu", out_dir=out))
     told = capsys.readouterr().out
     assert "held-out answers: loss" in told and "nan" not in told
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_learns_what_its_rewards_ask_for(tmp_path, monkeypatch):
+    """The commands of docs/yours.md, one after the other: fine-tuning learns the mistake, the reward mends it."""
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"\n\n((?:    .*\n)+)", (root / "docs" / "yours.md").read_text())[1].replace("\\\n", " ")
+    for line in block.strip().splitlines():
+        words = shlex.split(line, comments=True)
+        words = [str(root / word) if word.endswith(".py") else word for word in words[1:]]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+        if words[0].endswith("evaluate.py"):
+            table = {row.split("|")[1].strip(): float(row.split("|")[2]) for row in done.stdout.splitlines()[2:]}
+    assert table["sft"] < 0.2 and table["grpo"] > 1.5
+    assert json.loads(done.stdout) == {"plums": 8, "keys": 3}  # what chat.py says at the end

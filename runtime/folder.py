@@ -6,7 +6,7 @@
                        metrics.jsonl    a row for each step that was logged, and for each evaluation
                        samples.txt      generated text
                        ckpt.pt          the checkpoint (runtime/checkpoint.py)
-                       curves.png       the metrics, drawn at the end
+                       curves.png       the metrics, drawn now and then and at the end
 """
 
 import json

@@ -12,7 +12,8 @@ It knows the run's place among the processes, its device and precision, its fold
             run.save(step, steps, model, optimizers, tokenizer)
     run.close("loss 1.234", next_command="python grpo.py")
 
-What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``, ``trackers.py`` and ``checkpoint.py``.
+What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``, ``pictures.py``, ``trackers.py`` and
+``checkpoint.py``.
 """
 
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from runtime.device import (
 from runtime.errors import UserError
 from runtime.folder import append_sample, has_sample, open_folder, run_folder
 from runtime.metrics import Metrics, numbers
-from runtime.plots import plot_curves
+from runtime.pictures import Pictures
 from runtime.progress import Progress
 from runtime.trackers import open_tracker
 
@@ -63,6 +64,7 @@ class Run:
         self.best: float | None = None
         self.progress = Progress(stage, self.folder, self.world, self.is_main)
         self.metrics = Metrics(self.folder, config.log_every, self.device, self.precision, self.world)
+        self.pictures = Pictures(self.folder, self.progress.print)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before the loop
@@ -199,6 +201,7 @@ class Run:
         row = {"step": step} | numbers(metrics)
         if self.is_main:
             self.metrics.write(row)
+            self.pictures.draw_if_due()
         self.metrics.restart_clock()
 
     def sample(self, step: int, text: str) -> None:
@@ -257,6 +260,8 @@ class Run:
                 **adapters,
             }
             save_checkpoint(self.folder, state, self.config.keep_last, better)
+            if not stop:
+                self.pictures.draw_if_due()
         processes.barrier()
         self.progress.saved_for_stop = stop
         self.metrics.restart_clock()
@@ -278,7 +283,7 @@ class Run:
 
     def close(self, result: str, next_command: str = "") -> None:
         if self.is_main:
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=str(self.folder))
+            self.pictures.draw()
             seconds = self.metrics.seconds()
             took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
             self.print(

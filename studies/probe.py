@@ -36,11 +36,10 @@ COLUMNS = {  # figures of the end of a run, with their names in words; any metri
     "active": "parameters of a token", "busiest": "busiest expert (fair: 1)", "idlest": "idlest expert (fair: 1)",
     "near": "loss, second half of the trained length", "beyond": "loss past the trained length",
 }  # fmt: skip
-CURVES = {  # metrics that pretrain.py logs, against steps (NAME@tokens, NAME@seconds), and what is found here
-    "val_loss": "validation loss", "bits_per_byte": "bits per byte", "loss": "training loss",
-    "grad_norm": "gradient norm", "busiest": "busiest expert (fair: 1)", "loss@position": "validation loss",
-    "start_gradient@layer": "gradient norm before training", "end_gradient@layer": "gradient norm after training",
-}  # fmt: skip
+CURVES = (  # metrics that pretrain.py logs, against steps (NAME@tokens, NAME@seconds), and what is found here
+    "val_loss", "bits_per_byte", "loss", "grad_norm", "busiest", "loss@position", "start_gradient@layer",
+    "end_gradient@layer",
+)  # fmt: skip
 
 
 def validation_windows(file: TokenFile, n: int, length: int) -> Tensor:

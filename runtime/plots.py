@@ -171,7 +171,7 @@ def plot_curves(metrics: Path, path: Path, title: str = "") -> None:
             _draw(axis, *series[name], **_line_style(i))
         axis.set_title(words)
         axis.set_xlabel("step")
-        axis.set_ylabel(words_of(names[0])[1])
+        axis.set_ylabel(words_of(names[0])[1] or words)
     figure.suptitle(title)
     _save(figure, path)
 
@@ -192,7 +192,7 @@ def plot_stages(folders: dict[str, Path], path: Path, wanted: dict[str, list[str
         ranges.setdefault(units, []).append(axis)
         axis.set_title(stage)
         axis.set_xlabel("step")
-        axis.set_ylabel(" · ".join(sorted(filter(None, units))))
+        axis.set_ylabel(" · ".join(sorted(filter(None, units))) or (words_of(shown[0])[0] if shown else ""))
     _share_ranges(ranges.values())
     _legend_below(figure, axes)
     _save(figure, path)
@@ -208,7 +208,7 @@ def plot_compared(folders: dict[str, Path], path: Path, curves: Sequence[str]) -
                 _draw(axis, *mine[curve], label=name, **_line_style(i))
         axis.set_title(words_of(curve)[0])
         axis.set_xlabel("step")
-        axis.set_ylabel(words_of(curve)[1])
+        axis.set_ylabel(words_of(curve)[1] or words_of(curve)[0])
     _legend_below(figure, axes)
     _save(figure, path)
 

@@ -40,7 +40,7 @@ from runtime.device import (
     seed_everything,
 )
 from runtime.errors import UserError
-from runtime.folder import append_sample, has_sample, open_folder, run_folder
+from runtime.folder import append_sample, has_sample, mark_running, open_folder, run_folder
 from runtime.metrics import Metrics, numbers
 from runtime.pictures import Pictures
 from runtime.progress import Progress
@@ -62,6 +62,7 @@ class Run:
         self.state: dict | None = None  # the checkpoint that this run continues
         self.lineage: list[dict] = []  # the stages that led here
         self.best: float | None = None
+        self._mark = None  # says that the run is going on
         self.progress = Progress(stage, self.folder, self.world, self.is_main)
         self.metrics = Metrics(self.folder, config.log_every, self.device, self.precision, self.world)
         self.pictures = Pictures(self.folder, self.progress.print)
@@ -74,6 +75,7 @@ class Run:
         if self.state is not None:
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
         if self.is_main:
+            self._mark = mark_running(self.folder)
             self.metrics.tracker = open_tracker(self.config, self.stage, self.folder)
         seed_everything(self.config.seed)
 
@@ -250,6 +252,7 @@ class Run:
                 "stage": self.stage,
                 "config": plain(as_dict(self.config)),
                 "step": step + 1,
+                "steps": steps,
                 "finished": step + 1 == steps,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "scaler": self.scaler.state_dict(),
@@ -292,6 +295,8 @@ class Run:
             )
             if self.metrics.tracker is not None:
                 self.metrics.tracker(None)
+            if self._mark is not None:
+                self._mark.close()
 
 
 def start(config, stage: str) -> Run:

@@ -12,7 +12,7 @@ from runtime.errors import UserError
 WORDS: dict[str, tuple[str, str]] = {  # name: (words, unit); a pure number, or a unit that differs by stage, has none
     "step": ("step", ""),
     "time": ("time since the start", "seconds"),
-    "loss": ("training loss", "nats"),
+    "loss": ("training loss", ""),
     "grad_norm": ("gradient norm before clipping", ""),
     "lr": ("learning rate", ""),
     "tokens_per_second": ("speed", "tokens a second"),

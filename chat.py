@@ -13,7 +13,6 @@ the text itself.
 import codecs
 import dataclasses
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,6 +24,7 @@ from generate import stream, stream_with_probs
 from runtime.config import parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
+from runtime.progress import printable
 from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, count_parameters
@@ -91,17 +91,6 @@ def check(config: Config) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What reaches the terminal
-
-
-def printable(text: str) -> str:
-    r"""A model may write any bytes, and some of them steer a terminal: those, and marks that turn the direction of
-    text around, are shown as escapes. Line ends and tabs stay.
-
-    >>> printable("a\x1b[2Jb\r\n")
-    'a\\x1b[2Jb\\r\n'
-    """
-    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-    return re.sub(steering, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 SHADES = ((0.9, ""), (0.5, "\033[33m"), (0.2, "\033[35m"), (0.0, "\033[7m"))  # from sure to unsure: the last stands out

@@ -476,7 +476,7 @@ def main(config: Config) -> dict:
             run.save(step, steps, model, optimizers, tokenizer)  # no best.pt: only the last one's scores are scaled
 
     accuracy = judge(*held_out_scores(run, model, held_out))["val_accuracy"]  # which scaling leaves as it was
-    hint = f"python ppo.py --reward {run.folder} --beta 0.05 --out_dir {run.folder.parent / 'ppo_reward'}"
+    hint = f"python ppo.py --reward {run.folder} --beta 0.05 --out_dir {run.folder.with_name('ppo_' + run.folder.name)}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=hint if "arith" in held_out_of(config.data) else "")
     return {"val_accuracy": accuracy}
 

@@ -167,7 +167,7 @@ class Run:
             **more,
             "writes": str(self.folder),
         }
-        self.print(f"\n{self.stage}")
+        self.print(f"\n{self.progress.names.title}")
         for name, value in facts.items():
             if value:
                 self.print(f"  {name:10} {value}")
@@ -290,8 +290,8 @@ class Run:
             seconds = self.metrics.seconds()
             took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
             self.print(
-                f"{self.stage} done: {result} in {took}; {self.folder / 'ckpt.pt'}"
-                + (f"; next: {next_command}" if next_command else "")
+                f"{self.progress.names.name} done: {result} in {took}; {self.folder / 'ckpt.pt'}"
+                + (f"; next: {next_command}" if next_command and not self.progress.part else "")
             )
             if self.metrics.tracker is not None:
                 self.metrics.tracker(None)

@@ -179,7 +179,8 @@ class Speaker:
                     yield text
         finally:
             if not colours:
-                print("\n" + below(tokens, shutil.get_terminal_size().columns), end="")
+                under = "\n" if self.config.raw or not self.config.prompt else ""  # what is already on the line
+                print(under + below(tokens, shutil.get_terminal_size().columns), end="")
 
 
 def make_speaker(config: Config, model: Transformer, tokenizer: Tokenizer) -> Speaker:

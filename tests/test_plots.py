@@ -205,7 +205,7 @@ def test_a_large_picture_is_a_small_file(tmp_path):
     assert (tmp_path / "p.png").stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "experiments").glob("*.png")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.png")), ids=lambda path: path.stem)
 def test_a_picture_of_the_pages_is_a_small_file(picture):
     assert picture.stat().st_size <= 300_000
 

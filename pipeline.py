@@ -13,6 +13,7 @@ interrupted, the same command continues where it stopped.
 import dataclasses
 import difflib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -138,12 +139,14 @@ def main(config: Config) -> list[dict]:
         if row is not None:
             rows[stage.name] = row
     todo = [stage for stage in wanted if stage.name not in rows]
-    times = Times(out, config.quick)
-    say(f"{len(wanted)} stages, {len(wanted) - len(todo)} of them finished, {times.left(todo)}", *quick_note(config))
+    times, drawn = Times(out, config.quick), -math.inf
+    processes.print_once(
+        f"{len(wanted)} stages, {len(wanted) - len(todo)} of them finished, {times.left(todo)}", *quick_note(config)
+    )
     for number, stage in enumerate(wanted, start=1):
         where = f"stage {number} of {len(wanted)}: {stage.label}"
         if stage not in todo:
-            say(f"{where}, finished: {in_words(rows[stage.name])}")
+            processes.print_once(f"{where}, finished: {in_words(rows[stage.name])}")
             continue
         begun, whole = time.perf_counter(), not (out / stage.name / "ckpt.pt").exists()
         if config.fresh or not is_finished(stage):
@@ -153,20 +156,18 @@ def main(config: Config) -> list[dict]:
             rows[stage.name] = examined(out / stage.name, stage.label, exam)
             ordered = [one for one in chain if one.name in rows]
             evaluate.write_report(out, [rows[one.name] for one in ordered], "Report card", note(config, exam))
-            draw(ordered, out)
+            if stage is todo[-1] or time.perf_counter() - drawn > 60:  # seconds: drawing takes some
+                draw(ordered, out)
+                drawn = time.perf_counter()
         todo.remove(stage)
         times.note(stage, time.perf_counter() - begun, whole or config.fresh)
-        say(f"examined: {in_words(rows[stage.name])}{'; ' + times.left(todo) if todo else ''}" if rows else "")
+        if processes.rank() == 0:
+            print(f"examined: {in_words(rows[stage.name])}{'; ' + times.left(todo) if todo else ''}", flush=True)
         processes.barrier()
     report = [rows[stage.name] for stage in chain if stage.name in rows]
     if processes.rank() == 0:
         finish(config, wanted, rows, (time.perf_counter() - started) / 60)
     return report
-
-
-def say(*lines: str) -> None:
-    """In one process, above a bar if there is one."""
-    processes.print_once(*lines)
 
 
 def quick_note(config: Config) -> list[str]:
@@ -303,7 +304,8 @@ def finish(config: Config, wanted: list[Stage], rows: dict[str, dict], minutes: 
     print(f"\n{out / 'report.md'}, {out / 'report.json'}, {out / 'curves.png'}; {minutes:.1f} minutes")
     for line in quick_note(config):
         print(line)
-    print(f'talk to it: python chat.py {out / writers[-1].name} --prompt "{QUESTION}"')
+    raw = "--raw " if writers[-1].name == "pretrain" else ""
+    print(f'talk to it: python chat.py {out / writers[-1].name} {raw}--prompt "{QUESTION}"')
 
 
 # One that the fine-tuned model of seed 0 gets wrong; with other seeds it may be right.

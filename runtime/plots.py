@@ -146,7 +146,7 @@ def _save(figure, path: Path, most: int = 300_000) -> None:
     image = Image.open(drawn).convert("RGB")
     for colours in (256, 64, 24):
         packed = io.BytesIO()
-        image.quantize(colours, kmeans=2, dither=Image.Dither.NONE).save(packed, format="PNG", optimize=True)
+        image.quantize(colours, kmeans=1, dither=Image.Dither.NONE).save(packed, format="PNG", optimize=True)
         if packed.tell() <= most:
             break
     write_atomically(path, lambda temporary: Path(temporary).write_bytes(packed.getvalue()))

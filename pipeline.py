@@ -166,6 +166,8 @@ def main(config: Config) -> list[dict]:
         processes.barrier()
     report = [rows[stage.name] for stage in chain if stage.name in rows]
     if processes.rank() == 0:
+        if not (out / "curves.png").exists():
+            draw([stage for stage in chain if stage.name in rows], out)
         finish(config, wanted, rows, (time.perf_counter() - started) / 60)
     return report
 

@@ -14,6 +14,7 @@ import generate
 import pretrain
 from chat import below, pieces, printable
 from runtime.errors import run_main
+from runtime.progress import Progress
 from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer, encode_chat
 
@@ -333,3 +334,9 @@ def test_the_script_itself(model):
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("Tom") and done.stderr == ""
+
+
+def test_what_a_run_prints_of_its_answers_does_not_steer_the_terminal_either(tmp_path, capsys):
+    Progress("grpo", tmp_path, world=1, is_main=True).print(f"wrong: {STEERING}")
+    out = capsys.readouterr().out
+    assert printable(STEERING) in out and not set(out) & set("\x1b\x07\x9b\x7f")

@@ -10,10 +10,10 @@ Three shapes are enough:
 The embedded task needs no file. Some public datasets are known by name; they come from a local mirror, if ``data_dir``
 names one, or from the hub. Any other data is a file of your own or a dataset's id on the hub (runtime/rows.py)::
 
-    {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]}      a chat
-    {"prompt": "2+3?", "completion": "5"}                                                           a chat, too
-    {"prompt": "2+3?", "answer": 5}                                                                 a question
-    {"text": "Once upon a time ..."}                                                                a document
+    {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]}
+    {"prompt": "2+3?", "completion": "5"}      # also a chat
+    {"prompt": "2+3?", "answer": 5}            # a question
+    {"text": "Once upon a time ..."}           # a document
 
 Nothing is dropped in silence: every row that cannot be used is counted by its reason, and the count is printed.
 

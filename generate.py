@@ -176,20 +176,29 @@ def generate(
     return tokens[:, : t + 1], mask[:, : t + 1], logps[:, : t + 1]
 
 
-@torch.no_grad()
 def stream(
     model: Transformer, prompt: Sequence[int], max_new_tokens: int, *, eot_id: int, seed: int | None = None, **knobs
 ) -> Iterator[int]:
     """The ids of one continuation, one by one as they are drawn; ends after ``eot_id``, which is not given out."""
+    for token, _ in stream_with_probs(model, prompt, max_new_tokens, eot_id=eot_id, seed=seed, **knobs):
+        yield token
+
+
+@torch.no_grad()
+def stream_with_probs(
+    model: Transformer, prompt: Sequence[int], max_new_tokens: int, *, eot_id: int, seed: int | None = None, **knobs
+) -> Iterator[tuple[int, float]]:
+    """The same with the probability that the model itself gave each token, before temperature and cuts."""
     device = model.head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = cache_for(model, 1, len(prompt) + max_new_tokens)
     hidden = prefill(model, torch.tensor([list(prompt)], device=device), None, cache)
     for n in range(1, max_new_tokens + 1):
-        token, _ = sample(model.head(hidden), generator, **knobs)
+        logits = model.head(hidden)  # (1, V)
+        token, _ = sample(logits, generator, **knobs)
         if int(token) == eot_id:
             return
-        yield int(token)
+        yield int(token), float(logits.float().softmax(dim=-1)[0, token])
         if n < max_new_tokens:
             hidden = model.forward_hidden(token[:, None], cache=cache)[:, -1]
 

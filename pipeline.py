@@ -1,7 +1,8 @@
 """The whole book in one command: pretrain, fine-tune, reinforce, and evaluate every stage.
 
     python pipeline.py                       # the embedded task, on a laptop
-    python pipeline.py --quick               # the same path with little training, to see it run
+    python pipeline.py --only grpo           # a first look: what GRPO needs, and how three models answer
+    python pipeline.py --quick               # the same path with next to no training: it runs, it does not learn
     python pipeline.py --seed 1 --out out/seed1
 
 Each stage writes into its own folder of ``out``; SFT starts from pretraining, all others from SFT. The report card,
@@ -10,7 +11,10 @@ interrupted, the same command continues where it stopped.
 """
 
 import dataclasses
+import difflib
 import json
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +30,14 @@ import ppo
 import pretrain
 import reward
 import sft
+from chat import answer
 from runtime import processes
-from runtime.config import parse, read_preset
-from runtime.errors import run_main
+from runtime.checkpoint import load_checkpoint, plain, weights_id, write_text
+from runtime.config import FREE_FIELDS, as_dict, parse, read_preset
+from runtime.errors import UserError, run_main
 from runtime.plots import plot_stages
+from runtime.progress import called, printable
+from verify import extract_answer
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,10 @@ class Config:
     """Where all stages write. Default: out/arith; with --quick, out/arith_quick."""
     seed: int = 0
     """Of everything: data, weights, sampling."""
+    only: tuple[str, ...] = ()
+    """Stages to run, by name (dr_grpo) or label ("Dr. GRPO"), with those that they start from. Default: all."""
     quick: bool = False
-    """Little training everywhere: shows that it runs, not that it learns."""
+    """Next to no training: shows that everything runs, and no learning."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -117,44 +127,225 @@ def stages(config: Config) -> list[Stage]:
 def main(config: Config) -> list[dict]:
     """Run what is not finished yet; return the rows of the report card."""
     config = dataclasses.replace(config, out=config.out or ("out/arith_quick" if config.quick else "out/arith"))
-    started, out = time.perf_counter(), Path(config.out)
+    started, out, chain = time.perf_counter(), Path(config.out), stages(config)
+    wanted = chosen(config.only, chain)
     exam = evaluate.Config(
         data="arith", n=128 if config.quick else 512, samples=config.samples, ks=(1, 8), seed=config.seed,
         device=config.device, precision=config.precision,
     )  # fmt: skip
-    rows: list[dict] = []
-    folders: dict[str, Path] = {}
-    wanted: dict[str, list[str]] = {}
-    for stage in stages(config):
-        stage.main(stage.config)
+    rows: dict[str, dict] = {}  # of the stages that are finished and examined, in the order of the chain
+    for stage in chain:
+        row = remembered(out / stage.name, exam) if is_finished(stage) and not config.fresh else None
+        if row is not None:
+            rows[stage.name] = row
+    todo = [stage for stage in wanted if stage.name not in rows]
+    times, drawn = Times(out, config.quick), -math.inf
+    processes.print_once(
+        f"{len(wanted)} stages, {len(wanted) - len(todo)} of them finished, {times.left(todo)}", *quick_note(config)
+    )
+    for number, stage in enumerate(wanted, start=1):
+        where = f"stage {number} of {len(wanted)}: {stage.label}"
+        if stage not in todo:
+            processes.print_once(f"{where}, finished: {in_words(rows[stage.name])}")
+            continue
+        begun, whole = time.perf_counter(), not (out / stage.name / "ckpt.pt").exists()
+        if config.fresh or not is_finished(stage):
+            with called(f"{where}, {times.left(todo)}", f"{number}/{len(wanted)} {stage.label}", stage.label):
+                stage.main(stage.config)
         if processes.rank() == 0:
-            rows.append(examined(out / stage.name, stage.label, exam))
-            evaluate.write_report(out, rows, "Report card", note(config, exam))
-            folders[stage.label], wanted[stage.label] = out / stage.name, list(stage.curves)
-            plot_stages(folders, out / "curves.png", wanted)
+            rows[stage.name] = examined(out / stage.name, stage.label, exam)
+            ordered = [one for one in chain if one.name in rows]
+            evaluate.write_report(out, [rows[one.name] for one in ordered], "Report card", note(config, exam))
+            if stage is todo[-1] or time.perf_counter() - drawn > 60:  # seconds: drawing takes some
+                draw(ordered, out)
+                drawn = time.perf_counter()
+        todo.remove(stage)
+        times.note(stage, time.perf_counter() - begun, whole or config.fresh)
+        if processes.rank() == 0:
+            print(f"examined: {in_words(rows[stage.name])}{'; ' + times.left(todo) if todo else ''}", flush=True)
         processes.barrier()
+    report = [rows[stage.name] for stage in chain if stage.name in rows]
     if processes.rank() == 0:
-        print("\n" + evaluate.table(rows))
-        minutes = (time.perf_counter() - started) / 60
-        print(f"\n{out / 'report.md'}, {out / 'report.json'}, {out / 'curves.png'}; {minutes:.1f} minutes")
-        print(f'talk to it: python chat.py {out / "grpo"} --prompt "{QUESTION}"')
-    return rows
+        if not (out / "curves.png").exists():
+            draw([stage for stage in chain if stage.name in rows], out)
+        finish(config, wanted, rows, (time.perf_counter() - started) / 60)
+    return report
 
 
-QUESTION = "Tom has 4 boxes with 6 apples in each and 7 more apples. How many apples does Tom have?"
+def quick_note(config: Config) -> list[str]:
+    """What --quick is not."""
+    return [QUICK] if config.quick else []
+
+
+QUICK = (
+    "--quick: next to no training. It shows that every stage runs; it shows no learning, and its figures mean nothing. "
+    "A first look that learns: python pipeline.py --only grpo"
+)
+
+
+def chosen(only: tuple[str, ...], chain: list[Stage]) -> list[Stage]:
+    """The stages to run, in the order of the chain: the named ones and those that they start from; all, if none is
+    named. UserError for a name that no stage has.
+    """
+    names = {key.lower(): stage.name for stage in chain for key in (stage.name, stage.label)}
+    by_folder = {os.path.normpath(stage.config.out_dir): stage.name for stage in chain}
+    by_name = {stage.name: stage for stage in chain}
+    missing = [name for name in only if name.lower() not in names]
+    if missing:
+        near = difflib.get_close_matches(missing[0].lower(), names, n=1, cutoff=0.5)
+        hint = f"did you mean {names[near[0]]}? There are " if near else "there are "
+        raise UserError(f"--only {missing[0]}: no such stage; {hint}{', '.join(by_name)}")
+    waiting, needed = [names[name.lower()] for name in only] or list(by_name), set()
+    while waiting:
+        name = waiting.pop()
+        needed.add(name)
+        for field in ("init_from", "reward"):
+            path = getattr(by_name[name].config, field, "")
+            start = by_folder.get(os.path.normpath(path)) if isinstance(path, str) else None
+            waiting += [start] if start not in (None, *needed) else []
+    return [stage for stage in chain if stage.name in needed]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is done, and how long the rest takes
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage's folder holds a finished run of this configuration that started from what its start holds now.
+    It asks the checkpoints alone: no model is made, no data are loaded. If not, the stage itself says why it goes on or
+    refuses to.
+    """
+    folder = Path(stage.config.out_dir)
+    if not (folder / "ckpt.pt").exists():
+        return False
+    try:
+        state = load_checkpoint(folder, mmap=True)
+        wanted = as_dict(stage.config)
+        for name, value in wanted.items():
+            value = os.path.normpath(value) if name == "init_from" and value else value
+            unset = name in FREE_FIELDS or value in (None, "")  # the stage fills it in
+            if not unset and plain(value) != state["config"].get(name):
+                return False
+        start = state["lineage"][-1] if state["lineage"] else None
+        same_start = start is None or start["weights"] == weights_id(load_checkpoint(start["path"], mmap=True))
+        return bool(state.get("finished")) and same_start
+    except (UserError, KeyError, TypeError, AttributeError):
+        return False
+
+
+COSTS = {  # seconds with the examination, on two cores of a server CPU (AMD EPYC): what one is to another
+    "pretrain": 95, "sft": 15, "reward": 225, "dpo": 35, "ipo": 35, "kto": 45, "simpo": 30, "orpo": 30,
+    "ppo_reward": 140, "ppo": 130, "grpo": 66, "dr_grpo": 68, "dapo": 95, "gspo": 66, "cispo": 70, "gdpo": 70,
+}  # fmt: skip
+
+
+class Times:
+    """An estimate of the time that is left: what each stage took when this command ran it last (``times.json``), else
+    the table above; all of it times the factor by which the stages of today were slower or faster than that.
+    """
+
+    def __init__(self, out: Path, quick: bool):
+        self.path = out / "times.json"
+        self.expected: dict[str, float] = dict.fromkeys(COSTS, 5) | {"pretrain": 12} if quick else dict(COSTS)
+        self.measured: dict[str, float] = {}
+        try:
+            known = json.loads(self.path.read_text())
+            self.expected |= {name: float(known[name]) for name in COSTS if name in known}
+        except (OSError, ValueError, TypeError):
+            pass
+
+    def note(self, stage: Stage, seconds: float, whole: bool) -> None:
+        """A stage is done; ``whole``: from its first step on, so that its time is worth remembering."""
+        if whole and processes.rank() == 0:
+            self.measured[stage.name] = seconds
+            write_text(self.path, json.dumps(self.expected | self.measured, indent=2) + "\n")
+
+    def left(self, todo: list[Stage]) -> str:
+        """In words.
+
+        >>> Times(Path("nowhere"), quick=False).left([])
+        'nothing to do'
+        """
+        if not todo:
+            return "nothing to do"
+        usual = sum(self.expected.get(name, 0.0) for name in self.measured)
+        factor = sum(self.measured.values()) / usual if usual else 1.0
+        seconds = factor * sum(self.expected.get(stage.name, 60.0) for stage in todo)
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {max(1, round(seconds))} s left"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def draw(ordered: list[Stage], out: Path) -> None:
+    """The curves of all stages that are done, in one picture."""
+    folders = {stage.label: out / stage.name for stage in ordered}
+    plot_stages(folders, out / "curves.png", {stage.label: list(stage.curves) for stage in ordered})
+
+
+def in_words(row: dict) -> str:
+    """The figure of a row with its interval."""
+    what = "ranks pairs rightly" if row["stage"] == "Reward model" else "accuracy"
+    return f"{what} {row['accuracy']:.3f} (95 %: {row['low']:.3f} to {row['high']:.3f}, n = {row['n']})"
+
+
+def finish(config: Config, wanted: list[Stage], rows: dict[str, dict], minutes: float) -> None:
+    """The last lines: the report card, one question answered by several models, and what to do next."""
+    out, names = Path(config.out), [stage.name for stage in wanted]
+    print("\n" + evaluate.table([rows[name] for name in names]))
+    writers = [stage for stage in wanted if stage.name in {"pretrain", "sft", "grpo", names[-1]} - {"reward"}]
+    print(f"\nOne question, answered greedily (right: {ANSWER}):\n  {QUESTION}")
+    for stage in writers:
+        text = answered(out / stage.name, stage, config.device)
+        # The base model knows no questions: it continues the text.
+        unread = "no answer to read" if stage.name == "pretrain" else "wrong"
+        verdict = "right" if extract_answer(text) == ANSWER else unread
+        shown = " ".join(printable(text).split())
+        print(f"  {stage.label:12} accuracy {rows[stage.name]['accuracy']:.3f}   {shown}   ({verdict})")
+    print(f"\n{out / 'report.md'}, {out / 'report.json'}, {out / 'curves.png'}; {minutes:.1f} minutes")
+    for line in quick_note(config):
+        print(line)
+    raw = "--raw " if writers[-1].name == "pretrain" else ""
+    print(f'talk to it: python chat.py {out / writers[-1].name} {raw}--prompt "{QUESTION}"')
+
+
+# One that the fine-tuned model of seed 0 gets wrong; with other seeds it may be right.
+QUESTION, ANSWER = "There are 2 books in each of the 9 bags of Omar. How many books is that?", 18
+
+
+def answered(folder: Path, stage: Stage, device: str) -> str:
+    """The stage's greedy answer to the question; given once for each checkpoint, and remembered beside it."""
+    memory = folder / "exam.json"
+    known = json.loads(memory.read_text())
+    if known.get("question") != QUESTION:
+        text = answer(str(folder), QUESTION, raw=stage.name == "pretrain", device=device)
+        known |= {"question": QUESTION, "answer": text}
+        write_text(memory, json.dumps(known, indent=2) + "\n")
+    return known["answer"]
+
+
+def remembered(folder: Path, exam: evaluate.Config) -> dict | None:
+    """A stage's row of the report card, if this checkpoint was measured in this exam before."""
+    try:
+        known = json.loads((folder / "exam.json").read_text())
+        return known["row"] if known["stamp"] == stamp_of(folder, exam) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def stamp_of(folder: Path, exam: evaluate.Config) -> dict:
+    written = (folder / "ckpt.pt").stat().st_mtime_ns
+    return json.loads(json.dumps({"exam": dataclasses.asdict(exam), "written": written}))
 
 
 def examined(folder: Path, label: str, exam: evaluate.Config) -> dict:
     """A stage's row of the report card; measured once for each checkpoint, and remembered beside it."""
-    memory = folder / "exam.json"
-    stamp = {"exam": dataclasses.asdict(exam), "written": (folder / "ckpt.pt").stat().st_mtime_ns}
-    stamp = json.loads(json.dumps(stamp))
-    if memory.exists():
-        known = json.loads(memory.read_text())
-        if known.get("stamp") == stamp:
-            return known["row"]
-    row = evaluate.measure(str(folder), exam) | {"stage": label}
-    evaluate.write_text(memory, json.dumps({"stamp": stamp, "row": row}, indent=2) + "\n")
+    row = remembered(folder, exam)
+    if row is None:
+        row = evaluate.measure(str(folder), exam) | {"stage": label}
+        memory = {"stamp": stamp_of(folder, exam), "row": row}
+        write_text(folder / "exam.json", json.dumps(memory, indent=2) + "\n")
     return row
 
 
@@ -163,7 +354,7 @@ def note(config: Config, exam: evaluate.Config) -> str:
         f"Greedy accuracy on {exam.n} held-out questions of the embedded task, with 95 % Wilson intervals (of the "
         "reward model: how often it prefers the better of two answers to one); "
         f"pass@k and majority vote from {exam.samples} answers at temperature {exam.temperature:g}; "
-        f"bits per byte of held-out pretraining text. Seed {config.seed}."
+        f"bits per byte of held-out pretraining text. Seed {config.seed}." + (f" {QUICK}" if config.quick else "")
     )
 
 

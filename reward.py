@@ -479,7 +479,7 @@ def main(config: Config) -> dict:
 
     accuracy = judge(*held_out_scores(run, model, held_out))["val_accuracy"]  # which scaling leaves as it was
     asked = "" if "arith" in held_out_of(config)[0] else f" --task {config.task} --data QUESTIONS.jsonl"
-    asked += f" --reward {run.folder} --beta 0.05 --out_dir {run.folder.parent / 'ppo_reward'}"
+    asked += f" --reward {run.folder} --beta 0.05 --out_dir {run.folder.with_name('ppo_' + run.folder.name)}"
     run.close(f"held-out accuracy {accuracy:.3f}", next_command=f"python ppo.py{asked}")
     return {"val_accuracy": accuracy}
 

@@ -6,12 +6,18 @@
                        metrics.jsonl    a row for each step that was logged, and for each evaluation
                        samples.txt      generated text
                        ckpt.pt          the checkpoint (runtime/checkpoint.py)
-                       curves.png       the metrics, drawn at the end
+                       curves.png       the metrics, drawn now and then and at the end
 """
 
 import json
 import re
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from runtime import processes
 from runtime.checkpoint import load_checkpoint, plain, write_text
@@ -95,3 +101,30 @@ def has_sample(folder: Path, step: int) -> bool:
     """Whether samples.txt holds a text of that step."""
     path = folder / "samples.txt"
     return path.exists() and f"=== step {step} ===\n" in path.read_text(encoding="utf-8")
+
+
+def mark_running(folder: Path) -> IO | None:
+    """A file that says, as long as it is open and this process lives, that a run is going on in the folder. The system
+    lets go of it when the process ends, however it ends. None where files cannot be locked.
+    """
+    if fcntl is None:
+        return None
+    file = open(folder / "config.json", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another process is in this folder, or the file system has no locks
+        file.close()
+        return None
+    return file
+
+
+def is_running(folder: Path) -> bool:
+    """Whether some process runs in the folder now, on this machine."""
+    try:
+        with open(folder / "config.json", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (OSError, AttributeError):  # no such file, no locks
+        return False
+    return False

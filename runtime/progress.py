@@ -1,19 +1,58 @@
 """The loop of a run as a user sees it: a bar, Ctrl-C, and, if asked for, a profile."""
 
+import contextlib
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 
+def printable(text: str) -> str:
+    r"""A model may write any bytes, and some of them steer a terminal: those, and marks that turn the direction of
+    text around, are shown as escapes. Line ends and tabs stay.
+
+    >>> printable("a\x1b[2Jb\r\n")
+    'a\\x1b[2Jb\\r\n'
+    """
+    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(steering, lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a run is called on the screen, as a part of something larger."""
+
+    title: str  # above its banner
+    bar: str  # before its bar
+    name: str  # in its last line
+
+
+_names: Names | None = None
+
+
+@contextlib.contextmanager
+def called(title: str, bar: str, name: str) -> Iterator[None]:
+    """Runs that start inside have these names, and name no next command: who starts them knows what is next."""
+    global _names
+    before, _names = _names, Names(title, bar, name)
+    try:
+        yield
+    finally:
+        _names = before
+
+
 class Progress:
     def __init__(self, stage: str, folder: Path, world: int, is_main: bool):
-        self.stage, self.folder, self.world, self.is_main = stage, folder, world, is_main
+        self.folder, self.world, self.is_main = folder, world, is_main
+        self.part = _names is not None  # of something larger
+        self.names = _names or Names(stage, stage, stage)
         self.interrupted = False  # Ctrl-C has been pressed ...
         self.saved_for_stop = False  # ... and what was done until then is saved
         self.bar: tqdm | None = None
@@ -21,7 +60,7 @@ class Progress:
     def print(self, text: str) -> None:
         """A line above the bar, in one process."""
         if self.is_main:
-            tqdm.write(text)
+            tqdm.write(printable(text))  # some of it a model has written
             sys.stdout.flush()
 
     def show(self, row: dict, names: tuple[str, ...]) -> None:
@@ -46,8 +85,13 @@ class Progress:
             before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
         profiler = start_profiler(profile_steps, device) if profile_steps and self.is_main else None
         self.bar = tqdm(
-            total=last, initial=first, desc=self.stage, disable=not self.is_main, dynamic_ncols=True, mininterval=0.5
-        )
+            total=last,
+            initial=first,
+            desc=self.names.bar,
+            disable=not self.is_main,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )  # fmt: skip
         try:
             for step in range(first, last):
                 yield step

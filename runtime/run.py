@@ -12,7 +12,8 @@ It knows the run's place among the processes, its device and precision, its fold
             run.save(step, steps, model, optimizers, tokenizer)
     run.close("loss 1.234", next_command="python grpo.py")
 
-What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``, ``trackers.py`` and ``checkpoint.py``.
+What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``, ``pictures.py``, ``trackers.py`` and
+``checkpoint.py``.
 """
 
 import contextlib
@@ -40,9 +41,9 @@ from runtime.device import (
     seed_everything,
 )
 from runtime.errors import UserError
-from runtime.folder import append_sample, has_sample, open_folder, run_folder
+from runtime.folder import append_sample, has_sample, mark_running, open_folder, run_folder
 from runtime.metrics import Metrics, numbers
-from runtime.plots import plot_curves
+from runtime.pictures import Pictures
 from runtime.progress import Progress
 from runtime.trackers import open_tracker
 
@@ -64,13 +65,12 @@ class Run:
         self.best: float | None = None
         self.extra: dict = {}  # what else the stage needs to go on; saved with every checkpoint
         self.model = self.tokenizer = None  # with these a run that has to stop can save what it has learned
-        self.optimizers, self.saved_step, self.unsaved = (
-            (),
-            -1,
-            None,
-        )  # unsaved: (the last whole step, of how many), if no checkpoint has it
+        self.optimizers, self.saved_step = (), -1
+        self.unsaved: tuple[int, int] | None = None  # the last whole step, of how many, if no checkpoint has it
+        self._mark = None  # says that the run is going on
         self.progress = Progress(stage, self.folder, self.world, self.is_main)
         self.metrics = Metrics(self.folder, config.log_every, self.device, self.precision, self.world)
+        self.pictures = Pictures(self.folder, self.progress.print)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Before the loop
@@ -80,6 +80,7 @@ class Run:
         if self.state is not None:
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
         if self.is_main:
+            self._mark = mark_running(self.folder)
             self.metrics.tracker = open_tracker(self.config, self.stage, self.folder)
         seed_everything(self.config.seed)
 
@@ -181,7 +182,7 @@ class Run:
             **more,
             "writes": str(self.folder),
         }
-        self.print(f"\n{self.stage}")
+        self.print(f"\n{self.progress.names.title}")
         for name, value in facts.items():
             if value:
                 self.print(f"  {name:10} {value}")
@@ -225,6 +226,7 @@ class Run:
         row = {"step": step} | numbers(metrics)
         if self.is_main:
             self.metrics.write(row)
+            self.pictures.draw_if_due()
         self.metrics.restart_clock()
 
     def sample(self, step: int, text: str) -> None:
@@ -270,6 +272,7 @@ class Run:
                 "stage": self.stage,
                 "config": plain(as_dict(self.config)),
                 "step": step + 1,
+                "steps": steps,
                 "finished": step + 1 == steps,
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "scaler": self.scaler.state_dict(),
@@ -280,6 +283,8 @@ class Run:
                 **adapters,
             }
             save_checkpoint(self.folder, state, self.config.keep_last, better)
+            if not stop:
+                self.pictures.draw_if_due()
         processes.barrier()
         self.saved_step, self.progress.saved_for_stop = step, stop
         self.metrics.restart_clock()
@@ -301,15 +306,17 @@ class Run:
 
     def close(self, result: str, next_command: str = "") -> None:
         if self.is_main:
-            plot_curves(self.folder / "metrics.jsonl", self.folder / "curves.png", title=str(self.folder))
+            self.pictures.draw()
             seconds = self.metrics.seconds()
             took = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
             self.print(
-                f"{self.stage} done: {result} in {took}; {self.folder / 'ckpt.pt'}"
-                + (f"; next: {next_command}" if next_command else "")
+                f"{self.progress.names.name} done: {result} in {took}; {self.folder / 'ckpt.pt'}"
+                + (f"; next: {next_command}" if next_command and not self.progress.part else "")
             )
             if self.metrics.tracker is not None:
                 self.metrics.tracker(None)
+            if self._mark is not None:
+                self._mark.close()
 
 
 def start(config, stage: str) -> Run:

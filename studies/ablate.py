@@ -438,19 +438,20 @@ COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run, and
     "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "tokens",
     "finished": "finished", "answers": "answers sampled", "distinct_advantages": "kept apart, over the run",
 }  # fmt: skip
-CURVES = {  # what a run logs about itself: rewards are those that it was trained with
+CURVES = (  # what a run logs about itself: rewards are those that it was trained with
+    "accuracy", "correct", "formatted", "short", "reward", "length", "entropy", "finished", "flat_groups",
+    "distinct_advantages", "clip_fraction", "kl_ref", "kl_old", "grad_norm", "answers",
+)  # fmt: skip
+AS_REWARDED = {  # what runtime/words.py does not know about them
     "accuracy": "greedy accuracy", "correct": "right, as rewarded", "formatted": "in form, as rewarded",
-    "short": "short, as rewarded", "reward": "reward", "length": "tokens", "entropy": "entropy", "finished": "finished",
-    "flat_groups": "flat groups", "distinct_advantages": "distinct advantages", "clip_fraction": "clipped",
-    "kl_ref": "KL to the start", "kl_old": "KL to the sampler", "grad_norm": "gradient norm",
-    "answers": "answers sampled",
+    "short": "short, as rewarded",
 }  # fmt: skip
 DIGITS = {"kl": 2, "busiest": 2, "idlest": 2, "length": 1}  # decimals in the table; of whole numbers none, else 3
 DIGITS |= dict.fromkeys(("steps_90", "answers", "parameters", "active", "seconds"), 0)
 
 
-def names_of(config: Config) -> tuple[dict, dict]:
-    """The columns and the curves that there are, with their names in words."""
+def names_of(config: Config) -> tuple[dict, tuple]:
+    """The columns that there are, with their names in words, and the curves."""
     return (probe.COLUMNS, probe.CURVES) if config.stage == "pretrain" else (COLUMNS, CURVES)
 
 
@@ -556,8 +557,8 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
         if mine:
             runs[cell.part, cell.label] = with_differences(mine, rows_of_first(cell, cells, rows))
     if runs:
-        columns, curves = names_of(config)
-        names = columns if config.scatter else curves
+        columns, _ = names_of(config)
+        names = columns if config.scatter else AS_REWARDED
         plot_study(runs, root / "plot.png", list(curves_of(config)), list(config.scatter), names)
     print(f"{text}\n\n{root / 'results.jsonl'}, {root / 'table.md'}, {root / 'plot.png'}")
     if config.page and runs:

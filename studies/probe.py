@@ -8,8 +8,10 @@ The validation loss is a mean over everything. Two of its parts answer what the 
 L(t) should fall while more context helps; past the length of training it need not. g(l) says what pulls at each layer,
 and whether it fades or grows on its way down.
 
-``measure`` looks so at a finished run of pretrain.py; the studies of ``ablate.py`` compare models by it. Run ``python
-probe.py`` to see two small models at it, one with learned and one with rotary positions, past the trained length.
+``measure`` looks so at a finished run of pretrain.py; the studies of ``ablate.py`` compare models by it::
+
+    python studies/probe.py                         # two small models, with learned and with rotary positions
+    python studies/probe.py out/arith/pretrain      # a run of yours
 """
 
 import json
@@ -26,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand 
 
 from data import TokenFile
 from optim import make_optimizers
+from runtime.checkpoint import load_checkpoint, need_checkpoint
+from runtime.errors import UserError, run_main
 from runtime.plots import read_metrics
 from stages import load_stage
 from transformer import ModelConfig, Transformer, active_parameters, count_parameters, token_logps
@@ -36,11 +40,10 @@ COLUMNS = {  # figures of the end of a run, with their names in words; any metri
     "active": "parameters of a token", "busiest": "busiest expert (fair: 1)", "idlest": "idlest expert (fair: 1)",
     "near": "loss, second half of the trained length", "beyond": "loss past the trained length",
 }  # fmt: skip
-CURVES = {  # metrics that pretrain.py logs, against steps (NAME@tokens, NAME@seconds), and what is found here
-    "val_loss": "validation loss", "bits_per_byte": "bits per byte", "loss": "training loss",
-    "grad_norm": "gradient norm", "busiest": "busiest expert (fair: 1)", "loss@position": "validation loss",
-    "start_gradient@layer": "gradient norm before training", "end_gradient@layer": "gradient norm after training",
-}  # fmt: skip
+CURVES = (  # metrics that pretrain.py logs, against steps (NAME@tokens, NAME@seconds), and what is found here
+    "val_loss", "bits_per_byte", "loss", "grad_norm", "busiest", "loss@position", "start_gradient@layer",
+    "end_gradient@layer",
+)  # fmt: skip
 
 
 def validation_windows(file: TokenFile, n: int, length: int) -> Tensor:
@@ -135,7 +138,31 @@ def in_spans(losses: Tensor, width: int) -> tuple[list[float], list[float]]:
     return tuple([float(span.mean()) for span in some] for some in spans)
 
 
-if __name__ == "__main__":
+def look(folder: str) -> None:
+    """Print what ``measure`` finds in a finished run of pretrain.py. UserError: the folder holds no such run."""
+    need_checkpoint(folder, "python pretrain.py")
+    stage = load_checkpoint(folder, mmap=True)["stage"]
+    if stage != "pretrain" or not Path(folder, "tokens.h5").exists():
+        why = f"it is a {stage} run" if stage != "pretrain" else "tokens.h5 is missing"
+        raise UserError(f"{folder} holds no run of pretrain.py whose text can be looked at: {why}")
+    row, curves = measure(folder)
+    known = f", validation loss {row['val_loss']:.3f} nats" if row.get("val_loss") is not None else ""
+    print(f"{folder}: {row['parameters']:,} parameters{known}")
+    show("position", *curves["loss@position"], "loss", digits=1)
+    show("layer", *curves["start_gradient@layer"], "gradient before training", digits=0)
+    show("layer", *curves["end_gradient@layer"], "gradient after training", digits=0)
+
+
+def show(x: str, xs: list, ys: list, y: str, digits: int, columns: int = 8) -> None:
+    """Two rows of numbers, broken into lines of so many columns."""
+    for first in range(0, len(xs), columns):
+        some = slice(first, first + columns)
+        print(f"\n  {x:26}" + "".join(f"{value:8.{digits}f}" for value in xs[some]))
+        print(f"  {y:26}" + "".join(f"{value:8.3f}" for value in ys[some]))
+
+
+def example() -> None:
+    """Two small models, one with learned and one with rotary positions, past the trained length."""
     print("each row repeats three letters; trained on 16 tokens, measured on 32; loss in nats, 26 letters\n")
     rows = lambda n, seed: torch.randint(26, (n, 3), generator=torch.Generator().manual_seed(seed)).repeat(1, 11)  # noqa: E731
     torch.set_num_threads(1)
@@ -155,3 +182,17 @@ if __name__ == "__main__":
         print("  loss             " + "".join(f"{x:7.3f}" for x in losses))
         print("  gradient by layer" + "".join(f"{x:7.3f}" for x in before) + "  before training")
         print("                   " + "".join(f"{x:7.3f}" for x in after) + "  after")
+
+
+def main() -> None:
+    """The example; or the runs that the command line names."""
+    if not sys.argv[1:]:
+        return example()
+    for folder in sys.argv[1:]:
+        if folder.startswith("-"):
+            raise UserError(f"{folder}: probe.py takes folders of pretrain.py and no options")
+        look(folder)
+
+
+if __name__ == "__main__":
+    run_main(main)

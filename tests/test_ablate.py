@@ -387,7 +387,7 @@ def test_measure_counts_what_it_says(study, tmp_path, start):  # noqa: F811
     assert row["answers"] == 8
     by_hand(tmp_path, start, replace(config, questions=16))
     model, tokenizer, _ = load_stage(str(start))
-    held = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 80)
+    held = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 400)
     before = sample_answers(model, tokenizer, held[0], 1, 48, 0.0, seed=0)
     right = score(before.texts, [prompt.gold for prompt in held[1]], before.finished)[0]
     assert row["start"] == pytest.approx(float(right.mean()))
@@ -400,7 +400,7 @@ def by_hand(folder, origin, config) -> None:
     state["config"]["verifier"] = "any"
     torch.save(state, folder / "ckpt.pt")
     (policy, tokenizer, _), (reference, *_) = load_stage(str(folder)), load_stage(str(origin))
-    ids, prompts = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 80)
+    ids, prompts = encode_prompts(load_prompts("arith", "validation", n=16), tokenizer, 400)
     rollout = sample_answers(policy, tokenizer, ids, 1, 48, 1.0, seed=0)
     lengths = rollout.mask.sum(dim=1)
     limit = int(lengths[rollout.finished].median())  # one of them has it exactly

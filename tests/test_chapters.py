@@ -333,7 +333,8 @@ def imported(path: Path) -> set[str]:
 
 
 ALLOWED = {
-    "torch", "numpy", "tiktoken", "regex", "datasets", "h5py", "tyro", "tqdm", "matplotlib", "tensorboard", "wandb",
+    "torch", "numpy", "tiktoken", "regex", "datasets", "h5py", "tyro", "tqdm", "matplotlib", "PIL", "tensorboard",
+    "wandb",
 } | set(sys.stdlib_module_names)  # fmt: skip
 
 

@@ -10,9 +10,11 @@ import torch
 from tiny import tiny_pretrain
 
 import chat
+import generate
 import pretrain
-from chat import pieces
+from chat import below, pieces, printable
 from runtime.errors import run_main
+from runtime.progress import Progress
 from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer, encode_chat
 
@@ -88,14 +90,16 @@ def test_a_prompt_is_answered_in_the_chat_template(talk, model):
     status, out, err = talk("--prompt", "How many?", "--system", "Be brief.", "--temperature", 0, "--max_new_tokens", 6)
     tokenizer = load_stage(str(model))[1]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}]
-    assert status == 0 and out == greedy(model, encode_chat(tokenizer, messages, True)[0], 6) + "\n"
+    assert status == 0 and out == printable(greedy(model, encode_chat(tokenizer, messages, True)[0], 6)) + "\n"
     assert "--raw" in err  # a base model knows no template, and that is said
 
 
 def test_raw_continues_the_text_itself(talk, model):
     status, out, err = talk("--raw", "--prompt", "Tom has", "--temperature", 0, "--max_new_tokens", 6)
     tokenizer = load_stage(str(model))[1]
-    assert (status, err) == (0, "") and out == "Tom has" + greedy(model, tokenizer.encode("Tom has"), 6) + "\n"
+    assert (status, err) == (0, "") and out == printable(
+        "Tom has" + greedy(model, tokenizer.encode("Tom has"), 6)
+    ) + "\n"
 
 
 def test_raw_asks_for_the_text_and_its_end_is_no_error(talk):
@@ -138,7 +142,7 @@ def test_with_a_window_a_text_may_be_longer_than_the_context(talk, model):
     with torch.no_grad():
         for _ in range(n):
             new.append(int(net(torch.tensor([start + new]))[0, -1].argmax()))
-    assert out == "Tom has" + "".join(pieces(tokenizer, new)) + "\n"
+    assert out == printable("Tom has" + "".join(pieces(tokenizer, new))) + "\n"
     assert len(new) > net.config.max_seq_len - len(start)
     assert len(talk(*long)[1]) < len(out)  # without one it stops at the end of the context
     for wrong in (("--window", 0), ("--window", 8, "--sinks", -1)):
@@ -224,9 +228,115 @@ def test_a_file_that_is_no_checkpoint_is_one_line(talk, tmp_path):
     assert status == 1 and len(err.splitlines()) == 1 and "x.pt" in err
 
 
+def test_a_conversation_begins_with_who_speaks_and_how_to_leave(talk, model, prompts_of):
+    status, out, err = talk(lines="one\n\n")
+    assert status == 0 and out.splitlines()[0].startswith("you: model: ")
+    assert f"{model}: pretrain after 2 steps (pretrain)" in err and "context of 96 tokens" in err
+    assert all(word in err for word in ("/new", "/help", "/quit", "Ctrl-D", "parameters"))
+    assert "/new" not in talk("--prompt", "one")[2]  # one answer needs no greeting
+
+
+def test_the_greeting_names_the_parents(talk, model, prompts_of, monkeypatch):
+    net, tokenizer, state = load_stage(str(model))
+    state |= {"stage": "grpo", "lineage": [{"stage": "pretrain"}, {"stage": "sft"}]}
+    monkeypatch.setattr(chat, "load_stage", lambda *_: (net, tokenizer, state))
+    assert "(pretrain → sft → grpo)" in talk(lines="")[2]
+
+
+def test_commands_are_answered_and_not_asked(talk, prompts_of):
+    status, _, err = talk(lines="/help\n/nwe\nreal\n/quit\nnever asked\n")
+    assert status == 0 and len(prompts_of) == 1
+    assert err.count("Ctrl-C stops an answer") == 2 and "no command /nwe" in err
+
+
+STEERING = "a\x1b[2J\x07b\r\n\tc\x9b31m\u202ed\x7f"
+
+
+def test_what_steers_a_terminal_does_not_reach_it(talk, monkeypatch):
+    assert printable(STEERING) == "a\\x1b[2J\\x07b\\r\n\tc\\x9b31m\\u202ed\\x7f"
+    assert printable(TEXT) == TEXT
+    monkeypatch.setattr(chat, "stream", lambda *_, **__: iter(STEERING.encode()))
+    for arguments in (("--prompt", "x"), ("--raw", "--prompt", "x")):
+        out = talk(*arguments)[1]
+        assert printable(STEERING) in out and not set(out) & set("\x1b\x07\r\x9b\x7f\u202e")
+
+
+def test_the_conversation_remembers_what_the_model_wrote_not_what_was_shown(talk, model, monkeypatch):
+    seen = []
+
+    def stream(model, ids, *_, **__):
+        seen.append(list(ids))
+        yield 0x1B
+
+    monkeypatch.setattr(chat, "stream", stream)
+    talk(lines="one\ntwo\n\n")
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "\x1b"}]
+    messages.append({"role": "user", "content": "two"})
+    assert seen[1] == encode_chat(load_stage(str(model))[1], messages, True)[0]
+
+
+def fixed(*pairs):
+    return lambda *_, **__: iter([(byte, p) for text, p in pairs for byte in text.encode()])
+
+
+def test_probabilities_stand_below_the_tokens_where_there_are_no_colours(talk, monkeypatch):
+    monkeypatch.setattr(chat, "stream_with_probs", fixed(("a", 0.98), (" ", 0.5), ("é", 0.5), ("\x1b", 0.125)))
+    out = talk("--prompt", "x", "--probs")[1]
+    above, under = out.strip().splitlines()
+    assert above.split() == ["a", "·", "é", "\\x1b"] and under.split() == ["0.98", "0.50", "0.25", "0.12"]
+    assert [above.index(word) for word in above.split()] == [under.index(p) for p in under.split()]
+    wrapped = below([("token", 0.5)] * 9, width=30).splitlines()
+    assert len(wrapped) == 6 and max(map(len, wrapped)) <= 30
+    assert talk("--probs", lines="x\n\n")[1].count("0.98") == 1  # in a conversation too
+
+
+def test_probabilities_are_colours_where_there_are_some(talk, monkeypatch):
+    monkeypatch.setattr(chat, "stream_with_probs", fixed(("a", 0.98), ("b", 0.6), ("\x1b", 0.1)))
+    monkeypatch.setattr(chat, "has_colours", lambda: True)
+    status, out, err = talk("--prompt", "x", "--probs")
+    assert status == 0 and out == "a\033[33mb\033[0m\033[7m\\x1b\033[0m\n" and "0.9 or more" in err
+
+
+def test_the_probability_is_that_of_the_model_before_temperature(model):
+    net, tokenizer, _ = load_stage(str(model))
+    ids = tokenizer.encode("Tom has")
+    knobs = {"eot_id": -1, "seed": 1, "temperature": 0.5, "top_k": 3}
+    drawn = list(generate.stream_with_probs(net, ids, 5, **knobs))
+    assert [token for token, _ in drawn] == list(generate.stream(net, ids, 5, **knobs))
+    for i, (token, probability) in enumerate(drawn):
+        with torch.no_grad():
+            logits = net(torch.tensor([ids + [t for t, _ in drawn[:i]]]))[0, -1]
+        assert probability == pytest.approx(float(logits.softmax(-1)[token]), abs=1e-5)
+
+
+def test_ctrl_c_stops_an_answer_and_at_a_prompt_leaves(talk, monkeypatch):
+    def stream(*_, **__):
+        yield ord("a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "stream", stream)
+    status, out, err = talk(lines="one\ntwo\n\n")
+    assert status == 0 and out.count("a (stopped)") == 2
+    status, out, err = talk("--prompt", "x")
+    assert status == 130 and "checkpoint" not in err and "Traceback" not in err and err.endswith("stopped\n")
+
+    def pressed(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", pressed)
+    status, out, err = talk()
+    assert status == 130 and "left the chat" in err and "checkpoint" not in err and "Traceback" not in err
+
+
 def test_the_script_itself(model):
     done = subprocess.run(
         [sys.executable, "chat.py", str(model), "--raw", "--prompt", "Tom", "--temperature", "0", "--max_new_tokens=4"],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("Tom") and done.stderr == ""
+
+
+def test_what_a_run_prints_of_its_answers_does_not_steer_the_terminal_either(tmp_path, capsys):
+    Progress("grpo", tmp_path, world=1, is_main=True).print(f"wrong: {STEERING}")
+    out = capsys.readouterr().out
+    assert printable(STEERING) in out and not set(out) & set("\x1b\x07\x9b\x7f")

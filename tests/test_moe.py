@@ -518,7 +518,13 @@ EXPERTS = {"n_experts": 4, "d_expert": 16, "z_weight": 1e-3}
 
 @pytest.mark.parametrize("balance", ["loss", "bias"])
 def test_a_stopped_run_goes_on_exactly(tmp_path, monkeypatch, balance):
-    more = EXPERTS | {"balance": balance, "balance_rate": 0.05, "expert_layers": (1,), "micro_batch_size": 2}
+    more = EXPERTS | {
+        "balance": balance,
+        "balance_rate": 0.05,
+        "expert_layers": (1,),
+        "micro_batch_size": 2,
+        "steps": 5,
+    }
     whole, stopped = (tiny_pretrain(tmp_path / name, **more) for name in ("whole", "stopped"))
     one, _ = assert_exact_resume(monkeypatch, pretrain, whole, stopped, saves=2)
     bias = one["model"]["blocks.1.mlp.balance_bias"]

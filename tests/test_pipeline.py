@@ -11,6 +11,7 @@ from tiny import SMALL
 
 import pipeline
 from runtime.checkpoint import load_checkpoint
+from runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -155,6 +156,115 @@ def test_the_family_has_one_budget_and_one_start():
         "sequence",
         "cispo",
     )
+
+
+def test_each_stage_goes_by_its_own_name(ran):
+    """Dr. GRPO, DAPO, GSPO and CISPO are runs of grpo.py, but not called so; what comes next the pipeline knows."""
+    for number, stage in enumerate(REAL_STAGES(pipeline.Config()), start=1):
+        assert f"\nstage {number} of 16: {stage.label}, about " in ran["printed"]
+        assert f"\n{stage.label} done: " in ran["printed"]
+    assert "next:" not in ran["printed"]
+
+
+def test_the_bar_has_the_stage_s_own_name(out, ran, small, capsys):
+    shutil.rmtree(out / "dr_grpo")
+    pipeline.main(config(out))
+    err = capsys.readouterr().err
+    assert "12/16 Dr. GRPO:" in err and "grpo:" not in err
+
+
+def test_after_each_stage_its_examination_and_the_time_left(ran):
+    lines = [line for line in ran["printed"].splitlines() if line.startswith("examined: ")]
+    assert len(lines) == 16 and all(" (95 %: 0." in line and "n = 8)" in line for line in lines)
+    assert all("left" in line for line in lines[:-1]) and "left" not in lines[-1]
+    assert lines[2].startswith("examined: ranks pairs rightly ")
+
+
+def test_quick_says_that_it_shows_no_learning(out, ran):
+    assert (
+        ran["printed"].count("it shows no learning") == 2 and "it shows no learning" in (out / "report.md").read_text()
+    )
+
+
+def test_the_same_question_is_answered_by_the_base_the_tuned_and_the_last(ran):
+    end = ran["printed"].split("One question, answered greedily")[1]
+    assert pipeline.QUESTION in end and str(pipeline.ANSWER) in end
+    assert [line.split()[0] for line in end.splitlines() if "   accuracy " in line] == ["Base", "SFT", "GRPO", "GDPO"]
+
+
+def refuse(*_, **__):
+    raise AssertionError("this was done already")
+
+
+def test_a_finished_pipeline_loads_no_data_and_no_model(out, ran, small, monkeypatch):
+    pipeline.main(config(out))  # whatever an earlier test has left unfinished
+    chain = [replace(stage, main=refuse) for stage in tiny_stages(config(out))]
+    monkeypatch.setattr(pipeline, "stages", lambda _: chain)
+    for where, name in ((pipeline.evaluate, "measure"), (pipeline, "answer"), (pipeline, "plot_stages")):
+        monkeypatch.setattr(where, name, refuse)
+    assert len(pipeline.main(config(out))) == 16
+    assert [row["stage"] for row in pipeline.main(replace(config(out), only=("GDPO",)))] == [s.label for s in chain]
+
+
+def test_another_configuration_or_another_start_is_not_finished(out, ran, small, tmp_path):
+    pipeline.main(config(out))
+    stage = {stage.name: stage for stage in tiny_stages(config(out))}["grpo"]
+    assert pipeline.is_finished(stage)
+    assert not pipeline.is_finished(replace(stage, config=replace(stage.config, lr=0.5)))
+    moved = shutil.copytree(out, tmp_path / "arith")
+    (other,) = [one for one in tiny_stages(config(moved)) if one.name == "grpo"]
+    assert not pipeline.is_finished(other)  # it started from the folder that was copied
+    kept = (out / "sft" / "ckpt.pt").read_bytes()
+    shutil.copyfile(out / "dpo" / "ckpt.pt", out / "sft" / "ckpt.pt")
+    assert not pipeline.is_finished(stage)
+    (out / "sft" / "ckpt.pt").write_bytes(kept)
+    assert pipeline.is_finished(stage)
+    (out / "grpo" / "config.json").write_text("{")  # of no importance: the checkpoint says it all
+    assert pipeline.is_finished(stage)
+
+
+def names_of(*only: str) -> list[str]:
+    return [stage.name for stage in pipeline.chosen(only, REAL_STAGES(pipeline.Config(out="o")))]
+
+
+def test_only_takes_names_and_labels_and_adds_what_they_start_from():
+    assert names_of() == NAMES
+    assert names_of("grpo") == ["pretrain", "sft", "grpo"] and names_of("pretrain") == ["pretrain"]
+    assert names_of("ppo_reward") == ["pretrain", "sft", "reward", "ppo_reward"]
+    assert names_of("Dr. GRPO", "dpo") == ["pretrain", "sft", "dpo", "dr_grpo"]
+
+
+def test_only_with_an_unknown_name_is_one_line_before_anything_runs(tmp_path):
+    for wrong, words in (("gropo", "did you mean grpo"), ("zzz", "there are pretrain, sft")):
+        with pytest.raises(UserError, match=words) as caught:
+            pipeline.main(replace(config(tmp_path / "new"), only=("sft", wrong)))
+        assert "\n" not in str(caught.value) and not (tmp_path / "new").exists()
+
+
+def test_only_runs_what_is_needed_and_keeps_the_report_of_the_others(out, ran, small):
+    pipeline.main(config(out))
+    before = state_of(out)
+    shutil.rmtree(out / "grpo")
+    shutil.rmtree(out / "kto")
+    rows = pipeline.main(replace(config(out), only=("grpo",)))
+    assert (out / "grpo" / "ckpt.pt").exists() and not (out / "kto").exists()
+    assert len(rows) == 15 and len(json.loads((out / "report.json").read_text())) == 15
+    pipeline.main(config(out))
+    assert {name for name, when in state_of(out).items() if before[name] != when} == {"grpo", "kto"}
+
+
+def test_the_time_left_follows_the_stages_of_today_and_those_of_the_last_time(tmp_path):
+    a, b, c = (replace(stage, config=None) for stage in REAL_STAGES(pipeline.Config(out="o"))[:3])
+    (tmp_path / "times.json").write_text(json.dumps({"pretrain": 10.0, "sft": 20.0, "reward": 600.0}))
+    times = pipeline.Times(tmp_path, quick=False)
+    assert times.left([c]) == "about 10 min left" and times.left([a, b]) == "about 30 s left"
+    times.note(a, 20.0, whole=False)  # it went on from its middle: that says nothing
+    assert times.left([c]) == "about 10 min left"
+    times.note(a, 20.0, whole=True)  # twice as slow as the last time
+    assert times.left([c]) == "about 20 min left"
+    assert json.loads((tmp_path / "times.json").read_text())["pretrain"] == 20.0
+    (tmp_path / "times.json").write_text("{")
+    assert pipeline.Times(tmp_path, quick=False).left([c]) == "about 4 min left"  # the table of the file
 
 
 @pytest.mark.slow

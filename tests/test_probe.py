@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pretrain
 import probe
 from data import TokenFile
 from probe import gradient_norms, in_spans, loss_by_position, validation_windows
+from runtime.errors import run_main
 from stages import load_stage
 from transformer import ModelConfig, Transformer
 
@@ -167,3 +169,29 @@ def test_what_a_run_cannot_tell_is_left_out(run, tmp_path):
     assert ablate.figure(row | {"curves": curves}, "val_loss") is None  # not the mean of those before
     assert row["beyond"] is None and row["val_loss"] is None and row["bits_per_byte"] > 0
     assert len(curves["loss@position"][0]) == 8 and curves["val_loss"][0] == [3]
+
+
+def test_the_script_looks_at_the_runs_it_is_given(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    pretrain.main(tiny_pretrain(folder, steps=2, max_documents=60, vocab_size=270))
+    capsys.readouterr()
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
+        status = 0
+        try:
+            run_main(probe.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    status, out, _ = call(folder)
+    row, curves = probe.measure(str(folder))
+    assert status == 0 and f"{row['parameters']:,} parameters, validation loss {row['val_loss']:.3f}" in out
+    assert f"{curves['loss@position'][1][0]:8.3f}" in out and "gradient after training" in out
+    assert "each row repeats" not in out
+    status, out, err = call("--steps")
+    assert status == 1 and "no options" in err and len(err.splitlines()) == 1
+    assert "there is no checkpoint" in call(tmp_path / "nothing")[2]
+    (folder / "tokens.h5").unlink()
+    assert "tokens.h5 is missing" in call(folder)[2]

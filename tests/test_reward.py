@@ -405,3 +405,9 @@ def test_the_report_gives_accuracy_on_test_pairs(tmp_path, sft_folder):
     reward.main(tiny(tmp_path / "reward", sft_folder))
     row = evaluate.measure(str(tmp_path / "reward"), evaluate.Config(n=24, device="cpu"))
     assert row["stage"] == "reward" and row["n"] == 24 and 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1
+
+
+def test_the_next_command_writes_where_no_other_reward_model_s_policy_is(sft_folder, tmp_path, capsys):
+    """What configs/reward_weak.py names next must not go into the folder of the pipeline's PPO."""
+    reward.main(tiny(tmp_path / "reward_weak", sft_folder, eval_pairs=4, epochs=1.0))
+    assert f"--out_dir {tmp_path / 'ppo_reward_weak'}" in capsys.readouterr().out

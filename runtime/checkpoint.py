@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from runtime import rehearsal
 from runtime.errors import UserError
 
 MAGIC = "alignbook checkpoint 1"
@@ -79,10 +80,11 @@ def find_checkpoint(path: str | Path) -> Path:
     return path / "ckpt.pt" if path.is_dir() or path.suffix != ".pt" else path
 
 
-def load_checkpoint(path: str | Path, map_location="cpu") -> dict:
-    """Read and check a checkpoint; one clear line for every way in which it can be wrong."""
+def load_checkpoint(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
+    """Read and check a checkpoint; one clear line for every way in which it can be wrong. With ``mmap`` a tensor is
+    read when it is used."""
     path = find_checkpoint(path)
-    return check_checkpoint(read_archive(path, map_location), path)
+    return check_checkpoint(read_archive(path, map_location, mmap), path)
 
 
 def check_checkpoint(state: dict, path: str | Path) -> dict:
@@ -97,14 +99,14 @@ def check_checkpoint(state: dict, path: str | Path) -> dict:
     return state
 
 
-def read_archive(path: str | Path, map_location="cpu") -> dict:
+def read_archive(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
     """The dictionary in a file, which can be any; one line if it is damaged or could run code."""
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is damaged or not a checkpoint (it is not a PyTorch archive, or was cut off)")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         what = re.search(r"(?:GLOBAL|global|Unsupported \w+)\s+([\w.]+)", str(error))
         inside = f" ({what.group(1)})" if what else ""
@@ -128,11 +130,16 @@ def load_weights(model, weights: dict, where) -> None:
         raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
 
 
-def need_checkpoint(path: str, command: str = "") -> None:
-    """Refuse a stage to start from that is not there; ``command`` is what makes it."""
-    if not find_checkpoint(path).exists():
+def need_checkpoint(path: str, command: str = "") -> bool:
+    """Refuse a stage to start from that is not there; ``command`` is what makes it. Returns True; a rehearsal
+    (``--print_config``) goes on without it, with False."""
+    there = find_checkpoint(path).exists()
+    if rehearsal.now is not None:
+        rehearsal.now.starts[str(path)] = command
+    elif not there:
         preset = "" if str(path).startswith("out/arith/") else " and its preset (configs/), or name another"
         raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
+    return there
 
 
 def weights_id(state: dict) -> str:

@@ -396,7 +396,8 @@ def table(rows: Sequence[dict]) -> str:
         cells = [row["stage"]]
         if first:
             known = first in row
-            cells += [f"{row[first]:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"] if known else ["", ""]
+            interval = f"{row['low']:.3f} to {row['high']:.3f}" if known and row["low"] < row["high"] else "all equal"
+            cells += [f"{row[first]:.3f}", interval] if known else ["", ""]
         cells += [f"{row[name]:.{DIGITS.get(name, 3)}f}" if name in row else "" for name in names] + [
             str(row.get("n", ""))
         ]

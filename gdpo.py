@@ -72,6 +72,7 @@ from stages import begin, context_length, with_start
 from verify import integer_reward, length_reward
 from watch import (
     Alarm,
+    assert_same_in_float32,
     assert_same_policy,
     describe,
     render,
@@ -268,6 +269,7 @@ def main(config: Config) -> dict:
     announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
         run.evaluation(0, **questions.examine(run, policy))
+        assert_same_in_float32(run, policy, questions, config)
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):

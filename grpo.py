@@ -103,6 +103,7 @@ from verify import overlong_penalty
 from watch import (
     Alarm,
     UpdateSums,
+    assert_same_in_float32,
     assert_same_policy,
     describe,
     mean_per_token,
@@ -459,6 +460,7 @@ def main(config: Config) -> dict:
     announce(run, policy, questions, answers=config.prompts_per_step * G, starts=config.init_from)
     if first == 0:
         run.evaluation(0, **questions.examine(run, policy))
+        assert_same_in_float32(run, policy, questions, config)
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):

@@ -86,6 +86,7 @@ from watch import (
     Alarm,
     UpdateSums,
     assert_ratio_is_one,
+    assert_same_in_float32,
     assert_same_policy,
     describe,
     flat_groups,
@@ -434,6 +435,7 @@ def main(config: Config) -> dict:
     announce(run, policy, questions, config.prompts_per_step, reward=config.reward, starts=config.init_from)
     if first == 0:
         run.evaluation(0, **examine(run, policy, judge, questions, config))
+        assert_same_in_float32(run, policy, questions, config)
     alarm = Alarm(run)
 
     for step in run.steps(first, config.steps):

@@ -15,6 +15,7 @@ It knows the run's place among the processes, its device and precision, its fold
 What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``, ``trackers.py`` and ``checkpoint.py``.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -126,6 +127,15 @@ class Run:
 
     def autocast(self):
         return autocast(self.device, self.precision)
+
+    @contextlib.contextmanager
+    def in_float32(self):
+        """Compute without 16 bits for a while, whatever the run's precision is."""
+        kept, self.precision = self.precision, "fp32"
+        try:
+            yield
+        finally:
+            self.precision = kept
 
     def maybe_compile(self, model, steps: int, tokens_per_step: int) -> str:
         """Compile the blocks if ``compile`` says so; with auto, if the work is long enough to pay back the warm-up.

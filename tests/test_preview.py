@@ -1,6 +1,7 @@
 """``--print_config``: what a run would do, said without doing it, and said rightly."""
 
 import dataclasses
+import doctest
 import importlib
 import re
 import sys
@@ -12,6 +13,7 @@ from tiny import tiny_pretrain, tiny_sft
 
 import grpo
 import pretrain
+import runtime.fields
 import runtime.preview as preview
 import sft
 from runtime import rehearsal
@@ -239,3 +241,9 @@ def test_a_pair_is_two_rows():
 
 def test_the_rate_is_that_of_this_machine():
     assert preview.measured_rate(torch.device("cpu"), "fp32", 64, 32, 96, most=0.02) > 1e6
+
+
+@pytest.mark.parametrize("module", [preview, runtime.fields], ids=lambda module: module.__name__)
+def test_the_examples_in_docstrings_are_true(module):
+    failed, tried = doctest.testmod(module)
+    assert tried and not failed

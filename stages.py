@@ -13,6 +13,7 @@ Run ``python stages.py`` to see what a checkpoint holds.
 
 import dataclasses
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,7 +21,15 @@ import torch
 
 from layers import ModelConfig
 from lora import load_state
-from runtime.checkpoint import load_weights, need_checkpoint, save_checkpoint
+from runtime.checkpoint import (
+    ADAPTERS,
+    check_checkpoint,
+    find_checkpoint,
+    load_weights,
+    need_checkpoint,
+    read_archive,
+    save_checkpoint,
+)
 from runtime.errors import UserError
 from runtime.run import Run, start
 from tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -37,10 +46,7 @@ def load_stage(
     """
     need_checkpoint(path, command)
     state = load_state(path)
-    try:
-        model = Transformer(ModelConfig(**state["model_config"]))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} describes a model this version does not know: {error}") from None
+    model = Transformer(shape_in(state, path))
     if state["stage"] == "reward" and not scores:
         raise UserError(f"{path} holds a reward model: it scores answers and writes none")
     if not model.config.causal and not encoders and not scores:
@@ -65,8 +71,26 @@ def begin(config, stage: str, command: str) -> tuple[Run, Transformer, Tokenizer
 
 def context_length(path: str, command: str) -> int:
     """The most tokens that the model of a stage can read; if it is missing, ``command`` is what makes it."""
-    need_checkpoint(path, command)
-    return load_state(path)["model_config"]["max_seq_len"]
+    there = need_checkpoint(path, command)
+    return shape_of(path).max_seq_len if there else sys.maxsize  # it is missed only by --print_config, which goes on
+
+
+def shape_of(path: str) -> ModelConfig:
+    """The shape of a stage's model, without reading its weights."""
+    return shape_in(read_state(path), path)
+
+
+def shape_in(state: dict, path: str) -> ModelConfig:
+    try:
+        return ModelConfig(**state["model_config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} describes a model this version does not know: {error}") from None
+
+
+def read_state(path: str) -> dict:
+    """A stage's checkpoint, whose tensors are read when they are used; adapters are put together with their base."""
+    state = read_archive(find_checkpoint(path), mmap=True)
+    return load_state(path) if state.get("magic") == ADAPTERS else check_checkpoint(state, path)
 
 
 def with_start(config, stage: str):

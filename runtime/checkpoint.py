@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from runtime import rehearsal
 from runtime.errors import UserError
 
 MAGIC = "alignbook checkpoint 1"
@@ -80,9 +81,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
-    """Read and check a checkpoint; one clear line for every way in which it can be wrong. mmap: leave the weights in
-    the file until something looks at them, for who only asks what is in it.
-    """
+    """Read and check a checkpoint; one clear line for every way in which it can be wrong. With ``mmap`` a tensor is
+    read when it is used, for who only asks what is in it."""
     path = find_checkpoint(path)
     return check_checkpoint(read_archive(path, map_location, mmap), path)
 
@@ -130,14 +130,19 @@ def load_weights(model, weights: dict, where) -> None:
         raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
 
 
-def need_checkpoint(path: str, command: str = "") -> None:
-    """Refuse a stage to start from that is not there; ``command`` is what makes it."""
-    if not find_checkpoint(path).exists():
+def need_checkpoint(path: str, command: str = "") -> bool:
+    """Refuse a stage to start from that is not there; ``command`` is what makes it. Returns True; a rehearsal
+    (``--print_config``) goes on without it, with False."""
+    there = find_checkpoint(path).exists()
+    if rehearsal.now is not None:
+        rehearsal.now.starts[str(path)] = command
+    elif not there:
         preset = "" if str(path).startswith("out/arith/") else " and its preset (configs/), or name another"
         for file in sorted(Path("configs").glob(f"{Path(command.split(' ')[-1]).stem}_*.py")):
             if re.search(rf'^out_dir = "{re.escape(str(path))}"$', file.read_text(encoding="utf-8"), re.M):
                 preset = f" {file}"
         raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
+    return there
 
 
 def weights_id(state: dict) -> str:

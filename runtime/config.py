@@ -6,6 +6,7 @@ in this order.
 Everything that can be wrong is found before anything is loaded and is said in one line, with the nearest valid name.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -15,12 +16,14 @@ import runpy
 import sys
 import typing
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import FunctionType, ModuleType, UnionType
 from typing import Annotated
 
 import tyro
 
+from runtime import rehearsal
 from runtime.errors import UserError, run_main
+from runtime.fields import print_help, table
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bounds, which stand at the fields: ``steps: Annotated[int, AtLeast(1)] = 45``
@@ -175,18 +178,40 @@ FREE_FIELDS = {"out_dir", "data_dir", "log_every", "save_every", "keep_last", "t
 
 def parse(config_class, argv: list[str] | None = None):
     """The configuration for a command line: ``[preset.py] [--field value ...]``. Positional fields of the class
-    follow the preset.
+    follow the preset. With ``--help`` or ``--print_config`` the program ends here.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    values = read_preset(config_class, argv.pop(0)) if argv and argv[0].endswith(".py") else {}
-    _check_arguments(config_class, argv)
-    config = tyro.cli(config_class, args=argv, default=config_class(**values))
-    validate(config)
+    wanted = {word.replace("-", "_") for word in argv}
+    config, origins = read(config_class, [word for word in argv if word.replace("-", "_") != PRINT_CONFIG])
+    if PRINT_CONFIG in wanted:
+        print(table(config, origins))
+        raise SystemExit(0)
     return config
 
 
+PRINT_CONFIG = "__print_config"  # as it is compared: a flag may be written with hyphens
+
+
+def read(config_class, argv: list[str], example: bool = False, stage: bool = False) -> tuple:
+    """(the configuration for a command line, where the values come from that are no defaults, by field). ``example``
+    and ``stage`` say what ``--help``, which ends the program, has to mention."""
+    preset = argv[0] if argv and argv[0].endswith(".py") else ""
+    argv = argv[bool(preset) :]
+    values = read_preset(config_class, preset) if preset else {}
+    given = _check_arguments(config_class, argv)
+    default = config_class(**values)
+    if {"-h", "--help"} & set(argv):
+        print_help(default, example, stage)
+        raise SystemExit(0)
+    config = tyro.cli(config_class, args=argv, default=default)
+    validate(config)
+    return config, dict.fromkeys(values, preset) | dict.fromkeys(given, "command line")
+
+
 def read_preset(config_class, path: str) -> dict:
-    """The names a preset file assigns, checked against the fields of the class and their types."""
+    """The names a preset file assigns, checked against the fields of the class and their types. If it defines public
+    functions and the class has a field ``reward`` that it does not assign, they are the rewards: its path is the value.
+    """
     if not Path(path).is_file():
         near = difflib.get_close_matches(path, [str(p) for p in Path(path).parent.glob("*.py")], 1, 0.5)
         raise UserError(f"there is no preset {path}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -205,7 +230,14 @@ def read_preset(config_class, path: str) -> dict:
         if not fits(value, hints[name]):
             raise UserError(f"{path}: {name} = {value!r} is not {_describe(hints[name])}")
         values[name] = tuple(value) if isinstance(value, list) else value
+    if "reward" in hints and "reward" not in values and any(is_reward(*one, path) for one in names.items()):
+        values["reward"] = path
     return values
+
+
+def is_reward(name: str, value, path: str) -> bool:
+    """Is ``name = value`` a public function that the file ``path`` itself defines? Such are rewards (verify.py)."""
+    return isinstance(value, FunctionType) and value.__code__.co_filename == path and not name.startswith("_")
 
 
 def fits(value, hint) -> bool:
@@ -239,20 +271,42 @@ def _describe(hint) -> str:
     )
 
 
+COUNTS_EPOCHS = "this stage counts epochs, passes over its data: use --epochs"
+COUNTS_STEPS = "this stage counts steps: use --steps"
+# Names that a user may try, and which fields have their place in a stage without them, with a word on why where these
+# are not the same under another name.
+ELSEWHERE = {
+    "steps": {"epochs": COUNTS_EPOCHS},
+    "max_steps": {"steps": "", "epochs": COUNTS_EPOCHS},
+    "epochs": {"steps": COUNTS_STEPS},
+    "num_train_epochs": {"epochs": "", "steps": COUNTS_STEPS},
+    "learning_rate": {"lr": ""},
+    "model": {"init_from": ""},
+    "output_dir": {"out_dir": ""},
+    "num_generations": {"group_size": ""},
+    "max_completion_length": {"max_new_tokens": ""},
+    "per_device_train_batch_size": {"micro_batch_size": ""},
+}
+
+
 def _unknown(name: str, fields: list[str], config_class) -> str:
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists them"
+    for other, why in ELSEWHERE.get(name, {}).items():
+        if other in fields:
+            hint = why or f"here it is called {other}"
+            break
     stage = config_class.__module__ if config_class.__module__ != "__main__" else Path(sys.argv[0]).stem
     return f"no field {name!r} in the {stage} configuration; {hint}"
 
 
-def _check_arguments(config_class, argv: list[str]) -> None:
-    """tyro explains an error in a box of many lines; we look first, argument by argument."""
+def _check_arguments(config_class, argv: list[str]) -> set[str]:
+    """tyro explains an error in a box of many lines; we look first, argument by argument. Returns the fields given."""
     hints = {f.name: typing.get_type_hints(config_class)[f.name] for f in dataclasses.fields(config_class)}
     full = typing.get_type_hints(config_class, include_extras=True)
     positional = [name for name in hints if "Positional" in repr(full[name])]
     room = len(argv) if any(typing.get_origin(hints[name]) is tuple for name in positional) else len(positional)
-    i = 0
+    i, named = 0, set()
     while i < len(argv):
         word = argv[i]
         i += 1
@@ -262,12 +316,14 @@ def _check_arguments(config_class, argv: list[str]) -> None:
             room -= 1
             if room < 0 or word.startswith("-"):
                 raise UserError(f"{word!r} belongs to no field: a preset comes first, a value after its --field")
+            named.update(positional)
             continue
         flag, _, given = word[2:].partition("=")
         name = flag.replace("-", "_")
         negated = name.startswith("no_") and hints.get(name[3:]) is bool
         if name not in hints and not negated:
             raise UserError(_unknown(name, list(hints), config_class))
+        named.add(name[3:] if negated else name)
         if negated or hints[name] is bool:
             if given or (i < len(argv) and argv[i].lower() in ("true", "false")):
                 raise UserError(f"--{name} is a switch: write --{name} or --no-{name}")
@@ -283,6 +339,7 @@ def _check_arguments(config_class, argv: list[str]) -> None:
         for value in values:
             if not _reads(value, hints[name]):
                 raise UserError(f"--{name} {value}: not {_describe(hints[name])}")
+    return named
 
 
 def _is_flag(word: str, hints: dict) -> bool:
@@ -319,10 +376,16 @@ def as_dict(config) -> dict:
 
 
 def run_stage(main, config_class, example=None) -> None:
-    """A stage as a command: ``main`` on the configuration that the command line asks for, or, with ``--example`` and
-    nothing else, the worked example that ``example()`` prints. Errors end as in ``run_main``.
+    """A stage as a command: ``main`` on the configuration that the command line asks for. With ``--example`` and
+    nothing else, the worked example that ``example()`` prints; with ``--print_config``, ``main`` only until the run
+    would open its folder, which prints what it would do instead (runtime/preview.py). Errors end as in ``run_main``.
     """
-    if example is not None and sys.argv[1:] == ["--example"]:
-        run_main(example)
-    else:
-        run_main(lambda: main(parse(config_class)))
+    argv = sys.argv[1:]
+    words = [word for word in argv if word.replace("-", "_") != PRINT_CONFIG]
+
+    def run():
+        config, origins = read(config_class, words, example is not None, stage=True)
+        with rehearsal.of(config, origins) if len(words) < len(argv) else contextlib.nullcontext():
+            main(config)
+
+    run_main(example if example is not None and argv == ["--example"] else run)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import torch
 
-from runtime import errors, processes
+from runtime import errors, preview, processes, rehearsal
 from runtime.checkpoint import (
     ADAPTERS,
     load_weights,
@@ -320,7 +320,10 @@ class Run:
 
 
 def start(config, stage: str) -> Run:
-    """Open the folder of a stage's run, fresh or to be continued."""
+    """Open the folder of a stage's run, fresh or to be continued. A rehearsal (``--print_config``) ends here."""
+    if rehearsal.now is not None:
+        preview.show(rehearsal.now, config, stage)
+        raise SystemExit(0)
     run = Run(config, stage)
     run.open()
     errors.RESCUES[:] = [run.save_unsaved]

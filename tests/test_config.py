@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -16,9 +17,26 @@ from tiny import tiny_pretrain
 
 import dpo
 import encoder
+import evaluate
+import grpo
 import pretrain
-from runtime.config import Above, AtLeast, Finite, RunConfig, as_dict, check_shared, fits, parse, validate
+import sft
+from runtime.config import (
+    ELSEWHERE,
+    Above,
+    AtLeast,
+    Finite,
+    RunConfig,
+    TrainConfig,
+    as_dict,
+    check_shared,
+    fits,
+    parse,
+    validate,
+)
 from runtime.errors import UserError
+from runtime.fields import groups_of, texts_of
+from verify import load_rewards
 
 
 @dataclass(frozen=True)
@@ -161,7 +179,55 @@ def test_help_lists_the_fields(flag, capsys):
         parse(Stage, [flag])
     assert left.value.code == 0
     text = capsys.readouterr().out
-    assert "--lr" in text and "Learning rate." in text and "--no-shuffle" in text
+    assert "--lr" in text and "Learning rate." in text and "--no_shuffle" in text
+
+
+def help_of(config_class, capsys, *argv: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        parse(config_class, [*argv, "--help"])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_groups_the_fields_and_says_what_the_program_is_for(capsys):
+    text = help_of(grpo.Config, capsys)
+    lines = text.splitlines()
+    assert lines[0] == "usage: python grpo.py [PRESET.py] [--field VALUE ...]"
+    assert lines[2] == "GRPO: reinforcement learning without a critic. An answer is measured against its siblings."
+    titles = re.findall(r"^\W+ ((?:\S+ )?options) \W+$", text, re.MULTILINE)
+    groups = ["grpo.py", "RolloutConfig", "LoRARunConfig", "TrainConfig", "RunConfig"]
+    assert titles == ["options", *(f"{name} options" for name in groups)]
+    places = {"group_size": "grpo.py", "temperature": "RolloutConfig", "dora": "LoRARunConfig", "lr": "TrainConfig"}
+    for name, group in places.items():
+        place = text.index(f"--{name} " if name != "dora" else "--dora,")
+        assert text.index(f" {group} options") < place < text.index(f" {groups[groups.index(group) + 1]} options"), name
+    words = " ".join(text.replace("│", " ").replace("|", " ").split())
+    assert "What every stage that trains has besides." in words  # a group says what it is
+    assert "--print_config" in text and "(at least 0, below 1; default: 0.99)" in words
+
+
+def test_help_shows_the_values_of_a_preset(tmp_path, capsys):
+    words = " ".join(
+        help_of(Stage, capsys, preset(tmp_path, "lr = 0.125\n")).replace("│", " ").replace("|", " ").split()
+    )
+    assert "Learning rate. (default: 0.125)" in words
+    assert help_of(Compare, capsys).startswith("usage: python test_config.py [PRESET.py] [CHECKPOINTS] [--field VALUE")
+
+
+def test_the_text_of_a_field_is_the_nearest_one():
+    texts = texts_of(pretrain.Config)
+    assert texts["lr"] == "Peak learning rate. With adamw alone, half of this is a better start."
+    assert texts["warmup"] == texts_of(TrainConfig)["warmup"] == "Linear warm-up of the learning rate, in steps."
+    assert texts_of(Stage)["lr"] == "Learning rate." and "name" not in texts_of(Stage)
+    assert all(texts_of(grpo.Config)[field.name] for field in dataclasses.fields(grpo.Config))
+
+
+def test_a_field_belongs_to_the_class_that_introduces_it():
+    groups = {cls.__name__: names for cls, names in groups_of(pretrain.Config).items()}
+    assert list(groups) == ["Config", "TrainConfig", "RunConfig"] and "lr" in groups["TrainConfig"]
+    for config_class in (pretrain.Config, grpo.Config, dpo.Config, encoder.Config, Stage, Plain):
+        names = [name for names in groups_of(config_class).values() for name in names]
+        assert sorted(names) == sorted(field.name for field in dataclasses.fields(config_class))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -202,6 +268,35 @@ def test_a_wrong_argument_is_one_line(argv, says):
 
 
 @pytest.mark.parametrize(
+    ("stage", "name", "says"),
+    [
+        (sft, "steps", "this stage counts epochs, passes over its data: use --epochs"),
+        (dpo, "steps", "use --epochs"),
+        (encoder, "max_steps", "use --epochs"),
+        (pretrain, "epochs", "this stage counts steps: use --steps"),
+        (pretrain, "num_train_epochs", "this stage counts steps: use --steps"),
+        (grpo, "max_steps", "here it is called steps"),
+        (grpo, "num_generations", "here it is called group_size"),
+        (sft, "learning_rate", "here it is called lr"),
+        (sft, "num_generations", "--help lists them"),  # it has neither
+    ],
+)
+def test_a_name_from_elsewhere_is_translated(tmp_path, stage, name, says):
+    start = f"no field {name!r} in the {stage.__name__} configuration; "
+    assert refusal(stage.Config, [f"--{name}", "3"]).startswith(start)
+    assert says in refusal(stage.Config, [f"--{name}", "3"])
+    assert says in refusal(stage.Config, [preset(tmp_path, f"{name} = 3\n")])
+
+
+def test_names_from_elsewhere_are_no_fields():
+    for stage in (sft, dpo, encoder, pretrain, grpo):
+        fields = {field.name for field in dataclasses.fields(stage.Config)}
+        for name, others in ELSEWHERE.items():
+            assert name in ("steps", "epochs") or name not in fields
+            assert not others.keys() & ELSEWHERE.keys() - {"steps", "epochs"}
+
+
+@pytest.mark.parametrize(
     "argv", [["foo"], ["--lr", "1", "2"], ["--shuffle", "foo"], ["-x"], ["--lr", "1", "preset.py"]]
 )
 def test_a_stray_word_is_one_line(argv):
@@ -236,6 +331,7 @@ if __name__ == "__main__":
     [
         (["--lr", "2"], 0, "lr 2.0"),
         (["--help"], 0, "Learning rate."),
+        (["--help"], 0, "stage.py --example"),
         (["--lrr", "2"], 1, "error: no field 'lrr' in the stage configuration; did you mean lr?"),
         (["--lr", "101"], 1, "error: no stage can work with that"),
         (["--example"], 0, "four answers"),
@@ -283,6 +379,50 @@ def test_a_wrong_preset_is_one_line(tmp_path, text, says):
     path = preset(tmp_path, text)
     message = refusal(Stage, [path])
     assert says in message and path in message
+
+
+REWARDS = """
+import math
+from pathlib import Path
+
+steps = 7
+_unit = 2.0
+
+
+def short(prompt, answer, row):
+    return _unit * _half(len(answer))
+
+
+def _half(n):
+    return n / 2
+"""
+
+
+def test_a_preset_that_defines_functions_defines_the_rewards(tmp_path):
+    path = preset(tmp_path, REWARDS)
+    config = parse(grpo.Config, [path])
+    assert (config.reward, config.steps) == (path, 7)
+    assert list(load_rewards(config.reward)) == ["short"] and load_rewards(path)["short"]("", "four", {}) == 4.0
+    grpo.check_reward(config)
+    assert parse(grpo.Config, [path, "--reward", "verifier"]).reward == "verifier"
+    assert parse(evaluate.Config, [preset(tmp_path, REWARDS.replace("steps = 7", "n = 7"))]).reward == path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps = 7\nfrom math import sqrt\nfrom textwrap import dedent\n",  # of other files
+        "steps = 7\ndef _half(n):\n    return n / 2\n",
+        "steps = 7\nclass Thing:\n    pass\n",
+        "steps = 7\nreward = 'verifier'\ndef short(prompt, answer, row):\n    return 0.0\n",
+    ],
+)
+def test_a_preset_without_rewards_of_its_own_leaves_the_verifier(tmp_path, text):
+    assert parse(grpo.Config, [preset(tmp_path, text)]).reward == "verifier"
+
+
+def test_functions_in_the_preset_of_a_stage_without_rewards_are_nothing(tmp_path):
+    assert parse(sft.Config, [preset(tmp_path, "lr = 0.5\ndef helper():\n    pass\n")]).lr == 0.5
 
 
 def test_a_missing_preset_names_the_nearest(tmp_path):

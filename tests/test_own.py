@@ -32,6 +32,7 @@ import watch
 from data import load_chats, load_prompts, text_documents
 from preferences import Judged, Pair, encode_judged, has_labels, load_judged, load_pairs
 from rollout import Rollout, own_rewards, own_weights, total_reward
+from runtime.config import parse
 from runtime.errors import RewardError, UserError
 from runtime.rows import evaluate_command, is_own, own_rows
 from tokenizer import ByteTokenizer
@@ -321,6 +322,23 @@ def test_a_stage_learns_from_rewards_of_ones_own_and_unlearns_with_their_sign(tm
     (before, risen), (_, fallen) = ends
     assert risen > before + 0.02 and fallen < before - 0.02
     assert "letter 0" in (tmp_path / "run1" / "samples.txt").read_text()
+
+
+def test_a_preset_that_holds_its_rewards(tmp_path, start):  # noqa: F811
+    """Its functions are the rewards, its assignments the settings; the same command continues."""
+    settings = {
+        "init_from": str(start), "data": questions(tmp_path), "out_dir": str(tmp_path / "run"), "device": "cpu",
+        "steps": 2, "prompts_per_step": 8, "minibatches": 1, "epochs": 1, "max_new_tokens": 12, "eval_every": 1,
+        "n_prompts": 32, "eval_prompts": 8,
+    }  # fmt: skip
+    path = tmp_path / "grpo_mine.py"
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()) + "\n\n" + LETTER)
+    config = parse(grpo.Config, [str(path)])
+    assert config == grpo.Config(**settings, reward=str(path))
+    figures = grpo.main(config)
+    names = {f"val_{name}" for name in ("reward", *load_rewards(str(path)))}
+    assert set(figures) == names and "val_letter" in names
+    assert grpo.main(parse(grpo.Config, [str(path)])) == pytest.approx(figures, nan_ok=True)
 
 
 def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypatch, capsys):  # noqa: F811

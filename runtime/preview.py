@@ -271,11 +271,13 @@ def describe_time(model, config, stage: str, work: Work, device: torch.device, p
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(0.0123), duration(0.35), duration(45), duration(600), duration(7300)
-    ('12 ms', '350 ms', '45 s', '10.0 min', '2.0 h')
+    >>> duration(0.0123), duration(0.35), duration(45), duration(600), duration(7300), duration(1e7)
+    ('12 ms', '350 ms', '45 s', '10.0 min', '2.0 h', '116 days')
     """
     if seconds < 1:
         return f"{1000 * seconds:.0f} ms" if seconds > 0.01 else f"{1000 * seconds:.2g} ms"
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds > 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 6000:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.0f} days"

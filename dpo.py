@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import encode_prompts, epoch_batch, load_prompts, parts_of
+from data import encode_prompts, epoch_batch, parts_of
 from lora import LoRARunConfig, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
 from preferences import PairRows, encode_pairs, held_out_of, load_pairs, own_pairs, sources
@@ -63,6 +63,7 @@ from runtime.rows import evaluate_command
 from runtime.run import Run
 from sft import answers
 from stages import begin, with_start
+from texts import load_prompts
 from tokenizer import Tokenizer
 from transformer import Transformer, answer_logps, model_size, token_logps
 

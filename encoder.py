@@ -64,7 +64,7 @@ from torch import Tensor
 
 import arithmetic
 from attention import at_least_float32
-from data import epoch_batch, parts_of, similar_lengths, text_documents
+from data import epoch_batch, parts_of, similar_lengths
 from layers import ModelConfig, make_norm
 from lora import load_state
 from optim import learning_rate, make_optimizers, update
@@ -88,6 +88,7 @@ from runtime.rows import columns, is_own, own_rows, read_dataset, report_skipped
 from runtime.rows import held_out as held_out_rows
 from runtime.run import Run, start
 from stages import load_stage
+from texts import text_documents
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 from transformer import Transformer, model_size
 
@@ -100,7 +101,7 @@ class Config(TrainConfig):
     """arith, imdb, sst2, rotten_tomatoes, or rows with a text and a label: a file (.jsonl), a dataset of the hub
     (org/name). For mlm also several joined by "+", and all that pretrain.py reads."""
     n_texts: CountOrNone = None
-    """Use only so many training texts of each source (None: all; of arith 4096 to classify)."""
+    """Use at most this many training texts of each source (None: all; of arith 4096 to classify)."""
     init_from: str = ""
     """A masked language model to start from: its tokenizer and its shape are taken over. Empty: from scratch."""
     tokenizer_from: str = ""
@@ -108,7 +109,7 @@ class Config(TrainConfig):
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
     """bpe is trained on the data."""
     vocab_size: int = 512
-    """Of the BPE."""
+    """The vocabulary of the BPE, special tokens included."""
     lowercase: bool = False
     """Read all text in small letters."""
 
@@ -281,7 +282,7 @@ def load_labelled(
     own_classes: Sequence[str] = (),
 ) -> tuple[list[str], list[int]]:  # fmt: skip
     """Texts and labels of "train", "validation" or "test"; of a user's data, "whole" is all of it. IMDB has no
-    validation split: every tenth training text is kept for it. ``n``: so many, drawn at random (the files may be sorted
+    validation split: every tenth training text is kept for it. ``n``: at most so many, drawn at random (the files may be sorted
     by label). own_classes: the names of a user's labels.
 
     arith: a question of the embedded task; label 1 if its answer is more than the first number it names.

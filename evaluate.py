@@ -35,18 +35,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from data import (
-    CHATS,
-    CORPORA,
-    PROMPTS,
-    Prompt,
-    bits_per_byte,
-    encode_prompts,
-    load_chats,
-    load_prompts,
-    pack,
-    text_documents,
-)
+from data import bits_per_byte, encode_prompts, pack
 from lora import load_state
 from preferences import SOURCES, encode_pairs, load_pairs
 from reward import load_reward_model, scores
@@ -66,6 +55,7 @@ from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.rows import is_file, is_own, own_rows
 from stages import load_stage
+from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, text_documents
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, answer_logps, token_logps
 from verify import is_right, read_answer
@@ -82,9 +72,9 @@ class Config:
     (questions); completion, output or an assistant's message (references); text.
     """
     split: Literal["test", "validation"] = "test"
-    """Of your own rows, test is all of them, validation every 50th, which no stage has trained on."""
+    """Which of your own rows: test, all of them; validation, every 50th, on which no stage trains."""
     columns: tuple[str, ...] = ()
-    """Of your own rows: the columns that are called otherwise, as meaning=column, for example answer=final."""
+    """The columns of your own rows that have other names, as meaning=column, for example answer=final."""
     reward: str = "verifier"
     """What judges the answers: "verifier" (verify.py), or a Python file, each function of which is one reward."""
     reward_weights: tuple[str, ...] = ()
@@ -98,21 +88,21 @@ class Config:
     allows).
     """
     samples: CountOrZero = 0
-    """Also sample so many answers to each question, for pass@k and the majority vote."""
+    """The number of answers to sample for each question, for pass@k and the majority vote (0: none)."""
     ks: Annotated[tuple[int, ...], AtLeast(1)] = (1, 4, 16)
     """The k of pass@k; those above ``samples`` are left out."""
     temperature: Positive = 1.0
-    """Of the sampled answers."""
+    """The temperature of the sampled answers."""
     top_p: Annotated[float, Above(0, most=1)] = 1.0
-    """Of the sampled answers."""
+    """The top-p of the sampled answers."""
     batch_size: Count = 128
     """Rows at a time."""
     seed: int = 0
-    """Of the sampled answers."""
+    """The seed of the sampled answers."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products."""
+    """Precision of matrix products."""
     out: str = ""
     """Write report.md and report.json into this folder."""
 
@@ -207,8 +197,8 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
         for j, (i, c) in enumerate(zip(batch, counts.tolist())):
             for k in passes:
                 passes[k] += pass_at_k(config.samples, int(c), k) / n
-            mine = slice(j * config.samples, (j + 1) * config.samples)
-            read = [read_answer(t, golds[i]) if ok else None for t, ok in zip(rollout.texts[mine], done[mine])]
+            its = slice(j * config.samples, (j + 1) * config.samples)  # the answers to this question
+            read = [read_answer(t, golds[i]) if ok else None for t, ok in zip(rollout.texts[its], done[its])]
             majority += is_right(majority_vote(read), golds[i])
     low, high = wilson_interval(round(figures["accuracy"] * n), n)
     result = {"accuracy": figures.pop("accuracy"), "low": low, "high": high, "n": n} | figures

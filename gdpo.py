@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 import grpo
-from data import Prompt
 from grpo import (
     accumulate_gradients,
     frozen_reference,
@@ -69,6 +68,7 @@ from runtime.config import Count, Finite, run_stage
 from runtime.errors import UserError
 from runtime.rows import evaluate_command
 from stages import begin, context_length, with_start
+from texts import Prompt
 from verify import integer_reward, length_reward
 from watch import (
     Alarm,

@@ -70,7 +70,6 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from data import Prompt
 from lora import LoRARunConfig, adapters_off, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
 from rollout import (
@@ -98,6 +97,7 @@ from runtime.errors import UserError
 from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, context_length, with_start
+from texts import Prompt
 from transformer import Transformer, token_logps
 from verify import overlong_penalty
 from watch import (

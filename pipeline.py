@@ -45,7 +45,7 @@ class Config:
     out: str = ""
     """Where all stages write. Default: out/arith; with --quick, out/arith_quick."""
     seed: int = 0
-    """Of everything: data, weights, sampling."""
+    """The seed of everything: data, weights, sampling."""
     only: tuple[str, ...] = ()
     """Stages to run, by name (dr_grpo) or label ("Dr. GRPO"), with those that they start from. Default: all."""
     quick: bool = False
@@ -53,7 +53,7 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of matrix products."""
+    """Precision of matrix products."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, where a stage is long enough to pay for it."""
     track: Literal["none", "tensorboard", "wandb"] = "none"

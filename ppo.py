@@ -52,7 +52,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from attention import at_least_float32
-from data import Prompt, parts_of
+from data import parts_of
 from optim import learning_rate, make_optimizers, update
 from reward import RewardModel, context_of, load_reward_model, real_tokens
 from rollout import (
@@ -80,6 +80,7 @@ from runtime.errors import UserError
 from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, with_start
+from texts import Prompt
 from tokenizer import Tokenizer
 from transformer import Transformer, hidden_logps
 from watch import (

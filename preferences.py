@@ -36,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import arithmetic
-from data import Prompt, dialogue, encode_prompts, load_prompts, messages_of
+from data import encode_prompts
 from rollout import sample_answers, score
 from runtime import processes
 from runtime.checkpoint import find_checkpoint, write_text
@@ -46,6 +46,7 @@ from runtime.errors import UserError, run_main
 from runtime.rows import EVERY, columns, held_out, is_own, own_rows, read_dataset, report_skipped
 from runtime.rows import sources as parts_of_data
 from stages import load_stage
+from texts import Prompt, dialogue, load_prompts, messages_of
 from tokenizer import ByteTokenizer, Tokenizer, encode_chat
 from transformer import Transformer
 
@@ -427,7 +428,7 @@ class Config:
     """arith, sums, hh-harmless, hh-helpful, ultrafeedback, a file of rows (.jsonl), a dataset of the hub (org/name), or
     several, joined by "+"; with --policy: arith, gsm8k, svamp, or questions of your own, a file or on the hub."""
     columns: tuple[str, ...] = ()
-    """Of your own data: the columns that are called otherwise, as meaning=column, for example chosen=better."""
+    """The columns of your own data that have other names, as meaning=column, for example chosen=better."""
     split: Literal["train", "validation", "test", "whole"] = "train"
     """The split of the data; of your own data, train leaves out every 50th row, validation is those."""
     data_dir: str = ""

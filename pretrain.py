@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from data import CHATS, TokenFile, bits_per_byte, parts_of, prepare_tokens, train_tokenizer
+from data import TokenFile, bits_per_byte, parts_of, prepare_tokens, train_tokenizer
 from generate import generate
 from layers import ModelConfig
 from moe import (
@@ -55,6 +55,7 @@ from runtime.config import (
 from runtime.errors import UserError
 from runtime.rows import held_out
 from runtime.run import Run, start
+from texts import CHATS
 from tokenizer import Tokenizer, load_tokenizer
 from transformer import Transformer, model_size, token_logps
 

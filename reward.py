@@ -214,12 +214,12 @@ def token_loss(chosen: Tensor, rejected: Tensor, where: Tensor) -> Tensor:
     return (-F.logsigmoid(chosen - rejected) * where).sum(dim=1).div(where.sum(dim=1).clamp(min=1)).mean()
 
 
-def behind_the_difference(tokens: Tensor, real: Tensor) -> Tensor:
+def from_first_difference(tokens: Tensor, real: Tensor) -> Tensor:
     """Rows of chosen answers above those of rejected ones, (2B, T), padded on the right -> (B, T): the columns from
     the first in which they differ to the end of the shorter one. Before it the two are the same text, and no score
     could tell them apart.
 
-    >>> behind_the_difference(torch.tensor([[5, 6, 7, 8], [5, 9, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    >>> from_first_difference(torch.tensor([[5, 6, 7, 8], [5, 9, 7, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]))
     tensor([[False,  True,  True, False]])
     """
     (chosen, rejected), (a, b) = tokens.chunk(2), real.bool().chunk(2)
@@ -450,7 +450,7 @@ def main(config: Config) -> dict:
             chosen, rejected = scored.chunk(2)  # (b,) each
             part_loss = bradley_terry_loss(chosen, rejected, config.margin, config.center)
             if config.token_weight:
-                of_tokens = token_loss(*every.chunk(2), behind_the_difference(tokens, real))
+                of_tokens = token_loss(*every.chunk(2), from_first_difference(tokens, real))
                 part_loss = (1 - config.token_weight) * part_loss + config.token_weight * of_tokens
             part_loss = part_loss * len(part) / config.batch_size  # parts add up to the mean over the whole batch
             run.scaler.scale(part_loss).backward()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prompt, encode_prompts, epoch_batch, load_prompts
+from data import encode_prompts, epoch_batch
 from engine import can_decode_fast, fast_generate
 from generate import generate
 from runtime import processes
@@ -32,6 +32,7 @@ from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Pos
 from runtime.errors import RewardError, UserError
 from runtime.rows import describe_held_out, held_out
 from runtime.run import Run
+from texts import Prompt, load_prompts
 from tokenizer import ByteTokenizer, Tokenizer
 from transformer import ModelConfig, Transformer, model_size, token_logps
 from verify import call_reward, correctness_reward, format_reward, lax_correctness_reward, load_rewards

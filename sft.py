@@ -36,7 +36,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from data import PackedRows, epoch_batch, load_chats, pack, parts_of
+from data import PackedRows, epoch_batch, pack, parts_of
 from generate import generate
 from lora import TARGETS, LoRARunConfig, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
@@ -49,6 +49,7 @@ from runtime.plots import plot_sweep
 from runtime.rows import describe_held_out, held_out
 from runtime.run import Run
 from stages import begin, with_start
+from texts import load_chats
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, model_size, token_logps
 

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data import Prompt
 from rollout import Questions, Rollout, policy_logps, sample_answers, sampling_seed
 from runtime import processes
 from runtime.errors import UserError
 from runtime.run import Run
+from texts import Prompt
 from transformer import Transformer
 
 # ----------------------------------------------------------------------------------------------------------------------

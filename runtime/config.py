@@ -122,7 +122,7 @@ class RunConfig:
     """Held-out data, of the same kinds as ``data``; a file is used whole. Default: the validation split of ``data``, or
     every 50th row."""
     columns: tuple[str, ...] = ()
-    """Of your own data: the columns that are called otherwise, as meaning=column, for example answer=final."""
+    """The columns of your own data that have other names, as meaning=column, for example answer=final."""
     seed: Annotated[int, AtLeast(0, below=2**63)] = 0
     """The same seed on the same machine gives the same run."""
     device: str = "auto"

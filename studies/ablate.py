@@ -46,7 +46,7 @@ import grpo
 import pretrain
 import probe
 import sft
-from data import encode_prompts, load_prompts
+from data import encode_prompts
 from lora import load_state
 from rollout import Rollout, answer_greedily, sample_answers, score
 from runtime.checkpoint import need_checkpoint, weights_id, write_text
@@ -54,6 +54,7 @@ from runtime.config import Count, CountOrZero, as_dict, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
 from stages import load_stage
+from texts import load_prompts
 from transformer import Transformer
 
 STAGES = {"grpo": grpo, "gdpo": gdpo, "pretrain": pretrain}

@@ -18,11 +18,12 @@ from test_grpo import start  # noqa: F401  (a fixture)
 import ablate
 import grpo
 from ablate import Config, distributions, interval, measure, read_cells, steps_to, table
-from data import encode_prompts, load_prompts
+from data import encode_prompts
 from rollout import sample_answers, score
 from runtime.config import parse
 from runtime.errors import UserError
 from stages import load_stage
+from texts import load_prompts
 from transformer import Transformer
 
 ROOT = Path(__file__).parent.parent

@@ -23,7 +23,7 @@ from transformer import ModelConfig, Transformer
 ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "engine", "arithmetic",
-    "verify", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "kto",
+    "verify", "texts", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward", "dpo", "kto",
     "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
 STUDIES = ["probe", "ablate", "structure"]
@@ -87,6 +87,7 @@ EXAMPLES = {
     "structure": ["| stage | lines", "| grpo.py |"],
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],
+    "texts": ["user: '2+3?'  assistant: '5'", "to be answered by 5", "('B', '3')"],
     "data": ["document 1  loss 0", "document 2  loss 1", "document 0"],
     "optim": ["lr 0.001000", "Muon, weight decay 0.1: [(8, 8)]"],
     "rollout": ["finished", "counts, log p"],

@@ -15,16 +15,14 @@ from data import (
     TokenFile,
     encode_prompts,
     epoch_batch,
-    load_chats,
-    load_prompts,
     pack,
     prepare_tokens,
     read_dataset,
     similar_lengths,
-    text_documents,
     write_tokens,
 )
 from runtime.errors import UserError
+from texts import load_chats, load_prompts, text_documents
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer
 

@@ -12,8 +12,9 @@ from tiny import tiny_pretrain
 
 import evaluate
 import pretrain
-from data import encode_prompts, load_prompts
+from data import encode_prompts
 from evaluate import majority_vote, pass_at_k, rouge_l, wilson_interval
+from texts import load_prompts
 from tokenizer import encode_chat
 from transformer import token_logps
 

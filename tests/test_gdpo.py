@@ -15,13 +15,14 @@ from tiny import assert_exact_resume
 import gdpo
 import grpo
 import rollout as rollout_module
-from data import Prompt, encode_prompts, load_prompts
+from data import encode_prompts
 from gdpo import Config, condition, gdpo_advantages, group_sums
 from grpo import accumulate_gradients, group_advantages
 from optim import learning_rate
 from runtime.errors import UserError
 from runtime.run import Run
 from stages import load_stage
+from texts import Prompt, load_prompts
 from watch import distinct_advantages
 
 NUMBERS = load_npz("advantages_grpo_gdpo")

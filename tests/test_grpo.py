@@ -16,7 +16,7 @@ import grpo
 import pretrain
 import rollout as rollout_module
 import sft
-from data import Prompt, encode_prompts, load_prompts
+from data import encode_prompts
 from grpo import (
     Config,
     accumulate_gradients,
@@ -31,6 +31,7 @@ from rollout import join, micro_batches
 from runtime.config import read_preset
 from runtime.errors import UserError
 from stages import load_stage
+from texts import Prompt, load_prompts
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer, token_logps
 from watch import Alarm, UpdateSums, flat_groups, report_start, sampler_gap

@@ -29,12 +29,12 @@ import rollout as rollout_module
 import runtime.errors
 import sft
 import watch
-from data import load_chats, load_prompts, text_documents
 from preferences import Judged, Pair, encode_judged, has_labels, load_judged, load_pairs
 from rollout import Rollout, own_rewards, own_weights, total_reward
 from runtime.config import parse
 from runtime.errors import RewardError, UserError
 from runtime.rows import evaluate_command, is_own, own_rows
+from texts import load_chats, load_prompts, text_documents
 from tokenizer import ByteTokenizer
 from verify import correctness_reward, extract_text, format_reward, load_rewards, read_gold
 

@@ -15,7 +15,6 @@ import ppo
 import pretrain
 import reward
 import sft
-from data import Prompt
 from ppo import (
     ActorCritic,
     Batch,
@@ -34,6 +33,7 @@ from rollout import minibatches, sample_answers
 from runtime.errors import UserError
 from runtime.run import start
 from stages import load_stage
+from texts import Prompt
 from tokenizer import ByteTokenizer
 from transformer import ModelConfig, Transformer, token_logps
 from watch import assert_same_policy, sampler_gap

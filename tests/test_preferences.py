@@ -10,7 +10,6 @@ from tiny import tiny_pretrain
 import dpo
 import preferences
 import pretrain
-from data import load_prompts
 from preferences import (
     Judged,
     Pair,
@@ -29,6 +28,7 @@ from preferences import (
 )
 from runtime.errors import UserError
 from stages import load_stage
+from texts import load_prompts
 from tokenizer import ByteTokenizer, encode_chat
 
 T = ByteTokenizer()

@@ -26,13 +26,14 @@ import ppo
 import pretrain
 import reward
 import sft
-from data import epoch_batch, load_chats, pack
+from data import epoch_batch, pack
 from grpo import Rollout, accumulate_gradients, group_advantages, sample_answers
 from preferences import Judged, encode_judged
 from rollout import join
 from runtime import processes
 from runtime.errors import UserError
 from stages import load_stage
+from texts import load_chats
 from transformer import ModelConfig, Transformer, token_logps
 from watch import mean_over_answers
 

@@ -16,7 +16,7 @@ from preferences import Pair, encode_pairs
 from reward import (
     Config,
     RewardModel,
-    behind_the_difference,
+    from_first_difference,
     bradley_terry_loss,
     calibration,
     last_real,
@@ -143,7 +143,7 @@ def test_the_loss_at_every_token_by_hand():
     assert float(token_loss(chosen.detach(), rejected, torch.zeros(2, 3))) == 0
 
 
-def test_columns_behind_the_difference():
+def test_columns_from_first_difference():
     T = ByteTokenizer()
     pairs = [
         Pair(({"role": "user", "content": "2+3?"},), "2+3=5.", "2+3=6."),
@@ -151,13 +151,13 @@ def test_columns_behind_the_difference():
     ]
     rows = encode_pairs(pairs, T, 64)
     tokens, _, real = rows.batch([0, 1])
-    where = behind_the_difference(tokens, real)
+    where = from_first_difference(tokens, real)
     first = len(rows.prompts[0]) + len("2+3=")
     assert where[0].nonzero()[:, 0].tolist() == [first, first + 1, first + 2]  # the digit, the dot, the end
     start = len(rows.prompts[1])
     assert where[1].nonzero()[:, 0].tolist() == [start, start + 1]  # "9" and its end; the other one goes on
     turned = torch.cat([tokens[2:], tokens[:2]]), torch.cat([real[2:], real[:2]])
-    assert torch.equal(behind_the_difference(*turned), where)  # whichever of the two is the longer
+    assert torch.equal(from_first_difference(*turned), where)  # whichever of the two is the longer
 
 
 def test_last_real_refuses_an_empty_row():
@@ -334,7 +334,7 @@ def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft
     tokens, real, scored = (x.detach() for x in seen[0])
     chosen, rejected = scored[torch.arange(8), real.sum(dim=1) - 1].chunk(2)
     whole = bradley_terry_loss(chosen, rejected, 0.5, 0.1)
-    of_tokens = token_loss(*scored.chunk(2), behind_the_difference(tokens, real))
+    of_tokens = token_loss(*scored.chunk(2), from_first_difference(tokens, real))
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert row["margin"] == pytest.approx(float((chosen - rejected).mean()), rel=1e-4)
     assert row["accuracy"] == pytest.approx(float((chosen > rejected).float().mean()))
@@ -380,7 +380,7 @@ def test_it_learns_the_preference_and_with_the_pairs_turned_round_the_opposite(t
             loss = bradley_terry_loss(*model(tokens, real).chunk(2)[::sign])
         else:
             every = model.at_every_token(tokens, real).chunk(2)[::sign]
-            loss = token_loss(*every, behind_the_difference(tokens, real))
+            loss = token_loss(*every, from_first_difference(tokens, real))
         loss.backward()
         optim.update(run, model, optimizers, 5e-3, 1.0)
     with torch.no_grad():

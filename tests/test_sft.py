@@ -11,11 +11,12 @@ from tiny import assert_same_training, tiny_pretrain, tiny_sft
 import arithmetic
 import pretrain
 import sft
-from data import epoch_batch, load_chats, pack
+from data import epoch_batch, pack
 from runtime.errors import UserError
 from runtime.run import Run
 from sft import sft_loss
 from stages import load_stage
+from texts import load_chats
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer, token_logps
 

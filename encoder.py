@@ -282,8 +282,8 @@ def load_labelled(
     own_classes: Sequence[str] = (),
 ) -> tuple[list[str], list[int]]:  # fmt: skip
     """Texts and labels of "train", "validation" or "test"; of a user's data, "whole" is all of it. IMDB has no
-    validation split: every tenth training text is kept for it. ``n``: at most so many, drawn at random (the files may be sorted
-    by label). own_classes: the names of a user's labels.
+    validation split: every tenth training text is kept for it. ``n``: at most so many, drawn at random (the files may
+    be sorted by label). own_classes: the names of a user's labels.
 
     arith: a question of the embedded task; label 1 if its answer is more than the first number it names.
     """

@@ -16,9 +16,9 @@ from preferences import Pair, encode_pairs
 from reward import (
     Config,
     RewardModel,
-    from_first_difference,
     bradley_terry_loss,
     calibration,
+    from_first_difference,
     last_real,
     load_reward_model,
     real_tokens,

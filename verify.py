@@ -35,6 +35,7 @@ from decimal import Decimal
 from types import FunctionType
 
 from runtime.errors import RewardError, UserError
+from runtime.words import WORDS
 
 Gold = Decimal | tuple[str, ...]  # a reference answer: a number, or the texts that are right
 
@@ -210,6 +211,10 @@ def load_rewards(path: str) -> dict[str, Reward]:
         if isinstance(value, FunctionType) and value.__code__.co_filename == path and not name.startswith("_")
     }
     for name, function in found.items():
+        if name in WORDS and name not in ("correct", "formatted", "short", "integer"):
+            raise UserError(
+                f"{path}: every run logs a figure called {name}; call the reward {name}_reward, for example"
+            )
         try:
             inspect.signature(function).bind("prompt", "answer", {})
         except TypeError:

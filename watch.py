@@ -107,7 +107,9 @@ def render(prompt: Prompt, rollout: Rollout, rewards: dict[str, Tensor], n: int 
         lines.append(f"gold:     {' or '.join(prompt.gold) if isinstance(prompt.gold, tuple) else prompt.gold}")
     for i, (text, done) in enumerate(list(zip(rollout.texts, rollout.finished.tolist()))[:n]):
         if "correct" in rewards:
-            judged = "right" if rewards["correct"][i] else "wrong"
+            judged = {1.0: "right", 0.0: "wrong"}.get(
+                float(rewards["correct"][i]), f"{float(rewards['correct'][i]):.3g}"
+            )
         else:
             judged = ", ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items())
         lines.append(f"{judged}{'' if done else ', cut off'}: {text}")

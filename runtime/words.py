@@ -37,6 +37,8 @@ WORDS: dict[str, tuple[str, str]] = {  # name: (words, unit); a pure number, or 
     "kl": ("estimated KL to the reference", "nats"),
     "val_questions": ("greedy accuracy on held-out questions", "share"),
     "reward": ("mean reward", "reward"),
+    "val_reward": ("reward of greedy answers, held out", "reward"),
+    "val_score": ("score of greedy answers, held out", "reward"),
     "score": ("mean score", "reward"),
     "correct": ("right answers among the sampled", "share"),
     "formatted": ("answers in the right form", "share"),

@@ -254,6 +254,7 @@ def test_each_public_function_of_a_file_is_a_reward(tmp_path):
         ("def f(a): pass", "should take three arguments"),
         ("1/0", "does not run: ZeroDivisionError"),
         ("def f(:", "does not run: SyntaxError"),
+        ("def length(prompt, answer, row): return 1.0", "logs a figure called length; call the reward length_reward"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_at_once(tmp_path, text, message):

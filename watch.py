@@ -107,9 +107,8 @@ def render(prompt: Prompt, rollout: Rollout, rewards: dict[str, Tensor], n: int 
         lines.append(f"gold:     {' or '.join(prompt.gold) if isinstance(prompt.gold, tuple) else prompt.gold}")
     for i, (text, done) in enumerate(list(zip(rollout.texts, rollout.finished.tolist()))[:n]):
         if "correct" in rewards:
-            judged = {1.0: "right", 0.0: "wrong"}.get(
-                float(rewards["correct"][i]), f"{float(rewards['correct'][i]):.3g}"
-            )
+            correct = float(rewards["correct"][i])
+            judged = {1.0: "right", 0.0: "wrong"}.get(correct, f"correct {correct:.3g}")
         else:
             judged = ", ".join(f"{name} {float(values[i]):.3g}" for name, values in rewards.items())
         lines.append(f"{judged}{'' if done else ', cut off'}: {text}")

@@ -4,9 +4,9 @@ The embedded task needs no file. Some public datasets are known by name; they co
 names one, or from the hub. Any other data is a file of your own, or a dataset's id on the hub (runtime/rows.py)::
 
     {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]}
-    {"prompt": "2+3?", "completion": "5"}      # also a conversation
-    {"prompt": "2+3?", "answer": 5}            # a question
-    {"text": "Once upon a time ..."}           # a document
+    {"prompt": "2+3?", "completion": "5"}  # also a conversation
+    {"prompt": "2+3?", "answer": 5}  # a question
+    {"text": "Once upon a time ..."}  # a document
 
 Nothing is dropped in silence: every row that cannot be used is counted by its reason, and the count is printed. Nothing
 that is held out is trained on, in any stage: of a dataset without a validation split all stages keep the same rows.

@@ -16,11 +16,12 @@ reference is a text, as in multiple choice, the answer part must be that text, b
 
 A rule of your own is a Python function in a file (``--reward my_rewards.py``)::
 
-    def short(prompt, answer, row):     # the question, what the policy wrote, and all columns of the question's row
+    def short(prompt, answer, row):
         return 1.0 if len(answer) < 80 else 0.0
 
-Each public function of the file is one reward, by its name; NaN says that an answer cannot be judged. ``row`` also has
-``row["finished"]``: whether the answer ended by itself. configs/reward_json.py is an example that learns.
+``prompt`` is the question, ``answer`` what the policy wrote, and ``row`` holds all columns of the question's row. Each
+public function of the file is one reward, by its name; NaN says that an answer cannot be judged. ``row`` also has
+``row["finished"]``: whether the answer ended by itself. docs/yours.md has an example that learns.
 
 Run ``python verify.py`` for a table of what passes and what does not.
 """

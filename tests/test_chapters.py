@@ -268,6 +268,8 @@ def test_no_field_is_dead(name):
     runtime = set().union(*(attributes_read(path) for path in (ROOT / "runtime").glob("*.py")))
     if name in ("pretrain", "encoder"):  # it hands on by name whatever the model's configuration has too
         own |= {field.name for field in dataclasses.fields(ModelConfig)}
+    if name == "evaluate":  # it hands its rewards to rollout.py, which reads them
+        own |= attributes_read(ROOT / "rollout.py") & {"reward", "reward_weights"}
     for base in module.Config.__mro__[1:-1]:  # what a chapter takes over from another is read there
         runtime |= attributes_read(Path(sys.modules[base.__module__].__file__))
     assert not (fields - shared) - own

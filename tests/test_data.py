@@ -17,11 +17,11 @@ from data import (
     epoch_batch,
     pack,
     prepare_tokens,
-    read_dataset,
     similar_lengths,
     write_tokens,
 )
 from runtime.errors import UserError
+from runtime.rows import read_dataset
 from texts import load_chats, load_prompts, text_documents
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import ModelConfig, Transformer

@@ -189,6 +189,8 @@ def make_problem(rng: random.Random, split: str = "train") -> Problem:
 
 def problems(n: int, seed: int | str, split: str = "train") -> list[Problem]:
     """``n`` problems, no question twice. The same seed gives the same list."""
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split {split!r}: train, validation or test")
     rng = random.Random(f"problems {seed} {split}")
     found: dict[str, Problem] = {}
     while len(found) < n:

@@ -127,6 +127,13 @@ def _append(tokens: h5py.Dataset, ids: list[int]) -> None:
     tokens[start:] = np.array(ids, tokens.dtype)
 
 
+def _stamp(source: str) -> list:
+    """What changes when a user mends his own files."""
+    path = Path(source)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def prepare_tokens(
     path: Path, tokenizer: Tokenizer, source: str, data_dir: str, seed: int, limit: int | None,
     rename: Sequence[str] = (), held_out: tuple[str, str] | None = None,
@@ -136,7 +143,7 @@ def prepare_tokens(
     """
     held_out = held_out or (source, "validation")
     state = [tokenizer.state(), source, limit, seed if source == "arith" else None, *rename]
-    state = json.dumps(state + ([] if held_out[0] == source else [held_out[0]]))
+    state = json.dumps([*state, *held_out, *(_stamp(name) for name in dict.fromkeys((source, held_out[0])))])
     fingerprint = f"{zlib.crc32(state.encode()):08x}"
     if path.exists():
         try:

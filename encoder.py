@@ -271,9 +271,10 @@ def class_names(config: Config) -> tuple[str, ...]:
     if config.data in LABELLED:
         return LABELLED[config.data][1]
     rows = own_rows(config.data, "train", config.data_dir, config.columns)
-    found = sorted({str(columns(row, ["text", "label"], config.data)[1]) for row in rows})
+    labels = (columns(row, ["text", "label"], config.data)[1] for row in rows)
+    found = sorted({str(label) for label in labels if label is not None})
     if len(found) < 2:
-        raise UserError(f"{config.data} has one label, {', '.join(found)}: there is nothing to tell apart")
+        raise UserError(f"{config.data} has fewer than two labels ({', '.join(found)}): there is nothing to tell apart")
     return tuple(found)
 
 
@@ -287,6 +288,8 @@ def load_labelled(
 
     arith: a question of the embedded task; label 1 if its answer is more than the first number it names.
     """
+    if split == "whole" and not is_own(name):
+        split = "validation"
     if name == "arith":
         most, start = (4096, f"{seed} encoder") if split == "train" else (512, split)
         found = arithmetic.problems(n or most, start, split)
@@ -295,7 +298,9 @@ def load_labelled(
         hub_id, classes = name, tuple(own_classes)
         number = {label: i for i, label in enumerate(classes)}
         rows = own_rows(name, split, data_dir, rename)
-        rows = (row | {"label": number.get(str(row.get("label")), -1)} for row in rows)
+        rows = (
+            row | {"label": number.get(str(row["label"]), -1) if row.get("label") is not None else -1} for row in rows
+        )
     elif name in LABELLED:
         hub_id, classes = LABELLED[name]
         own = split if split == "test" or name != "imdb" else "train"
@@ -396,10 +401,10 @@ def to_fill_in(texts: Iterable[str], tokenizer: Tokenizer, length: int, lowercas
 
 
 def labelled_texts(config: Config, split: str, tokenizer: Tokenizer, length: int, lowercase: bool) -> Texts:
-    """A split as rows to classify; ``n_texts`` bounds the training split only. A user's data is tested on
-    ``eval_data``, or else on the rows that it is validated on."""
+    """A split as rows to classify; ``n_texts`` bounds the training split only. With ``eval_data``, all of that is what
+    is validated and tested on; a user's data has no test split either, and is tested on the rows that validate."""
     n, name = config.n_texts if split == "train" else None, config.data
-    if split == "test" and is_own(name):
+    if split == "validation" or (split == "test" and (is_own(name) or config.eval_data)):
         name, split = held_out_rows(config)
     texts, labels = load_labelled(name, split, config.data_dir, config.seed, n, config.columns, class_names(config))
     return to_classify(texts, labels, tokenizer, length, lowercase)
@@ -588,7 +593,7 @@ def train_mlm(config: Config) -> dict:
 
     # Texts, cut into rows of at most ``length`` tokens; those of a batch are of similar length.
     train = to_fill_in(plain_texts(config.data, "train", config), tokenizer, length, lowercase)
-    held_out = to_fill_in(plain_texts(config.data, "validation", config), tokenizer, length, lowercase)
+    held_out = to_fill_in(plain_texts(*held_out_rows(config), config), tokenizer, length, lowercase)
     held_out.ids = held_out.ids[:: max(1, len(held_out) // 1024)]  # about a thousand are enough
     batches = similar_lengths([len(ids) for ids in train.ids], config.batch_size, config.seed)
     steps = max(1, math.ceil((2.0 if config.epochs is None else config.epochs) * len(batches)))

@@ -47,6 +47,7 @@ from rollout import (
     own_weights,
     sample_answers,
     score,
+    to_verify,
     total_reward,
 )
 from runtime.checkpoint import find_checkpoint, need_checkpoint, weights_id, write_text
@@ -55,7 +56,7 @@ from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.rows import is_file, is_own, own_rows
 from stages import load_stage
-from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, text_documents
+from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, messages_of, text_documents
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, answer_logps, token_logps
 from verify import is_right, read_answer
@@ -175,12 +176,14 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
     max_new = config.max_new_tokens or (48 if config.data == "arith" else 256)
     max_new = min(max_new, model.config.max_seq_len // 2)
     prompts = load_prompts(config.data, config.split, config.data_dir, n=config.n, rename=config.columns)
+    if not has_own_rewards(config):
+        prompts = to_verify(prompts, config.data)
     ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
     if has_own_rewards(config):
+        if config.samples:
+            raise UserError("--samples is for the verifier: rewards of your own are measured on greedy answers")
         return measure_rewards(model, tokenizer, ids, prompts, max_new, config)
     n, golds = len(ids), [prompt.gold for prompt in prompts]
-    if None in golds:
-        raise UserError(f"{config.data} has rows without an answer: --columns answer=..., or --reward FILE.py")
     figures = answer_greedily(model, tokenizer, ids, golds, max_new, config.batch_size, show=True)
     passes, majority = {k: 0.0 for k in config.ks if k <= config.samples}, 0
     order = sorted(range(n), key=lambda i: len(ids[i]))  # prompts of like length together: less padding
@@ -213,7 +216,7 @@ def measure_rewards(
 ) -> dict:
     """Rewards of the user's own, of greedy answers: their weighted sum with a 95 % interval, and the mean of each."""
     size = config.batch_size
-    found, figures = greedy_rewards(model, tokenizer, ids, prompts, max_new, config.reward, size, show=True)
+    found, figures = greedy_rewards(model, tokenizer, ids, prompts, max_new, config, size, show=True)
     total = total_reward(found, own_weights(config))
     known = total[~total.isnan()]
     if not len(known):
@@ -332,14 +335,16 @@ def kind_of(config: Config) -> str:
         known = dict.fromkeys(["arith", *PROMPTS, *CHATS, *CORPORA, *SOURCES])
         raise UserError(f"--data {name}: there are {', '.join(known)}, a text file, and rows of your own (.jsonl)")
     row = next(own_rows(name, "whole", config.data_dir, config.columns), {})
+    if has_own_rewards(config):
+        return "answers"
     if "chosen" in row and "rejected" in row:
         return "pairs"
+    if "answer" in row:
+        return "answers"
     if "text" in row:
         return "text"
-    if "answer" in row or has_own_rewards(config):
-        return "answers"
-    last = (row.get("messages") or row.get("conversations") or [{}])[-1]
-    replied = last.get("role", last.get("from")) in ("assistant", "gpt")
+    said = messages_of(row.get("messages", row.get("conversations")))
+    replied = bool(said) and said[-1]["role"] == "assistant"
     return "references" if replied or "completion" in row or "output" in row else "answers"
 
 
@@ -377,9 +382,9 @@ DIGITS = {"tokens": 1}
 
 def table(rows: Sequence[dict]) -> str:
     """The rows as a markdown table: accuracy with its interval, and every other figure that some row has."""
-    hidden = {"stage", "path", "step", "data", "accuracy", "reward", "low", "high", "n", "documents_bytes"}
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in hidden))
-    first = next((name for name in ("accuracy", "reward") for row in rows if name in row), "")  # with an interval
+    hidden = {"stage", "path", "step", "data", "low", "high", "n", "documents_bytes"}
+    first = next((name for name in ("reward", "accuracy") for row in rows if name in row), "")  # with an interval
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in hidden and name != first))
     head = ["stage", *([first, "95 % interval"] if first else []), *(COLUMNS.get(n, n) for n in names), "n"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
     for row in rows:

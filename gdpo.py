@@ -61,6 +61,7 @@ from rollout import (
     policy_logps,
     sample_answers,
     sampling_seed,
+    stop_if_a_reward_failed,
     total_reward,
 )
 from runtime import processes
@@ -201,7 +202,8 @@ def judge(rollout: Rollout, asked: list[Prompt], config: Config) -> dict[str, Te
 
 def weights_of(config: Config) -> dict[str, float]:
     """How much each reward counts."""
-    return grpo.weights_of(config) | {"short": config.length_weight, "integer": config.integer_weight}
+    verified = {"short": config.length_weight, "integer": config.integer_weight} if config.reward == "verifier" else {}
+    return grpo.weights_of(config) | verified
 
 
 def advantages_of(rewards: dict[str, Tensor], lengths: Tensor, config: Config) -> Tensor:
@@ -289,6 +291,7 @@ def main(config: Config) -> dict:
             missing = share - int(teaches.sum())
             if missing <= 0:
                 break
+        stop_if_a_reward_failed(config)
         sampled = describe(rollout, rewards | {"reward": total_reward(rewards, weights)})
         rollout, rewards, asked = keep_groups(rollout, rewards, asked, teaches, share, G)
 

@@ -78,7 +78,6 @@ from rollout import (
     RolloutConfig,
     announce,
     check_reward,
-    has_own_rewards,
     join,
     longest_prompt,
     micro_batches,
@@ -89,6 +88,7 @@ from rollout import (
     sample_answers,
     sampling_seed,
     score,
+    stop_if_a_reward_failed,
     total_reward,
 )
 from runtime import processes
@@ -421,8 +421,6 @@ def check(config: Config) -> None:
     if config.kl_times_ratio and config.ratio_level == "sequence":
         raise UserError("kl_times_ratio weighs the KL of a token by its own ratio: it wants --ratio_level token")
     check_reward(config)
-    if config.reward != "verifier" and not has_own_rewards(config):
-        raise UserError(f"reward {config.reward}: the verifier, or a Python file; a reward model is for ppo.py")
     verified = config.correct_weight or config.format_weight or config.overlong_buffer or config.beta
     if config.reward == "verifier" and not verified:
         raise UserError("all weights are 0: there is nothing to learn")
@@ -481,6 +479,7 @@ def main(config: Config) -> dict:
             missing = share - int(teaches.sum())
             if missing <= 0:
                 break
+        stop_if_a_reward_failed(config)
         sampled = describe(rollout, rewards | {"reward": total_reward(rewards, weights)})
         rollout, rewards, asked = keep_groups(rollout, rewards, asked, teaches, share, G)
 

@@ -71,12 +71,13 @@ from rollout import (
     sample_answers,
     sampling_seed,
     score,
+    stop_if_a_reward_failed,
     total_reward,
 )
 from runtime import processes
 from runtime.checkpoint import need_checkpoint
 from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, run_stage, validate
-from runtime.errors import UserError
+from runtime.errors import RewardError, UserError
 from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, with_start
@@ -299,18 +300,20 @@ def judged_by_rules(config: Config) -> bool:
 
 @torch.no_grad()
 def score_answers(
-    run: Run, judge: RewardModel | None, rollout: Rollout, asked: list[Prompt], config: Config
+    run: Run, judge: RewardModel | None, rollout: Rollout, asked: list[Prompt], config: Config, answers_known: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The score of each answer, (N,), before what it loses for being cut off; and the rewards that rules gave it, (N,)
-    each by name, which a reward model's score does not consist of. asked: the N questions."""
+    each by name, which a reward model's score does not consist of. asked: the N questions; answers_known: whether all
+    questions of the run have an answer."""
     if has_own_rewards(config):
         rewards = own_rewards(rollout, asked, config.reward)
+        stop_if_a_reward_failed(config)
         scores = total_reward(rewards, own_weights(config))
         if processes.sum_numbers([float(scores.isnan().any())])[0]:
-            raise UserError(f"PPO needs a score for every answer, but {config.reward} does not know one (NaN)")
+            raise RewardError(f"PPO needs a score for every answer, but {config.reward} does not know one (NaN)")
         return scores, rewards
     rewards = {}
-    if all(question.gold is not None for question in asked):
+    if answers_known:
         golds = [question.gold for question in asked]
         rewards = dict(zip(("correct", "formatted"), score(rollout.texts, golds, rollout.finished)))
     if judge is None:
@@ -334,7 +337,7 @@ def examine(
         ids, asked = [questions.held_ids[i] for i in part], [questions.held[i] for i in part]
         with run.autocast(), run.eager():
             rollout = sample_answers(policy, questions.tokenizer, ids, 1, config.max_new_tokens, 0.0, seed=0)
-        scores.append(score_answers(run, judge, rollout, asked, config)[0])
+        scores.append(score_answers(run, judge, rollout, asked, config, answers_known=False)[0])
     return {"val_score": float(torch.cat(scores).mean())}
 
 
@@ -445,7 +448,7 @@ def main(config: Config) -> dict:
         ids, asked, seed = [ids for ids, _ in batch], [one for _, one in batch], sampling_seed(config.seed, step)
         with run.autocast(), run.eager():
             rollout = sample_answers(policy, tokenizer, ids, 1, config.max_new_tokens, config.temperature, seed)
-        scores, judged = score_answers(run, judge, rollout, asked, config)  # (N,); (N,) each
+        scores, judged = score_answers(run, judge, rollout, asked, config, questions.answers_known)  # (N,); (N,) each
         scores = scores - config.unfinished_penalty * (~rollout.finished)
 
         # 2. What the policy, its critic and the reference say of every token, before anything moves.
@@ -496,7 +499,11 @@ def main(config: Config) -> dict:
             best = held_out.get(questions.goal, held_out.get("val_score"))
             run.save(step, config.steps, model, optimizers, tokenizer, metric=best, lower_is_better=False)
     held_out = examine(run, policy, judge, questions, config)
-    hint = evaluate_command(config, run.folder, config.eval_data or config.data)
+    hint = (
+        evaluate_command(config, run.folder, config.eval_data or config.data)
+        if questions.answers_known or judge is None
+        else ""
+    )
     run.close(questions.summary(held_out), next_command=hint)
     return held_out
 

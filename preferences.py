@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import arithmetic
 from data import encode_prompts
-from rollout import sample_answers, score
+from rollout import sample_answers, score, to_verify
 from runtime import processes
 from runtime.checkpoint import find_checkpoint, write_text
 from runtime.config import AtLeast, Count, CountOrNone, parse, validate
@@ -75,6 +75,7 @@ class Judged:
     desirable: bool
 
 
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 SOURCES = {  # hub id, configuration, split for training, split for the test
     "hh-harmless": ("Anthropic/hh-rlhf", "harmless-base", "train", "test"),
     "hh-helpful": ("Anthropic/hh-rlhf", "helpful-base", "train", "test"),
@@ -131,10 +132,10 @@ def load_judged(
                 skipped["whose prompt is neither a text nor messages"] += 1
             elif not text:
                 skipped["with an empty answer"] += 1
-            elif not isinstance(label, (bool, int)) or label not in (0, 1):
+            elif str(label).lower() not in LABELS:
                 skipped["with a label that is neither true nor false"] += 1
             else:
-                judged.append(Judged(messages, text, bool(label)))
+                judged.append(Judged(messages, text, LABELS[str(label).lower()]))
         report_skipped(skipped, f"{split} answers of {name}")
         if not judged:
             raise UserError(f"{name} ({split}) has no usable answer")
@@ -149,7 +150,8 @@ def load_judged(
 def has_labels(data: str | list[str], data_dir: str = "", rename: Sequence[str] = ()) -> bool:
     """Is this a dataset of single answers with labels?"""
     first, *more = sources(data)
-    return not more and is_own(first) and "label" in next(own_rows(first, "whole", data_dir, rename), {})
+    row = next(own_rows(first, "whole", data_dir, rename), {}) if not more and is_own(first) else {}
+    return "label" in row and "completion" in row
 
 
 def sources(data: str | list[str], own: str = "") -> list[str]:
@@ -457,7 +459,7 @@ def collect(config: Config) -> list[Pair]:
     policy, tokenizer, _ = load_stage(config.policy, device=pick_device(config.device))
     prompts = load_prompts(config.data, config.split, config.data_dir, config.seed, config.n, config.columns)
     answers = config.samples, config.max_new_tokens, config.seed
-    return pairs_of_answers(policy, tokenizer, prompts, config.policy, *answers)
+    return pairs_of_answers(policy, tokenizer, to_verify(prompts, config.data), config.policy, *answers)
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:

@@ -16,6 +16,7 @@ Run ``python rollout.py`` to see the rows of two answers.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -30,7 +31,7 @@ from generate import generate
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Positive, TrainConfig
 from runtime.errors import RewardError, UserError
-from runtime.rows import describe_held_out, held_out
+from runtime.rows import describe_held_out, held_out, report_skipped
 from runtime.run import Run
 from texts import Prompt, load_prompts
 from tokenizer import ByteTokenizer, Tokenizer
@@ -108,16 +109,15 @@ class Questions:
         sources = {config.data: load_prompts(config.data, "train", *own)}
         if warmup or fade:
             sources["arith"] = load_prompts("arith", "train", seed=config.seed)
-        self.train = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
         where, part = held_out(config)
         held = load_prompts(where, part, config.data_dir, n=config.eval_prompts, rename=config.columns)
+        if config.reward == "verifier":
+            lax = getattr(config, "verifier", "strict") != "strict"
+            sources = {name: to_verify(prompts, name, lax) for name, prompts in sources.items()}
+            held = to_verify(held, where, lax)
+        self.train = {name: encode_prompts(prompts, tokenizer, longest) for name, prompts in sources.items()}
         self.held_ids, self.held = encode_prompts(held, tokenizer, longest)
         self.answers_known = all(one.gold is not None for one in (*self.train[config.data][1], *self.held))
-        if config.reward == "verifier" and not self.answers_known:
-            raise UserError(
-                f"{config.data} has rows without an answer to compare with: name its column with --columns answer=..., "
-                "or give a reward of your own with --reward FILE.py"
-            )
 
     def batch(
         self, step: int, draw: int = 0, without: Sequence[Prompt] = (), most: int | None = None
@@ -143,7 +143,7 @@ class Questions:
         if not has_own_rewards(config):
             return {"accuracy": greedy_accuracy(run, model, *questions, config.max_new_tokens)}
         with run.autocast(), run.eager():
-            rewards, _ = greedy_rewards(model, *questions, config.max_new_tokens, config.reward)
+            rewards, _ = greedy_rewards(model, *questions, config.max_new_tokens, config)
         rewards = {"reward": total_reward(rewards, own_weights(config))} | rewards
         return {f"val_{name}": float(values.nanmean()) for name, values in rewards.items()}
 
@@ -159,6 +159,21 @@ class Questions:
     def summary(self, figures: dict[str, float]) -> str:
         """The last evaluation in words."""
         return ", ".join(f"held-out {name.removeprefix('val_')} {value:.3f}" for name, value in figures.items())
+
+
+def to_verify(prompts: Sequence[Prompt], name: str, lax: bool = False) -> list[Prompt]:
+    """The questions with an answer that a verifier can compare with; others are counted and left out. lax: one that
+    looks for numbers."""
+    known = [prompt for prompt in prompts if prompt.gold is not None]
+    report_skipped(+Counter({"without an answer to compare with": len(prompts) - len(known)}), f"questions of {name}")
+    if not known:
+        raise UserError(
+            f"{name} has no answer to compare with: name its column with --columns answer=..., or give a reward of "
+            "your own with --reward FILE.py"
+        )
+    if lax and any(isinstance(prompt.gold, tuple) for prompt in known):
+        raise UserError(f"{name} has texts as answers: --verifier strict compares them, the others look for numbers")
+    return known
 
 
 def announce(run: Run, model: Transformer, questions: Questions, answers: int, **more: str) -> None:
@@ -257,21 +272,33 @@ def has_own_rewards(config) -> bool:
 
 
 def own_rewards(rollout: Rollout, asked: Sequence[Prompt], path: str) -> dict[str, Tensor]:
-    """What each answer earns by the functions of the file ``path``, (N,) each, by name; NaN where one does not know.
-    asked: the N questions. If a function fails, in whichever process, all end with a ``RewardError``.
+    """What each answer earns by the functions of the file ``path``, (N,) each, by name; NaN where one does not know, or
+    fails, which ``stop_if_a_reward_failed`` then says. asked: the N questions.
     """
     functions, done = load_rewards(path), rollout.finished.tolist()
-    rewards, problem = {name: [] for name in functions}, None
-    try:
-        for prompt, text, finished in zip(asked, rollout.texts, done, strict=True):
-            for name, function in functions.items():
-                row = prompt.row | {"finished": finished}
-                rewards[name].append(call_reward(name, function, prompt.messages[-1]["content"], text, row))
-    except RewardError as error:
-        problem = error
-    if processes.sum_numbers([float(problem is not None)])[0]:
-        raise problem or RewardError("a reward failed in another process, see its message")
+    rewards = {name: [] for name in functions}
+    for prompt, text, finished in zip(asked, rollout.texts, done, strict=True):
+        for name, function in functions.items():
+            row, value = prompt.row | {"finished": finished}, math.nan
+            if not _failed:
+                try:
+                    value = call_reward(name, function, prompt.messages[-1]["content"], text, row)
+                except RewardError as error:
+                    _failed.append(error)
+            rewards[name].append(value)
     return {name: torch.tensor(values, device=rollout.tokens.device) for name, values in rewards.items()}
+
+
+_failed: list[RewardError] = []  # the first failure of a reward in this process
+
+
+def stop_if_a_reward_failed(config) -> None:
+    """End all processes with a ``RewardError`` if a function of the user's failed in one of them. Processes may judge
+    differently often (``draws``), so they meet here, once in a step."""
+    if has_own_rewards(config):
+        problem = _failed.pop() if _failed else None
+        if processes.sum_numbers([float(problem is not None)])[0]:
+            raise problem or RewardError("a reward failed in another process, see its message")
 
 
 def own_weights(config) -> dict[str, float]:
@@ -295,6 +322,8 @@ def check_reward(config) -> None:
     if has_own_rewards(config):
         if not any(own_weights(config).values()):
             raise UserError("all weights are 0: there is nothing to learn")
+    elif config.reward != "verifier":
+        raise UserError(f"reward {config.reward}: the verifier, or a Python file; a reward model is for ppo.py")
     elif config.reward_weights:
         raise UserError("reward_weights are for the functions of a file: --reward FILE.py")
 
@@ -302,7 +331,7 @@ def check_reward(config) -> None:
 def total_reward(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """The weighted sum of the rewards that are known, (N,); NaN for an answer of which every judgement is unknown."""
     total = sum(weights[name] * values.nan_to_num(0.0) for name, values in rewards.items())
-    judgements = [values for name, values in rewards.items() if name not in ("overlong", "kl")]
+    judgements = [values for name, values in rewards.items() if weights[name] and name not in ("overlong", "kl")]
     return total.masked_fill(torch.stack(judgements).isnan().all(dim=0), math.nan) if judgements else total
 
 
@@ -330,20 +359,21 @@ def answer_greedily(
 
 @torch.no_grad()
 def greedy_rewards(
-    model: Transformer, tokenizer: Tokenizer, ids: list, prompts: Sequence[Prompt], max_new: int, path: str,
+    model: Transformer, tokenizer: Tokenizer, ids: list, prompts: Sequence[Prompt], max_new: int, config,
     batch_size: int = 128, show: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
-    """The rewards of the user's own, (N,) each by name, of the model's greedy answers to N encoded questions; and
+    """The rewards of ``config.reward``, (N,) each by name, of the model's greedy answers to N encoded questions; and
     "cut_off", the share that did not end, and "tokens", the mean length."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    found, cut, tokens = {name: torch.empty(len(ids)) for name in load_rewards(path)}, 0, 0
+    found, cut, tokens = {name: torch.empty(len(ids)) for name in load_rewards(config.reward)}, 0, 0
     for first in tqdm(range(0, len(order), batch_size), desc="greedy", leave=False, disable=not show):
         rows = order[first : first + batch_size]
         rollout = sample_answers(model, tokenizer, [ids[i] for i in rows], 1, max_new, 0.0, seed=0)
-        for name, values in own_rewards(rollout, [prompts[i] for i in rows], path).items():
+        for name, values in own_rewards(rollout, [prompts[i] for i in rows], config.reward).items():
             found[name][rows] = values.cpu()
         cut += int((~rollout.finished).sum())
         tokens += int(rollout.mask.sum())
+    stop_if_a_reward_failed(config)
     return found, {"cut_off": cut / len(ids), "tokens": tokens / len(ids)}
 
 

@@ -158,8 +158,10 @@ def main(config: Config) -> dict:
         raise UserError(f"seq_len {config.seq_len} is longer than the model's max_seq_len {model.config.max_seq_len}")
 
     # Conversations, packed into rows of T = seq_len tokens; the mask is 1 on what the assistant says.
-    limits = config.data_dir, config.seed, config.n_examples, config.columns
-    chats, chats_held_out = load_chats(config.data, "train", *limits), load_chats(*held_out(config), *limits)
+    where = config.data_dir, config.seed
+    chats = load_chats(config.data, "train", *where, config.n_examples, config.columns)
+    most = None if config.eval_data else config.n_examples
+    chats_held_out = load_chats(*held_out(config), *where, most, config.columns)
     rows = pack(chats, tokenizer, config.seq_len, config.packing)
     held_out_rows = pack(chats_held_out, tokenizer, config.seq_len)
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))

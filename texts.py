@@ -9,7 +9,8 @@ names one, or from the hub. Any other data is a file of your own, or a dataset's
     {"text": "Once upon a time ..."}  # a document
 
 Nothing is dropped in silence: every row that cannot be used is counted by its reason, and the count is printed. Nothing
-that is held out is trained on, in any stage: of a dataset without a validation split all stages keep the same rows.
+that is held out is trained on, in any stage: of a dataset without a validation split all stages keep the same rows (as
+long as it goes by the same name).
 
 Run ``python texts.py`` to see some rows become conversations and questions.
 """
@@ -124,7 +125,7 @@ def messages_of(value) -> list[dict] | None:
 
     Messages are ``{"role": "user", "content": "Hi"}`` or ShareGPT's ``{"from": "human", "value": "Hi"}``.
     """
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
         return [{"role": "user", "content": str(value).strip()}]
     if not isinstance(value, (list, tuple)) or not value:
         return None
@@ -143,9 +144,10 @@ def messages_of(value) -> list[dict] | None:
 
 def _own_chat(row: dict, source: str, skipped: Counter) -> list[dict] | None:
     """A row with messages (or conversations), with prompt and completion, or with instruction, input and output."""
-    if "instruction" in row and "output" in row:
+    conversation = next((name for name in ("messages", "conversations") if name in row), None)
+    if "completion" not in row and conversation is None and "instruction" in row and "output" in row:
         return _instruction_chat("instruction", "input", "output")({"input": ""} | row, source, skipped)
-    if "completion" in row or "prompt" in row:
+    if "completion" in row or (conversation is None and "prompt" in row):
         prompt, completion = columns(row, ["prompt", "completion"], source)
         before, after = messages_of(prompt), messages_of(completion)
         if before is None or after is None:
@@ -155,7 +157,7 @@ def _own_chat(row: dict, source: str, skipped: Counter) -> list[dict] | None:
             after = [{"role": "assistant", "content": after[0]["content"]}]
         messages = before + after
     else:
-        (found,) = columns(row, ["messages" if "conversations" not in row else "conversations"], source)
+        (found,) = columns(row, [conversation or "messages"], source)
         messages = messages_of(found) if isinstance(found, list) else None
         if messages is None:
             skipped["whose messages are not a list of role and content"] += 1
@@ -321,23 +323,26 @@ def _own_prompt(row: dict, source: str, skipped: Counter) -> Prompt | None:
         skipped["without a question"] += 1
         return None
     answer = row.get("answer")
-    if row.get("choices"):
+    if "choices" in row:
+        if not isinstance(row["choices"], (list, tuple)) or not row["choices"]:
+            skipped["whose choices are no list"] += 1
+            return None
         options = [str(choice) for choice in row["choices"]]
         letters = [chr(ord("A") + i) for i in range(len(options))]
         lines = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
         messages[-1]["content"] += f"\n{lines}"
-        if isinstance(answer, int) and 0 <= answer < len(options):
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
             answer = letters[answer]
+        answer = str(answer)
         place = letters.index(answer) if answer in letters else options.index(answer) if answer in options else None
         if place is None:
             skipped["whose answer is none of its choices"] += 1
             return None
         return Prompt(tuple(messages), (letters[place], options[place]), row)
     try:
-        gold = None if answer is None else read_gold(answer)
-    except UserError:
-        skipped["with an answer that is neither a number nor a text"] += 1
-        return None
+        gold = read_gold(answer)
+    except UserError:  # perhaps only a reward of the user's own reads it
+        gold = None
     return Prompt(tuple(messages), gold, row)
 
 

@@ -164,7 +164,11 @@ def read_gold(answer) -> Gold:
     >>> read_gold("1,080"), read_gold("Paris"), read_gold(["Paris", "Paris, France"])
     (Decimal('1080'), ('Paris',), ('Paris', 'Paris, France'))
     """
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer):
+    if isinstance(answer, str):
+        answer = answer.replace("\N{MINUS SIGN}", "-")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        return Decimal(answer)
+    if isinstance(answer, float) and math.isfinite(answer):
         return Decimal(str(answer))
     if isinstance(answer, str) and ("####" in answer or _GOLD.fullmatch(answer.strip())):
         return parse_gold(answer)
@@ -195,6 +199,8 @@ def parse_gold(gold: Decimal | str | int) -> Decimal:
 # Rewards of the user's own
 
 Reward = Callable[[str, str, dict], float]
+TAKEN = {*WORDS, "always", "show", "tokens", "n", "low", "high", "cut_off", "stage", "path", "data"}
+TAKEN -= {"correct", "formatted", "short", "integer"}  # a reward of the user's own may stand in for these
 
 
 @functools.cache
@@ -209,10 +215,12 @@ def load_rewards(path: str) -> dict[str, Reward]:
     found = {
         name: value
         for name, value in names.items()
-        if isinstance(value, FunctionType) and value.__code__.co_filename == path and not name.startswith("_")
+        if isinstance(value, FunctionType)
+        and inspect.unwrap(value).__code__.co_filename == path
+        and not name.startswith("_")
     }
     for name, function in found.items():
-        if name in WORDS and name not in ("correct", "formatted", "short", "integer"):
+        if name in TAKEN:
             raise UserError(
                 f"{path}: every run logs a figure called {name}; call the reward {name}_reward, for example"
             )

@@ -62,19 +62,21 @@ def describe(rollout: Rollout, rewards: dict[str, Tensor]) -> dict[str, float]:
     """Means over answers: each of the rewards, (N,), as far as they are known, the share that ended by themselves,
     tokens, the sampled estimate of the entropy (of a whole answer); and how many answers there are."""
     means = {name: float(values.nanmean().nan_to_num(0.0)) for name, values in rewards.items()}
+    known = {name: float((~values.isnan()).sum()) for name, values in rewards.items()}
     means["finished"] = float(rollout.finished.float().mean())
     means["length"] = float(rollout.mask.sum()) / len(rollout)
     means["entropy"] = -float(rollout.sampled_logps.sum()) / len(rollout)
-    return means | {"answers": float(len(rollout))}
+    return means | {"answers": float(len(rollout)), "known answers": known}
 
 
 def mean_over_answers(figures: dict[str, float]) -> dict[str, float]:
     """The figures of ``describe`` over the answers of all processes, which may have sampled differently many."""
-    n = figures["answers"]
-    sums = torch.tensor([n * value for name, value in figures.items() if name != "answers"] + [n], dtype=torch.float64)
-    *sums, n = processes.sum_over_processes(sums).tolist()
-    names = [name for name in figures if name != "answers"]
-    return {name: value / n for name, value in zip(names, sums)} | {"answers": n}
+    n, known = figures["answers"], figures.get("known answers", {})  # of a reward, the answers for which it is known
+    names = [name for name in figures if name not in ("answers", "known answers")]
+    counts = torch.tensor([known.get(name, n) for name in names] + [n], dtype=torch.float64)
+    sums = torch.tensor([figures[name] for name in names] + [1.0], dtype=torch.float64) * counts
+    sums, counts = processes.sum_over_processes(torch.stack([sums, counts])).tolist()
+    return {name: value / max(count, 1.0) for name, value, count in zip(names, sums, counts)} | {"answers": counts[-1]}
 
 
 def reward_signal(rewards: dict[str, Tensor], weights: dict[str, float], advantages: Tensor, group_size: int) -> dict:

@@ -9,6 +9,7 @@ Everything that can be wrong is found before anything is loaded and is said in o
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import math
 import operator
 import os
@@ -237,7 +238,11 @@ def read_preset(config_class, path: str) -> dict:
 
 def is_reward(name: str, value, path: str) -> bool:
     """Is ``name = value`` a public function that the file ``path`` itself defines? Such are rewards (verify.py)."""
-    return isinstance(value, FunctionType) and value.__code__.co_filename == path and not name.startswith("_")
+    return (
+        isinstance(value, FunctionType)
+        and inspect.unwrap(value).__code__.co_filename == path
+        and not name.startswith("_")
+    )
 
 
 def fits(value, hint) -> bool:

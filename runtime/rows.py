@@ -6,6 +6,7 @@ says which of its columns mean what.
 """
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -18,7 +19,7 @@ from runtime import processes
 from runtime.errors import UserError
 
 LINES = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open, ".jsonl.bz2": bz2.open}  # read as they stream
-TABLES = {".csv": "csv", ".parquet": "parquet", ".json": "json"}  # read by the library "datasets"
+TABLES = {".parquet": "parquet", ".json": "json"}  # read by the library "datasets"
 FOLDERS = ("Anthropic/hh-rlhf",)  # datasets whose configurations are folders on the hub
 
 
@@ -66,6 +67,8 @@ def read_file(path: str | Path) -> Iterator[dict]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path}")
+    if path.suffix == ".csv":
+        return _read_csv(path)
     opener = next((LINES[ending] for ending in LINES if path.name.endswith(ending)), None)
     return _read_table(path) if opener is None else _read_lines(path, opener)
 
@@ -73,20 +76,31 @@ def read_file(path: str | Path) -> Iterator[dict]:
 def _read_lines(path: Path, opener) -> Iterator[dict]:
     n = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
                     row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON, or cut off ({error.msg})") from None
+                except (ValueError, RecursionError) as error:
+                    why = getattr(error, "msg", str(error))
+                    raise UserError(f"{path}, line {number}: not JSON, or cut off ({why})") from None
                 if not isinstance(row, dict):
                     raise UserError(f"{path}, line {number}: not an object with named columns")
                 yield row
                 n += 1
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged or cut off after {n} rows ({error})") from None
+
+
+def _read_csv(path: Path) -> Iterator[dict]:
+    """Every cell as a text, as it stands there; an empty one is None."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                yield {str(name): value or None for name, value in row.items()}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} could not be read ({error})") from None
 
 
 def _read_table(path: Path) -> Iterator[dict]:
@@ -129,7 +143,7 @@ def sources(data: str | list[str]) -> list[str]:
 
 def is_file(name: str) -> bool:
     """Is this the name of a file of rows?"""
-    return name.endswith((*LINES, *TABLES))
+    return name.endswith((*LINES, *TABLES, ".csv"))
 
 
 def is_own(name: str) -> bool:
@@ -157,7 +171,9 @@ def own_rows(
     names = column_names(rename)
     for i, row in enumerate(rows):
         if split == "whole" or (i % EVERY == 0) == (split == "validation"):
-            yield row | {meaning: columns(row, [column], name)[0] for meaning, column in names.items()}
+            # Of several sources, only some may have other names: then a column that is there already stays.
+            meant = {meaning: column for meaning, column in names.items() if column in row or meaning not in row}
+            yield row | {meaning: columns(row, [column], name)[0] for meaning, column in meant.items()}
 
 
 def column_names(rename: Sequence[str]) -> dict[str, str]:

@@ -216,6 +216,7 @@ class Run:
         them. A row is written every ``log_every`` steps (or ``always``); values may be tensors and are read only
         then. ``show``: names for the bar.
         """
+        self.unsaved = step, self.metrics.last  # the weights are those after this step
         row = self.metrics.step_row(step, tokens, always, metrics)
         if row is not None and self.is_main:
             self.metrics.write(row)

@@ -69,8 +69,17 @@ def test_compressed_files_and_tables_are_read_too(tmp_path):
         table = csv.DictWriter(file, ["a", "b"])
         table.writeheader()
         table.writerows(rows)
-    for name in ("a.jsonl.gz", "a.csv"):
-        assert list(own_rows(str(tmp_path / name), "whole")) == rows
+    assert list(own_rows(str(tmp_path / "a.jsonl.gz"), "whole")) == rows
+    assert list(own_rows(str(tmp_path / "a.csv"), "whole")) == [{"a": "1", "b": "x"}, {"a": "2", "b": "y\nz"}]
+
+
+def test_a_table_of_texts_stays_what_it_is(tmp_path):
+    """No cell becomes a number or nothing because of what stands in another one."""
+    (tmp_path / "q.csv").write_text("\ufeffprompt,answer\na,5\nb,\nc,00123\nd,NA\n", encoding="utf-8")
+    rows = list(own_rows(str(tmp_path / "q.csv"), "whole"))
+    assert [row["answer"] for row in rows] == ["5", None, "00123", "NA"] and rows[0]["prompt"] == "a"
+    (tmp_path / "l.csv").write_text("prompt,completion,label\n" + "a,b,1\n" * 2 + "a,c,false\n")
+    assert [one.desirable for one in load_judged(str(tmp_path / "l.csv"), "whole")].count(True) == 2
 
 
 def test_a_dataset_of_the_hub_is_named_by_its_id_configuration_and_split(tmp_path):
@@ -93,7 +102,7 @@ def test_columns_may_have_other_names(tmp_path):
         load_prompts(path, "test", rename=("prompt",))
 
 
-@pytest.mark.parametrize("line", ["not json", "[1, 2]", "null", '{"a": '])
+@pytest.mark.parametrize("line", ["not json", "[1, 2]", "null", '{"a": ', "1" * 5000, "[" * 100_000])
 def test_a_line_that_is_no_row_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "x"}\n' + line + "\n")
@@ -146,6 +155,10 @@ def test_reference_answers(answer, gold):
     assert read_gold(answer) == gold
 
 
+def test_a_minus_is_a_minus():
+    assert read_gold("\N{MINUS SIGN}3") == -3 and read_gold(10**400) == 10**400
+
+
 @pytest.mark.parametrize("answer", [None, float("nan"), {}, [], "", [1, 2], " . "])
 def test_what_is_no_reference_answer(answer):
     with pytest.raises(UserError):
@@ -156,6 +169,12 @@ def test_questions_with_choices(tmp_path):
     rows = [{"prompt": "Sky?", "choices": ["red", "blue"], "answer": answer} for answer in ("B", 1, "blue", "green", 2)]
     prompts = load_prompts(write(tmp_path / "q.jsonl", rows), "whole")
     assert [prompt.gold for prompt in prompts] == [("B", "blue")] * 3
+    odd = [{"text": ["red"], "label": ["A"]}, "red, blue", [], None]
+    rows = [{"prompt": "Sky?", "choices": choices, "answer": "A"} for choices in odd]
+    rows += [{"prompt": "?", "choices": ["True", "False"], "answer": True}]
+    rows += [{"prompt": "?", "choices": [4, 5, 6], "answer": 5}, {"prompt": "?", "choices": [3, 2, 1], "answer": 1}]
+    found = load_prompts(write(tmp_path / "odd.jsonl", rows), "whole")
+    assert [prompt.gold for prompt in found] == [("A", "True"), ("B", "5"), ("B", "2")]
     assert prompts[0].messages == said("Sky?\nA. red\nB. blue")
     for text, right in (("b", 1), ("Blue.", 1), ("A", 0), ("B or A", 0), ("", 0)):
         assert correctness_reward(f"<think>x</think><answer> {text} </answer>", prompts[0].gold) == right
@@ -245,6 +264,42 @@ def test_each_public_function_of_a_file_is_a_reward(tmp_path):
     assert own_weights(config) == {"long": 0.5, "known": 1.0}
     assert total_reward(rewards, own_weights(config)).tolist() == [7.5 + 1, 61.5]  # what is unknown adds nothing
     assert total_reward({"known": rewards["known"]}, {"known": 1.0}).isnan().tolist() == [False, True]
+
+
+def test_a_reward_of_no_weight_does_not_make_an_answer_known():
+    rewards = {"a": torch.tensor([1.0, math.nan]), "b": torch.zeros(2)}
+    assert total_reward(rewards, {"a": 1.0, "b": 0.0}).isnan().tolist() == [False, True]
+    assert total_reward(rewards, {"a": 1.0, "b": 1.0}).tolist() == [1.0, 0.0]
+
+
+def test_means_of_rewards_are_over_the_answers_for_which_they_are_known(monkeypatch):
+    """Of all processes: here another one that knows three answers of four, all worth 1."""
+    rollout = some_rollout(["a", "b", "c", "d"])
+    figures = watch.describe(rollout, {"own": torch.tensor([4.0, math.nan, math.nan, math.nan])})
+    other = watch.describe(rollout, {"own": torch.tensor([1.0, 1.0, 1.0, math.nan])})
+
+    def both(sums):
+        names = [name for name in other if name not in ("answers", "known answers")]
+        counts = torch.tensor([other["known answers"].get(name, 4.0) for name in names] + [4.0], dtype=torch.float64)
+        values = torch.tensor([other[name] for name in names] + [1.0], dtype=torch.float64)
+        return sums + torch.stack([values * counts, counts])
+
+    monkeypatch.setattr(watch.processes, "sum_over_processes", both)
+    means = watch.mean_over_answers(figures)
+    assert means["own"] == pytest.approx((4 + 3) / 4) and means["answers"] == 8 and means["length"] == 3
+
+
+def test_gdpo_weighs_a_users_rewards_as_he_says(tmp_path):
+    """Also those that have the names of its own."""
+    text = "def short(prompt, answer, row): return 1.0\ndef integer(prompt, answer, row): return 1.0"
+    config = gdpo.Config(reward=reward_file(tmp_path / "r.py", text), reward_weights=("short=0.1", "integer=5"))
+    weights = gdpo.weights_of(config)
+    assert weights["short"] == 0.1 and weights["integer"] == 5
+
+
+def test_a_decorated_function_is_a_reward_too(tmp_path):
+    path = reward_file(tmp_path / "r.py", "import torch\n@torch.no_grad()\ndef f(prompt, answer, row): return 2.0")
+    assert load_rewards(path)["f"]("", "", {}) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -342,19 +397,30 @@ def test_a_preset_that_holds_its_rewards(tmp_path, start):  # noqa: F811
     assert grpo.main(parse(grpo.Config, [str(path)])) == pytest.approx(figures, nan_ok=True)
 
 
-def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypatch, capsys):  # noqa: F811
-    """In one line; and the same command goes on, to the same weights, bit for bit."""
+@pytest.mark.parametrize("eval_every", [100, 2])
+def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypatch, capsys, eval_every):  # noqa: F811
+    """In one line, be it in a rollout or in an evaluation; and the same command goes on, to the same weights, bit for
+    bit."""
     data = questions(tmp_path)
     failing = LETTER.replace("return answer", "if FAIL.exists(): raise KeyError('price')\n    return answer")
     failing = f"from pathlib import Path\nFAIL = Path({str(tmp_path / 'fail')!r})\n" + failing
     path = reward_file(tmp_path / "r.py", failing)
-    settings = {"data": data, "reward": path, "steps": 4, "save_every": 100, "eval_every": 100, "max_new_tokens": 8}
+    settings = {
+        "data": data,
+        "reward": path,
+        "steps": 4,
+        "save_every": 100,
+        "eval_every": eval_every,
+        "max_new_tokens": 8,
+    }
     grpo.main(tiny_grpo(tmp_path / "whole", start, **settings))
     real, calls = rollout_module.own_rewards, []
 
     def own(*args):
         calls.append(1)
-        (tmp_path / "fail").touch() if len(calls) == 4 else None  # the examination, and three steps
+        (tmp_path / "fail").touch() if len(
+            calls
+        ) == 4 else None  # the first examination, and three rollouts, or two and another one
         return real(*args)
 
     monkeypatch.setattr(grpo, "own_rewards", own)
@@ -367,6 +433,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypa
     assert "saved after 2 steps; the same command continues" in said.out
     state = torch.load(tmp_path / "stopped" / "ckpt.pt", weights_only=True)
     assert state["step"] == 2 and not state["finished"]
+    assert {float(one["step"]) for one in state["optimizers"][0]["state"].values()} == {2.0}
     with pytest.raises(
         RewardError, match=r"the reward letter failed \(KeyError: 'price'\) on the answer .* to .*'tag'"
     ):
@@ -379,7 +446,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypa
 
 
 def test_questions_without_answers_want_a_reward(tmp_path, start):  # noqa: F811
-    with pytest.raises(UserError, match="rows without an answer"):
+    with pytest.raises(UserError, match="no answer to compare with"):
         grpo.main(tiny_grpo(tmp_path / "run", start, data=questions(tmp_path)))
 
 
@@ -447,6 +514,51 @@ def test_a_folder_of_data_leads_to_a_policy_and_every_next_command_is_about_it(t
     assert "bits_per_byte" in evaluate.measure("out/mine/sft", evaluate.Config(data="texts.jsonl", n=5, device="cpu"))
 
 
+def test_columns_that_a_row_has_besides_do_not_hide_the_conversation(tmp_path):
+    chat = [*said("Hi"), {"role": "assistant", "content": "Yo"}]
+    both = write(tmp_path / "a.jsonl", [{"prompt": "Hi", "prompt_id": "x", "messages": chat}])
+    assert load_chats(both, "whole") == [chat]
+    better = write(tmp_path / "b.jsonl", [{"instruction": "Hi", "output": "no", "better": "Yo"}])
+    assert load_chats(better, "whole", rename=("prompt=instruction", "completion=better")) == [chat]
+
+
+def test_a_file_that_was_mended_is_read_again(tmp_path):
+    short = [{"text": "x"}] + [{"text": "some words " * 40}] * 40
+    path = write(tmp_path / "t.jsonl", short)
+    config = tiny_pretrain(tmp_path / "run", data=path, tokenizer="bytes")
+    with pytest.raises(UserError, match="the validation split has 2 tokens"):
+        pretrain.main(config)
+    write(tmp_path / "t.jsonl", short[1:])
+    assert math.isfinite(pretrain.main(config)["val_loss"])
+
+
+def test_a_classifier_is_validated_on_what_was_named(tmp_path):
+    """Also where the data has splits of its own, and where the held-out data is known by name."""
+    config = encoder.Config(data="arith", eval_data="arith")
+    texts = encoder.labelled_texts(config, "validation", T, 64, False)
+    assert len(texts) == 512
+    rows = [{"text": f"{i}", "label": label} for i in range(4) for label in ("more", "not more", None)]
+    config = encoder.Config(data="arith", eval_data=write(tmp_path / "l.jsonl", rows))
+    for split in ("validation", "test"):
+        assert len(encoder.labelled_texts(config, split, T, 64, False)) == 8
+    with pytest.raises(ValueError, match="train, validation or test"):
+        encoder.arithmetic.problems(1, 0, "whole")
+
+
+def test_what_data_asks_for_is_seen_in_its_columns(tmp_path):
+    path = reward_file(tmp_path / "r.py", LETTER)
+
+    def kind(row, **more):
+        return evaluate.kind_of(evaluate.Config(data=write(tmp_path / "x.jsonl", [row]), **more))
+
+    assert kind({"prompt": "q", "answer": 1, "text": "context"}) == "answers"
+    assert kind({"prompt": "q", "text": "context"}, reward=path) == "answers"
+    assert kind({"text": "x"}) == "text" and kind({"prompt": "q", "completion": "a"}) == "references"
+    assert kind({"messages": "hello"}) == kind({"messages": [1]}) == kind({"conversations": {"a": 1}}) == "answers"
+    with pytest.raises(UserError, match="a reward model is for ppo.py"):
+        evaluate.need_all([], evaluate.Config(reward="out/arith/reward"))
+
+
 def test_nothing_is_examined_if_one_checkpoint_is_missing(tmp_path, start, monkeypatch, capsys):  # noqa: F811
     measured = []
     monkeypatch.setattr(evaluate, "measure", lambda *args: measured.append(args))
@@ -474,7 +586,7 @@ def test_a_classifier_learns_labels_of_ones_own(tmp_path):
     assert figures["val_accuracy"] == figures["test_accuracy"] == 1.0
     assert encoder.load_classifier(str(tmp_path / "run"))[2] == ("cat", "dog", "emu")
     one = write(tmp_path / "one.jsonl", [{"text": "a", "label": 1}] * 9)
-    with pytest.raises(UserError, match="one label"):
+    with pytest.raises(UserError, match="fewer than two labels"):
         encoder.main(encoder.Config(data=one, device="cpu", out_dir=str(tmp_path / "other")))
 
 

@@ -591,7 +591,7 @@ def test_an_answer_is_judged_as_if_it_stood_alone(run, folders):
     prompts = [tokenizer.encode("What is 2+3?" * (1 + i % 3)) for i in range(9)]
     rollout = sample_answers(policy, tokenizer, prompts, 1, 12, 1.0, seed=3)
     asked, config = [Prompt((), None)] * 9, Config(reward=str(folders / "reward"), micro_batch_size=4)
-    found, rewards = ppo.score_answers(run, judge, rollout, asked, config)
+    found, rewards = ppo.score_answers(run, judge, rollout, asked, config, answers_known=False)
     assert rewards == {}  # nobody knows the right answers
     lengths = set()
     for tokens, mask, score in zip(rollout.tokens, rollout.mask, found):

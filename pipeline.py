@@ -311,7 +311,7 @@ def finish(config: Config, wanted: list[Stage], rows: dict[str, dict], minutes: 
 
 
 # One that the fine-tuned model of seed 0 gets wrong; with other seeds it may be right.
-QUESTION, ANSWER = "There are 2 books in each of the 9 bags of Omar. How many books is that?", 18
+QUESTION, ANSWER = "Tom has 4 boxes with 6 apples in each and 7 more apples. How many apples does Tom have?", 31
 
 
 def answered(folder: Path, stage: Stage, device: str) -> str:

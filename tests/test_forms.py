@@ -36,7 +36,16 @@ FORMS = {
 SHORT = {"eval_every": 1, "log_every": 1, "device": "cpu"}
 
 
-@pytest.fixture(scope="module", params=FORMS, ids=str)
+TOGETHER = (
+    "experts with a window",
+    "experts with adapters",
+    "as GPT-2 with adapters",
+    "hybrid",
+)  # of what is tested apart
+PARAMS = [pytest.param(form, marks=[pytest.mark.slow] * (form in TOGETHER), id=form) for form in FORMS]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def chain(request, tmp_path_factory):
     """Every stage, a step or two each, from the one before."""
     root = tmp_path_factory.mktemp("form")

@@ -227,7 +227,11 @@ def load_rewards(path: str) -> dict[str, Reward]:
         try:
             inspect.signature(function).bind("prompt", "answer", {})
         except TypeError:
-            raise UserError(f"{path}: {name}(prompt, answer, row) should take three arguments") from None
+            takes = f"{name}{inspect.signature(function)}"
+            raise UserError(
+                f"{path}: {takes} should take three arguments, (prompt, answer, row); a helper's name begins with an "
+                f"underscore: _{name}"
+            ) from None
     if not found:
         raise UserError(f"{path} defines no function: write def my_reward(prompt, answer, row): return a number")
     return found

@@ -27,7 +27,8 @@ from runtime.words import check_names, words_of
 
 OURS = ("config.json", "metrics.jsonl", "ckpt.pt")
 FIGURES = {  # the first that a run has says how good it is; whether more is better
-    "val_questions": True, "val_accuracy": True, "accuracy": True, "val_loss": False, "loss": False,
+    "val_reward": True, "val_score": True, "val_questions": True, "val_accuracy": True, "accuracy": True,
+    "val_loss": False, "loss": False,
 }  # fmt: skip
 COMPARED = (*FIGURES, "reward", "score", "correct", "length", "entropy")
 

@@ -31,6 +31,7 @@ import sft
 import watch
 from preferences import Judged, Pair, encode_judged, has_labels, load_judged, load_pairs
 from rollout import Rollout, own_rewards, own_weights, total_reward
+from runtime import runs
 from runtime.config import parse
 from runtime.errors import RewardError, UserError
 from runtime.rows import evaluate_command, is_own, own_rows
@@ -375,6 +376,8 @@ def test_a_stage_learns_from_rewards_of_ones_own_and_unlearns_with_their_sign(tm
         assert best["best"] == pytest.approx(
             max(row["val_reward"] for row in rows if "val_reward" in row and row["step"])
         )
+        told = runs.read_figures(tmp_path / f"run{sign}" / "metrics.jsonl")["best"]
+        assert told.startswith("reward of greedy answers, held out")
     (before, risen), (_, fallen) = ends
     assert risen > before + 0.02 and fallen < before - 0.02
     assert "letter 0" in (tmp_path / "run1" / "samples.txt").read_text()

@@ -462,8 +462,7 @@ def main(config: Config) -> dict:
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):
-        # 1. Every question is answered G times, and a rule says what each answer is worth. (Only DAPO draws more than
-        #    once: further questions for those whose answers all earn the same, twice as many as are missing.)
+        # 1. Every question is answered G times and judged. (Only DAPO draws again, for questions that teach nothing.)
         begun, missing, rollouts, asked = time.perf_counter(), share, [], []
         for draw in range(config.draws):
             if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):
@@ -505,8 +504,7 @@ def main(config: Config) -> dict:
         sampling_seconds = time.perf_counter() - begun
 
         # 5. A few updates on the same answers. From the second on, ratios differ from 1 and the clip acts.
-        lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
-        updates = []
+        lr, updates = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr), []
         for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
                 part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
@@ -531,8 +529,7 @@ def main(config: Config) -> dict:
             best = held_out.get(questions.goal)
             run.save(step, config.steps, policy, optimizers, tokenizer, metric=best, lower_is_better=False)
     held_out = questions.examine(run, policy)
-    hint = evaluate_command(config, run.folder, config.eval_data or config.data)
-    run.close(questions.summary(held_out), next_command=hint)
+    run.close(questions.summary(held_out), evaluate_command(config, run.folder, config.eval_data or config.data))
     return held_out
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import arithmetic
 from runtime.checkpoint import write_atomically
 from runtime.errors import UserError
-from runtime.rows import report_skipped
+from runtime.rows import report_skipped, sources
 from texts import Prompt, text_documents
 from tokenizer import BPETokenizer, ByteTokenizer, TiktokenTokenizer, Tokenizer, encode_chat
 
@@ -129,8 +129,9 @@ def _append(tokens: h5py.Dataset, ids: list[int]) -> None:
 
 def _stamp(source: str) -> list:
     """What changes when a user mends his own files."""
-    path = Path(source)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+    files: list[Path] = []
+    for path in map(Path, sources(source)):
+        files += sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

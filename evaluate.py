@@ -329,7 +329,7 @@ def kind_of(config: Config) -> str:
         return "pairs"
     if name.split("+")[0] in CHATS:
         return "references"
-    if name in CORPORA or (Path(name).exists() and not is_file(name)):
+    if name.split("+")[0] in CORPORA or (Path(name).exists() and not is_file(name)):
         return "text"
     if not is_own(name):
         known = dict.fromkeys(["arith", *PROMPTS, *CHATS, *CORPORA, *SOURCES])

@@ -188,6 +188,7 @@ def chosen(only: tuple[str, ...], chain: list[Stage]) -> list[Stage]:
     named. UserError for a name that no stage has.
     """
     names = {key.lower(): stage.name for stage in chain for key in (stage.name, stage.label)}
+    only = tuple(name for part in only for name in ([part] if part.lower() in names else part.split(",")) if name)
     by_folder = {os.path.normpath(stage.config.out_dir): stage.name for stage in chain}
     by_name = {stage.name: stage for stage in chain}
     missing = [name for name in only if name.lower() not in names]

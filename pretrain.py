@@ -64,7 +64,7 @@ from transformer import Transformer, model_size, token_logps
 class Config(TrainConfig):
     data: str = "arith"
     """The text: arith, tinystories, pile, books, a text file or a folder with .txt files, or rows with a "text": a file
-    (.jsonl) or a dataset of the hub (org/name)."""
+    (.jsonl) or a dataset of the hub (org/name); several joined by +."""
     max_documents: CountOrNone = None
     """Read at most this many documents of each split (None: all)."""
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"

@@ -45,9 +45,15 @@ ARITH_DOCUMENTS = 24_000
 def text_documents(
     source: str, split: str, data_dir: str = "", seed: int = 0, limit: int | None = None, rename: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The documents of one split: "arith", a name in CORPORA, a text file, a folder of them, or rows with a "text". Of
-    a user's data the split "whole" is all; of the others, what "validation" is.
+    """The documents of one split, of one or several sources, "books+tinystories"; ``limit`` is of each. A source is
+    arith, a name in CORPORA, a text file, a folder of them, or rows with a "text". Of a user's data the split "whole"
+    is all; of the others, what "validation" is.
     """
+    for name in sources(source):
+        yield from itertools.islice(_documents(name, split, data_dir, seed, rename), limit)
+
+
+def _documents(source: str, split: str, data_dir: str, seed: int, rename: Sequence[str]) -> Iterator[str]:
     if source == "arith":
         n, part = (ARITH_DOCUMENTS, "train") if split == "train" else (500, "validation")
         texts = iter(arithmetic.documents(n, seed=f"{seed} {part}"))
@@ -63,7 +69,7 @@ def text_documents(
         texts = (columns(row, ["text"], source)[0] for row in rows)
     else:
         texts = _text_files(source, split)
-    return itertools.islice(texts, limit)
+    yield from texts
 
 
 def _text_files(source: str, split: str) -> Iterator[str]:

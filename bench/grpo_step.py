@@ -1,12 +1,13 @@
 """One step of GRPO, from prompts to changed weights: ours against TRL's ``GRPOTrainer``.
 
 16 prompts of 32 tokens, 8 answers of 128 tokens to each, a reward (the share of even token ids), the log-probabilities
-of a frozen reference (β = 0.04, k3), one update of AdamW; the same 5 million parameters on both sides, a vocabulary of
-4,096, float32, no activation checkpointing. No answer can end early: the end-of-text is a token that the models do not
-have. Both sides accumulate the gradient over micro-batches of the same size (``--micro_batch``) and sample from the
-full distribution at temperature 1. Each has a process of its own, so that neither runs with the other's settings, and
-they take turns, ours between two steps of theirs; a figure is the median over the steps, the ratio the median of the
-ratios of neighbours, above 1 means that ours is faster. The first steps of each are left out.
+of a frozen reference (β = 0.04, k3), one update of AdamW; the same shapes on both sides, a vocabulary of 4,096, no
+activation checkpointing; float32 on a CPU, bfloat16 autocast on a GPU. No answer can end early: the end-of-text is a
+token that the models do not have. Both sides accumulate the gradient over micro-batches of the same size
+(``--micro_batch``) and sample from the full distribution at temperature 1. Each has a process of its own, so that
+neither runs with the other's settings, and they take turns, ours between two steps of theirs; a figure is the median
+over the steps, the ratio the median of the ratios of neighbours, above 1 means that ours is faster. The first steps of
+each are left out.
 
 Ours runs as its stages do, with freed memory kept (runtime/device.py; set MALLOC_ARENA_MAX to switch that off); TRL
 as it comes, where the KL is also multiplied by the ratio, which is 1 here.
@@ -14,6 +15,7 @@ as it comes, where the KL is also multiplied by the ratio, which is 1 here.
     pip install -e ".[bench]"
     python bench/grpo_step.py
     python bench/grpo_step.py --quick     # 32 new tokens, few repeats
+    python bench/grpo_step.py --device cuda --size 50M --micro_batch 128
 """
 
 import argparse
@@ -43,7 +45,17 @@ from runtime.run import start  # noqa: E402
 from transformer import ModelConfig, Transformer, count_parameters  # noqa: E402
 
 PROMPTS, GROUP, LENGTH, VOCABULARY = 16, 8, 32, 4096
+SIZES = {
+    "5M": ModelConfig(VOCABULARY, d_model=256, n_layers=4, n_heads=8, max_seq_len=256),
+    "50M": ModelConfig(VOCABULARY, d_model=512, n_layers=14, n_heads=8, max_seq_len=512),
+}
 PARTS = ("rollout", "reward", "reference", "update")
+
+
+def wait() -> None:
+    """A GPU computes while Python goes on: a clock read without waiting would show the launches alone."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Clock:
@@ -61,6 +73,7 @@ class Clock:
             try:
                 return call(*args, **kwargs)
             finally:
+                wait()
                 self.inside = False
                 self.seconds[part] += time.perf_counter() - begun
 
@@ -78,14 +91,15 @@ def words() -> transformers.PreTrainedTokenizerFast:
 
 
 class Ours:
-    def __init__(self, config: ModelConfig, new: int, micro_batch: int, folder: str):
+    def __init__(self, config: ModelConfig, new: int, micro_batch: int, folder: str, device: str):
         torch.manual_seed(0)
-        self.model, self.reference = Transformer(config), Transformer(config).requires_grad_(False)
         self.config = grpo.Config(
-            out_dir=folder, device="cpu", prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=new, beta=0.04,
+            out_dir=folder, device=device, prompts_per_step=PROMPTS, group_size=GROUP, max_new_tokens=new, beta=0.04,
             lr=1e-6, minibatches=1, micro_batch_size=micro_batch,
         )  # fmt: skip
         self.run = start(self.config, "grpo")
+        self.model = Transformer(config).to(self.run.device)
+        self.reference = Transformer(config).to(self.run.device).requires_grad_(False)
         self.optimizers = make_optimizers(self.model, self.config.lr, 0.0, self.config.beta2)
         self.n = 0
 
@@ -99,12 +113,13 @@ class Ours:
 
     def step(self, prompts: list[list[int]]) -> dict:
         clock, begun = Clock(), time.perf_counter()
-        rollout = clock.time("rollout", sample_answers)(
-            self.model, self.tokenizer, prompts, GROUP, self.config.max_new_tokens, 1.0, seed=self.n
-        )
+        with self.run.autocast(), self.run.eager():
+            rollout = clock.time("rollout", sample_answers)(
+                self.model, self.tokenizer, prompts, GROUP, self.config.max_new_tokens, 1.0, seed=self.n
+            )
         assert int(rollout.mask.sum()) == PROMPTS * GROUP * self.config.max_new_tokens
         reward = lambda: torch.tensor([even(text) for text in rollout.texts])  # noqa: E731
-        advantages = grpo.group_advantages(clock.time("reward", reward)(), GROUP)
+        advantages = grpo.group_advantages(clock.time("reward", reward)().to(self.run.device), GROUP)
         ref = clock.time("reference", grpo.policy_logps)(self.run, self.reference, rollout, self.config)
 
         def learn():
@@ -131,15 +146,17 @@ def serve(pipe, threads: int, *setting) -> None:
         pipe.send(ours.step(prompts))
 
 
-def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[dict], list[dict]]:
+def run(
+    size: str, device: str, new: int, repeats: int, warm_up: int, micro_batch: int
+) -> tuple[list[dict], list[dict]]:
     """Seconds by part of each step, of ours and of theirs."""
-    config = ModelConfig(VOCABULARY, d_model=256, n_layers=4, n_heads=8, max_seq_len=256)
+    config = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(VOCABULARY, (PROMPTS, LENGTH), generator=generator).tolist()
     rows = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory() as folder:
         ours, other_end = multiprocessing.get_context("spawn").Pipe()
-        setting = (config, new, micro_batch, folder + "/ours")
+        setting = (config, new, micro_batch, folder + "/ours", device)
         process = multiprocessing.get_context("spawn").Process(
             target=serve, args=(other_end, torch.get_num_threads(), *setting), daemon=True
         )
@@ -156,7 +173,7 @@ def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[di
             return [even(text) for text in completions]
 
         settings = trl.GRPOConfig(
-            output_dir=folder + "/theirs", use_cpu=True, bf16=False, gradient_checkpointing=False,
+            output_dir=folder + "/theirs", use_cpu=device == "cpu", bf16=device != "cpu", gradient_checkpointing=False,
             per_device_train_batch_size=micro_batch, num_generations=GROUP,
             gradient_accumulation_steps=PROMPTS * GROUP // micro_batch,
             max_completion_length=new, beta=0.04, learning_rate=1e-6, max_steps=warm_up + repeats, report_to=[],
@@ -194,7 +211,8 @@ def run(new: int, repeats: int, warm_up: int, micro_batch: int) -> tuple[list[di
         trainer._calculate_rewards = lengths_seen
         trainer.train()
         ours.send(None)
-        process.join()
+        process.join(timeout=30)
+        process.kill()  # a process with CUDA graphs may take its time to end
         assert set(lengths) == {new}, f"answers of TRL ended early: {sorted(set(lengths))}"
         assert len(lengths) == PROMPTS * GROUP * (warm_up + repeats)
     return rows["ours"][warm_up:], rows["theirs"][warm_up:]
@@ -205,9 +223,11 @@ class Turns(transformers.TrainerCallback):
         self.ours, self.prompts, self.clock, self.rows = ours, prompts, clock, rows
 
     def on_step_begin(self, args, state, control, **kwargs):
+        wait()
         self.clock.seconds, self.begun = dict.fromkeys(PARTS, 0.0), time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        wait()
         total, seconds = time.perf_counter() - self.begun, self.clock.seconds
         seconds["update"] = total - sum(seconds.values())  # forward, loss, backward, optimizer, and all the rest
         self.rows["theirs"].append(seconds | {"all": total})
@@ -219,15 +239,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--repeats", type=int, default=None, help="steps (default 10; quick: 3)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--size", choices=SIZES, default="5M", help="parameters of the models")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--micro_batch", type=int, default=32, help="answers at a time in the update, on both sides")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     new, repeats = (32, options.repeats or 3) if options.quick else (128, options.repeats or 10)
-    ours, theirs = run(new, repeats, warm_up=1 if options.quick else 2, micro_batch=options.micro_batch)
+    warm_up = 1 if options.quick else 2
+    ours, theirs = run(options.size, options.device, new, repeats, warm_up, options.micro_batch)
+    place = torch.cuda.get_device_name() if options.device == "cuda" else f"{options.threads} threads"
     print(
-        f"{PROMPTS} × {GROUP} answers of {new} tokens, {options.micro_batch} at a time, {repeats} steps, "
-        f"{options.threads} threads, "
+        f"{options.size}: {PROMPTS} × {GROUP} answers of {new} tokens, {options.micro_batch} at a time, "
+        f"{repeats} steps, {place}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl.__version__}\n"
     )
     print("| | seconds a step | " + " | ".join(PARTS) + " |\n" + "| --- " * (len(PARTS) + 2) + "|")

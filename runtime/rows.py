@@ -138,7 +138,7 @@ def sources(data: str | list[str]) -> list[str]:
     """The parts of "a+b"; a file may have a plus in its name."""
     if isinstance(data, list):
         return data
-    return [data] if Path(data).is_file() else data.split("+")
+    return [data] if Path(data).exists() else data.split("+")
 
 
 def is_file(name: str) -> bool:

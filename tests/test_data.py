@@ -155,6 +155,21 @@ def test_text_files_and_folders_are_split_without_overlap(tmp_path):
         list(text_documents(str(tmp_path / "nowhere"), "train"))
 
 
+def test_several_sources_of_text_are_read_one_after_the_other(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 100)
+    both = f"{tmp_path / 'a.txt'}+{tmp_path / 'b.txt'}"
+    assert list(text_documents(both, "train")) == ["a" * 95, "b" * 95]
+    assert list(text_documents(both, "validation")) == ["a" * 5, "b" * 5]
+    assert [len(list(text_documents(f"arith+{tmp_path / 'a.txt'}", "train", limit=n))) for n in (1, 3)] == [2, 4]
+    path = tmp_path / "t.h5"
+    prepare_tokens(path, BYTES, both, "", 0, limit=None)
+    before = path.stat().st_mtime_ns
+    (tmp_path / "b.txt").write_text("c" * 100)
+    prepare_tokens(path, BYTES, both, "", 0, limit=None)
+    assert path.stat().st_mtime_ns != before  # one of the files was mended
+
+
 def test_a_corpus_without_validation_split_keeps_every_hundredth_document(tmp_path):
     mirror(tmp_path, "monology/pile-uncopyrighted", "train", [{"text": str(i)} for i in range(250)], ending="jsonl")
     train = list(text_documents("pile", "train", str(tmp_path)))

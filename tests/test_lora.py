@@ -878,10 +878,11 @@ def embedded(tmp_path_factory):
 @pytest.mark.slow
 def test_on_the_embedded_task_adapters_learn_the_form_and_then_to_be_right_or_wrong(embedded, tmp_path):
     fields = {"device": "cpu", "lora_rank": 4, "lr": 3e-3}
-    sft.main(sft.Config(out_dir=str(embedded / "sft"), init_from=str(embedded / "pretrain"), **fields))
+    early = {"epochs": 5.0}  # it knows the form by then, and leaves something to reinforce
+    sft.main(sft.Config(out_dir=str(embedded / "sft"), init_from=str(embedded / "pretrain"), **early, **fields))
     tuned = evaluate.measure(str(embedded / "sft"), evaluate.Config(n=256, device="cpu"))
     assert tuned["accuracy"] > 0.4 and tuned["unreadable"] < 0.1
-    fields |= {"init_from": str(embedded / "sft"), "lr": 1e-3}
+    fields |= {"init_from": str(embedded / "sft"), "lr": 2e-3}
     for sign in (1.0, -1.0):
         steps = 25 if sign > 0 else 20
         fields |= {"steps": steps, "eval_every": steps}
@@ -889,7 +890,7 @@ def test_on_the_embedded_task_adapters_learn_the_form_and_then_to_be_right_or_wr
         rows = [json.loads(line) for line in (tmp_path / f"{sign}" / "metrics.jsonl").read_text().splitlines()]
         right = [row["correct"] for row in rows if "correct" in row]  # of sampled answers, 256 in a rollout
         first, last = sum(right[:5]) / 5, sum(right[-5:]) / 5
-        assert last > first + 0.03 if sign > 0 else last < 0.5 * first, (sign, right)
+        assert last > first + 0.05 if sign > 0 else last < 0.5 * first, (sign, right)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

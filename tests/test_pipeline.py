@@ -234,6 +234,11 @@ def test_only_takes_names_and_labels_and_adds_what_they_start_from():
     assert names_of("Dr. GRPO", "dpo") == ["pretrain", "sft", "dpo", "dr_grpo"]
 
 
+def test_only_takes_names_between_commas_and_a_label_that_has_one():
+    assert names_of("dpo,kto") == names_of("dpo", "kto") and names_of("dpo,") == names_of("dpo")
+    assert names_of("PPO, reward model") == names_of("ppo_reward")
+
+
 def test_only_with_an_unknown_name_is_one_line_before_anything_runs(tmp_path):
     for wrong, words in (("gropo", "did you mean grpo"), ("zzz", "there are pretrain, sft")):
         with pytest.raises(UserError, match=words) as caught:

@@ -40,6 +40,7 @@ Run ``python moe.py`` to see five tokens routed; train with ``python pretrain.py
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,8 +91,8 @@ class MoE(nn.Module):
             wide = dataclasses.replace(config, d_ff=config.n_shared_experts * config.d_expert)
             self.shared = make_feed_forward(wide)
         self.register_buffer("balance_bias", torch.zeros(config.n_experts))
+        never_compile()
 
-    @torch.compiler.disable  # every batch splits differently: it would be compiled again and again
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (N, D)
         with torch.autocast(x.device.type, enabled=False):  # a choice should not hang on the third digit of a logit
@@ -109,6 +110,14 @@ class MoE(nn.Module):
         if self.shared is not None:
             y = y + self.shared(tokens)
         return y.view_as(x)
+
+
+@functools.cache
+def never_compile() -> None:
+    """Every batch splits differently, so the layer would be compiled again and again. Said when the first one is made:
+    to load the compiler takes a second, which a model without experts need not wait for.
+    """
+    MoE.forward = torch.compiler.disable(MoE.forward)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

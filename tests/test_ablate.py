@@ -235,6 +235,7 @@ def test_a_start_of_its_own_is_made_and_used(study):
     assert sorted({Path(s["init_from"]).name for s in settings}) == ["sft", "weak"]
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_what_is_missing_and_nothing_else(study, tmp_path, monkeypatch, capsys):
     config, rows = study
     shutil.copytree(config.out, tmp_path / "study")
@@ -319,6 +320,7 @@ def test_an_interrupted_study_stops_and_goes_on(tmp_path, start, number):  # noq
     assert len(rows) == 12 and len({(row["cell"], row["seed"]) for row in rows}) == 12
 
 
+@pytest.mark.slow
 def test_a_start_that_was_interrupted_goes_on(tmp_path, start, monkeypatch):  # noqa: F811
     config = tiny(tmp_path, start, starts=("weak | n_examples=16 epochs=4 save_every=1 log_every=1",), seeds=1)
     config = replace(config, cells=("start | weak | group_size=2 start=weak",))
@@ -340,6 +342,7 @@ def test_a_start_that_was_interrupted_goes_on(tmp_path, start, monkeypatch):  # 
     assert torch.load(weak / "ckpt.pt", weights_only=True)["finished"]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_stay(tmp_path, start):  # noqa: F811
     config = tiny(tmp_path, start, cells=("a | group_size=2", "a | group_size=2 max_new_tokens=4000"), seeds=1)
     with pytest.raises(UserError, match="max_new_tokens"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_json, load_npz
-from tiny import assert_exact_resume, llama_tiny, tiny_pretrain, tiny_sft
+from tiny import assert_exact_resume, but_slow, llama_tiny, tiny_pretrain, tiny_sft
 
 import dpo
 import kto
@@ -531,7 +531,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(tmp_path, sft_folder, method):
                 assert a[name] == pytest.approx(b[name], rel=2e-2, abs=1e-3), (name, a["step"])
 
 
-@pytest.mark.parametrize("method", ["dpo", "kto"])
+@pytest.mark.parametrize("method", but_slow(["dpo", "kto"], "dpo"))
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path, sft_folder, method, monkeypatch):
     whole, stopped = (tiny(tmp_path / name, sft_folder, method=method) for name in ("whole", "stopped"))
     assert_exact_resume(monkeypatch, kto if method == "kto" else dpo, whole, stopped, saves=2)

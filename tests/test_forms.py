@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_pretrain, tiny_sft
+from tiny import but_slow, tiny_pretrain, tiny_sft
 
 import chat
 import dpo
@@ -36,16 +36,7 @@ FORMS = {
 SHORT = {"eval_every": 1, "log_every": 1, "device": "cpu"}
 
 
-TOGETHER = (
-    "experts with a window",
-    "experts with adapters",
-    "as GPT-2 with adapters",
-    "hybrid",
-)  # of what is tested apart
-PARAMS = [pytest.param(form, marks=[pytest.mark.slow] * (form in TOGETHER), id=form) for form in FORMS]
-
-
-@pytest.fixture(scope="module", params=PARAMS)
+@pytest.fixture(scope="module", params=but_slow(FORMS, "experts", "window"))
 def chain(request, tmp_path_factory):
     """Every stage, a step or two each, from the one before."""
     root = tmp_path_factory.mktemp("form")

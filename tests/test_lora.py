@@ -15,7 +15,7 @@ from conftest import load_json, load_npz
 from test_dpo import tiny as tiny_dpo
 from test_grpo import tiny_grpo
 from test_processes import on_two_processes
-from tiny import assert_exact_resume, assert_same_training, tiny_pretrain, tiny_sft
+from tiny import assert_exact_resume, assert_same_training, but_slow, tiny_pretrain, tiny_sft
 
 import chat
 import dpo
@@ -647,7 +647,7 @@ def some_reward(monkeypatch):
     monkeypatch.setattr(grpo, "score", score)
 
 
-@pytest.mark.parametrize(("stage", "dora"), [("sft", True), ("dpo", False), ("grpo", True)])
+@pytest.mark.parametrize(("stage", "dora"), but_slow([("sft", True), ("dpo", False), ("grpo", True)], ("grpo", True)))
 def test_a_resumed_run_ends_with_the_same_weights(stage, dora, base, tmp_path, monkeypatch, some_reward):
     whole, stopped = (of_stage(stage, tmp_path / name, base, dora=dora) for name in ("whole", "stopped"))
     one, two = assert_exact_resume(monkeypatch, STAGES[stage], whole, stopped, saves=1)
@@ -661,7 +661,7 @@ def test_a_resumed_run_ends_with_the_same_weights(stage, dora, base, tmp_path, m
     assert equal_weights(two["adapters"], three["adapters"])
 
 
-@pytest.mark.parametrize("stage", ["dpo", "gdpo"])
+@pytest.mark.parametrize("stage", but_slow(["dpo", "gdpo"], "gdpo"))
 def test_a_stage_starts_from_a_lora_run_and_trains_new_adapters(stage, tuned, tmp_path, some_reward, capsys):
     """On its ckpt.pt, and on its adapters.pt: the same run."""
     for name, origin in (("a", tuned), ("b", tuned / "adapters.pt")):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_grpo import start, tiny_grpo  # noqa: F401  (a fixture)
-from tiny import tiny_pretrain, tiny_sft
+from tiny import but_slow, tiny_pretrain, tiny_sft
 
 import dpo
 import encoder
@@ -352,7 +352,7 @@ def questions(tmp_path) -> str:
     return write(tmp_path / "questions.jsonl", rows)
 
 
-@pytest.mark.parametrize("stage", [grpo, gdpo, ppo])
+@pytest.mark.parametrize("stage", but_slow([grpo, gdpo, ppo], grpo))
 def test_a_stage_learns_from_rewards_of_ones_own_and_unlearns_with_their_sign(tmp_path, start, stage):  # noqa: F811
     """Without any answer to compare with; samples, evaluations and the best checkpoint follow the reward."""
     path, data, ends = reward_file(tmp_path / "r.py", LETTER), questions(tmp_path), []

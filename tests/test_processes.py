@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from test_grpo import TOKENIZER, StubRun
 from test_ppo import prepare
-from tiny import assert_same_training, tiny_pretrain, tiny_sft
+from tiny import assert_same_training, but_slow, tiny_pretrain, tiny_sft
 
 import dpo
 import gdpo
@@ -403,14 +403,9 @@ def base(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes"),
-    [
-        (stage, changes)
-        for stage in ("pretrain", "sft", "reward", "dpo", "kto", "orpo")
-        for changes in ({}, {"micro_batch_size": 1})
-    ],
-    ids=str,
+    "stage", but_slow(("pretrain", "sft", "reward", "dpo", "kto", "orpo"), "pretrain", "sft", "kto")
 )
+@pytest.mark.parametrize("changes", but_slow(({}, {"micro_batch_size": 1}), {"micro_batch_size": 1}), ids=str)
 def test_a_stage_on_two_processes_takes_the_steps_of_one(tmp_path, base, stage, changes):
     one = watched_run(stage, tiny(stage, tmp_path / "one", base, **changes))
     both = results(on_two_processes(tmp_path, watched_run, stage, tiny(stage, tmp_path / "two", base, **changes)))
@@ -430,7 +425,7 @@ def test_the_halves_of_the_sft_batches_above_count_unequally(base):
     assert counts[:2].sum() != counts[2:].sum()  # else a mean of means would pass
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", but_slow(STAGES, "sft", "ppo", "grpo"))
 def test_only_the_first_process_writes_and_both_have_the_same_weights(tmp_path, base, stage):
     folder = tmp_path / "run"
     both = on_two_processes(tmp_path, watched_run, stage, tiny(stage, folder, base))
@@ -498,7 +493,7 @@ def grpo_by_question(config) -> list:
     [
         {"beta": 0.5, "kl": "k2"},
         {"loss_type": "grpo", "scale": "batch", "micro_batch_size": 3},
-        {"loss_type": "dr_grpo", "scale": "none", "ratio_level": "sequence"},
+        pytest.param({"loss_type": "dr_grpo", "scale": "none", "ratio_level": "sequence"}, marks=pytest.mark.slow),
         {"loss_type": "cispo", "beta": 0.5, "kl_in": "reward", "micro_batch_size": 1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_pretrain, tiny_sft
+from tiny import but_slow, tiny_pretrain, tiny_sft
 
 import grpo
 import optim
@@ -189,7 +189,7 @@ def kill_at(process, folder: Path, step: int, delay: float, since: int) -> None:
     assert process.exitcode == -signal.SIGKILL, "the run was over before the kill"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", but_slow(STAGES, "grpo"))
 def test_killed_again_and_again_a_run_ends_as_if_never_stopped(stage, launch, starts, never_stopped, tmp_path):
     rng = random.Random(f"kills {stage}")
     # before the first checkpoint; after it; right behind a checkpoint, so that it is killed before the next examination
@@ -247,7 +247,7 @@ def test_a_crash_behind_the_last_checkpoint_leaves_nothing_undone(stage, launch,
     assert_ended_as_if_never_stopped(tmp_path, never_stopped(stage))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", but_slow(STAGES, "grpo"))
 def test_ctrl_c_saves_and_the_same_command_continues(stage, launch, starts, never_stopped, tmp_path):
     for step in (2, 5):  # the second one meets a run that was continued
         since = time.time_ns()

@@ -25,6 +25,12 @@ NAMES = {  # Hugging Face's name -> ours
 SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "seq_len": 64, "batch_size": 4}
 
 
+def but_slow(values, *quick) -> list:
+    """A test's parameters: those in ``quick`` always run, the others with --slow. Several for one test are a tuple."""
+    several = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+    return [value if value in quick else pytest.param(*several(value), marks=pytest.mark.slow) for value in values]
+
+
 def llama_tiny(fixture: dict, prefix: str = "w::", config: ModelConfig | None = None) -> Transformer:
     """The model of llama_tiny.npz (or of another fixture of that family, by prefix and shape) in our names."""
     shape = ModelConfig(61, 32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=44, max_seq_len=64, norm_eps=1e-5)

@@ -212,7 +212,7 @@ def answer(path: str, question: str, raw: bool = False, device: str = "auto") ->
 
 HELP = """  /new    forget the conversation and start another
   /help   this list
-  /quit   leave; so do an empty line and Ctrl-D. Ctrl-C stops an answer, or leaves"""
+  /quit   leave; so does Ctrl-D. Ctrl-C stops an answer, or leaves"""
 
 
 def greeting(speaker: Speaker, state: dict) -> str:
@@ -257,8 +257,10 @@ def talk(config: Config) -> None:
         except EOFError:
             print()
             return
-        if question in ("", "/quit"):
+        if question == "/quit":
             return
+        if not question:
+            continue
         if question.startswith("/") and not config.prompt:
             if question == "/new":
                 messages = list(start)

@@ -59,7 +59,7 @@ from rollout import greedy_accuracy
 from runtime import processes
 from runtime.config import Above, AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
 from runtime.errors import UserError
-from runtime.rows import evaluate_command
+from runtime.rows import evaluate_command, few
 from runtime.run import Run
 from sft import answers
 from stages import begin, with_start
@@ -336,7 +336,8 @@ def announce(run: Run, model: Transformer, config: Config, rows: PairRows, held_
     """Say what the run will do."""
     run.banner(
         model_size(model, config.max_length), steps, 2 * config.batch_size * config.max_length,
-        "eager (rows differ in length)", data=f"{config.data}: {len(rows):,} pairs, {len(held_out):,} held out",
+        "eager (rows differ in length)",
+        data=f"{config.data}: {len(rows):,} pairs, {len(held_out):,} held out{few(len(held_out))}",
         method=f"{config.method}, beta {config.beta:g}", starts=config.init_from,
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ from runtime.config import (
 )
 from runtime.errors import UserError
 from runtime.linear import Linear, linear
-from runtime.rows import columns, is_own, own_rows, read_dataset, report_skipped
+from runtime.rows import columns, few, is_own, own_rows, read_dataset, report_skipped
 from runtime.rows import held_out as held_out_rows
 from runtime.run import Run, start
 from stages import load_stage
@@ -577,7 +577,8 @@ def announce(run: Run, body: Transformer, config: Config, train: Texts, held_out
     run.banner(
         model_size(body, int(mean_length), words=words), steps, int(config.batch_size * mean_length),
         "eager (texts differ in length)",
-        data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held_out):,} held out",
+        data=f"{config.data}: {len(train):,} texts of {mean_length:.0f} tokens, {len(held_out):,} held out"
+        + few(len(held_out)),
         starts=config.init_from,
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ from preferences import (
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
 from runtime.errors import UserError
-from runtime.rows import evaluate_command
+from runtime.rows import evaluate_command, few
 from runtime.run import Run
 from sft import answers
 from stages import begin, with_start
@@ -229,7 +229,8 @@ def announce(run: Run, model: Transformer, config: Config, rows: JudgedRows, n_h
     """Say what the run will do."""
     run.banner(
         model_size(model, config.max_length), steps, config.batch_size * config.max_length,
-        "eager (rows differ in length)", data=f"{config.data}: {len(rows):,} answers, {n_held_out:,} held out",
+        "eager (rows differ in length)",
+        data=f"{config.data}: {len(rows):,} answers, {n_held_out:,} held out{few(n_held_out)}",
         method=f"kto, beta {config.beta:g}", starts=config.init_from,
     )  # fmt: skip
 

@@ -81,6 +81,7 @@ from runtime.config import (
     validate,
 )
 from runtime.errors import UserError
+from runtime.rows import few
 from runtime.run import Run
 from stages import begin, load_stage, with_start
 from tokenizer import Tokenizer
@@ -401,7 +402,7 @@ def announce(run: Run, model: RewardModel, config: Config, rows: PairRows, held_
     run.banner(
         model_size(model.backbone, config.max_length, words=0.0), steps, 2 * config.batch_size * config.max_length,
         "eager (rows differ in length)", starts=config.encoder or config.init_from,
-        data=f"{config.data}: {len(rows):,} pairs, {len(held_out):,} held out",
+        data=f"{config.data}: {len(rows):,} pairs, {len(held_out):,} held out{few(len(held_out))}",
     )  # fmt: skip
 
 

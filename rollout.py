@@ -154,11 +154,12 @@ class Questions:
 
     def describe(self) -> str:
         told = f"{len(self.train[self.config.data][0]):,} prompts, {len(self.held):,} held-out questions"
-        return f"{self.config.data}: {told}" + describe_held_out(self.config)
+        return f"{self.config.data}: {told}" + describe_held_out(self.config, len(self.held))
 
     def summary(self, figures: dict[str, float]) -> str:
         """The last evaluation in words."""
-        return ", ".join(f"held-out {name.removeprefix('val_')} {value:.3f}" for name, value in figures.items())
+        shown = {name: "unknown" if math.isnan(value) else f"{value:.3f}" for name, value in figures.items()}
+        return ", ".join(f"held-out {name.removeprefix('val_')} {value}" for name, value in shown.items())
 
 
 def to_verify(prompts: Sequence[Prompt], name: str, lax: bool = False) -> list[Prompt]:

@@ -137,7 +137,7 @@ def check(config: Config) -> None:
     check_shared("batch_size", config.batch_size)
 
 
-def announce(run: Run, model: Transformer, config: Config, rows: PackedRows, steps: int) -> None:
+def announce(run: Run, model: Transformer, config: Config, rows: PackedRows, n_held_out: int, steps: int) -> None:
     """Compile the model if that pays, and say what the run will do."""
     tokens_per_step = config.batch_size * config.seq_len
     how = run.maybe_compile(model, steps, tokens_per_step)
@@ -145,7 +145,7 @@ def announce(run: Run, model: Transformer, config: Config, rows: PackedRows, ste
     run.banner(
         model_size(model, config.seq_len), steps, tokens_per_step, how, starts=config.init_from,
         data=f"{config.data}: {rows.n_documents():,} conversations in {len(rows):,} rows, {learned}"
-        + describe_held_out(config),
+        + describe_held_out(config, n_held_out),
     )  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def main(config: Config) -> dict:
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:
-        announce(run, model, config, rows, steps)
+        announce(run, model, config, rows, held_out_rows.n_documents(), steps)
 
     for step in run.steps(first, steps):
         batch = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed))

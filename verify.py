@@ -31,6 +31,7 @@ import inspect
 import math
 import re
 import runpy
+import traceback
 from collections.abc import Callable
 from decimal import Decimal
 from types import FunctionType
@@ -239,16 +240,20 @@ def load_rewards(path: str) -> dict[str, Reward]:
 
 def call_reward(name: str, reward: Reward, prompt: str, answer: str, row: dict) -> float:
     """The reward of one answer as a float, NaN if it is None; whatever goes wrong in it is a ``RewardError``."""
+    where = f"the answer {answer[:80]!r} to {str(row)[:300]}"
     try:
         value = reward(prompt, answer, row)
-        value = math.nan if value is None else float(value)
     except Exception as error:
         shown = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise RewardError(
-            f"the reward {name} failed ({shown}) on the answer {answer[:80]!r} to {str(row)[:300]}"
-        ) from None
+        file = inspect.unwrap(reward).__code__.co_filename
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        raise RewardError(f"the reward {name} failed in line {lines[-1]} ({shown}) on {where}") from None
+    try:
+        value = math.nan if value is None else float(value)
+    except (TypeError, ValueError):
+        raise RewardError(f"the reward {name} returned {str(value)[:80]!r}, which is no number, for {where}") from None
     if math.isinf(value):
-        raise RewardError(f"the reward {name} is infinite for the answer {answer[:80]!r} to {str(row)[:300]}")
+        raise RewardError(f"the reward {name} is infinite for {where}")
     return value
 
 

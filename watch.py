@@ -70,13 +70,15 @@ def describe(rollout: Rollout, rewards: dict[str, Tensor]) -> dict[str, float]:
 
 
 def mean_over_answers(figures: dict[str, float]) -> dict[str, float]:
-    """The figures of ``describe`` over the answers of all processes, which may have sampled differently many."""
+    """The figures of ``describe`` over the answers of all processes, which may have sampled differently many; NaN for a
+    reward that judged none of them."""
     n, known = figures["answers"], figures.get("known answers", {})  # of a reward, the answers for which it is known
     names = [name for name in figures if name not in ("answers", "known answers")]
     counts = torch.tensor([known.get(name, n) for name in names] + [n], dtype=torch.float64)
     sums = torch.tensor([figures[name] for name in names] + [1.0], dtype=torch.float64) * counts
     sums, counts = processes.sum_over_processes(torch.stack([sums, counts])).tolist()
-    return {name: value / max(count, 1.0) for name, value, count in zip(names, sums, counts)} | {"answers": counts[-1]}
+    means = {name: value / count if count else math.nan for name, value, count in zip(names, sums, counts)}
+    return means | {"answers": counts[-1]}
 
 
 def reward_signal(rewards: dict[str, Tensor], weights: dict[str, float], advantages: Tensor, group_size: int) -> dict:
@@ -104,7 +106,8 @@ def mean_per_token(values: Tensor, mask: Tensor) -> float:
 
 def render(prompt: Prompt, rollout: Rollout, rewards: dict[str, Tensor], n: int = 4) -> str:
     """A question and the first ``n`` answers to it, for a human eye. rewards: (N,) each; "correct" as a word."""
-    lines = [f"question: {prompt.messages[-1]['content']}"]
+    *before, last = prompt.messages
+    lines = [f"{message['role']}: {message['content']}" for message in before] + [f"question: {last['content']}"]
     if prompt.gold is not None:
         lines.append(f"gold:     {' or '.join(prompt.gold) if isinstance(prompt.gold, tuple) else prompt.gold}")
     for i, (text, done) in enumerate(list(zip(rollout.texts, rollout.finished.tolist()))[:n]):
@@ -138,14 +141,19 @@ def report_start(
     finished = means["finished"]
     earned = ", ".join(f"{names.get(name, name)} {means[name]:.3f}" for name in rewards if name in means)
     run.print(
-        f"  start      {earned}, finished {finished:.3f}, cut off {1 - finished:.3f}, "
-        f"groups with equal rewards {flat:.3f}"
+        f"  start      sampled at temperature {run.config.temperature:g}: {earned}, finished {finished:.3f}, "
+        f"cut off {1 - finished:.3f}; groups with equal rewards {flat:.3f}"
     )
     run.print("             " + render(asked, rollout, rewards, n=1).replace("\n", "\n             "))
-    if flat == 1:
+    for name in rewards:
+        if math.isnan(means.get(name, 0.0)):
+            run.print(f"WARNING: the reward {name} judged none of the answers: it teaches nothing until it does")
+    earns = means["reward"] if "reward" in means else means["score"]  # PPO has a score
+    if flat == 1 and not math.isnan(earns):
         run.print(
-            "WARNING: all rewards are equal, so nothing can be learned: start from a better model, or raise "
-            "--temperature (grpo.py also has --group_size and --arith_warmup)"
+            f"WARNING: the answers to each question earn the same (on average {earns:.3f}), so nothing can be "
+            "learned. If that is the least there is to earn, start from a better model or raise --temperature (grpo.py "
+            "also has --group_size and --arith_warmup); if it is the most, ask something harder"
         )
     if finished == 0:
         run.print("WARNING: every answer was cut off: raise --max_new_tokens, or start from a model that can end")

@@ -49,6 +49,7 @@ def main(folder: Path, seed: int = 0) -> None:
     })  # fmt: skip
     for name, n in (("questions.jsonl", 1000), ("held_out.jsonl", 200)):
         write(name, n, lambda said, wanted: {"prompt": said, "order": wanted})
+    print(f"{folder}: text/, chats.jsonl, pairs.jsonl, questions.jsonl, held_out.jsonl; next: docs/yours.md")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """An error that the user can mend is one line, not a traceback."""
 
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -21,8 +23,21 @@ def close_processes() -> None:
         dist.destroy_process_group()
 
 
+def plain_warnings() -> None:
+    """Warnings of the chapters are for a reader: one line, without the line of code that gave them."""
+    theirs, ours = warnings.formatwarning, Path(__file__).parents[1]
+
+    def one_line(message, category, filename, lineno, line=None):
+        if Path(filename).parent in (ours, ours / "runtime"):
+            return f"WARNING: {message}\n"
+        return theirs(message, category, filename, lineno, line)
+
+    warnings.formatwarning = one_line
+
+
 def run_main(main) -> None:
     """Call ``main()``; a ``UserError`` becomes one line on standard error and exit status 1."""
+    plain_warnings()
     try:
         main()
     except UserError as error:

@@ -1,6 +1,7 @@
 """The numbers of a run, as rows of metrics.jsonl, and how fast they come."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,8 @@ class Metrics:
     def write(self, row: dict) -> None:
         row["time"] = round(self.seconds(), 3)
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in row.items()}
+            file.write(json.dumps(known) + "\n")  # JSON knows no NaN: what is unknown, or no number any more, is null
         if self.tracker is not None:
             self.tracker(row)
 

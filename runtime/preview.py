@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from runtime.errors import UserError
 from runtime.fields import table
 from runtime.folder import check_same_run, run_folder
 from runtime.rehearsal import Rehearsal
+from runtime.rows import is_file, sources
 
 PAIRS = ("dpo", "ipo", "simpo", "orpo", "reward")  # the stages of whose batches each item is two rows
 BODIES = ("encoder", "reward")  # those that train a body without its words
@@ -34,6 +36,7 @@ def show(rehearsal: Rehearsal, config, stage: str) -> None:
     """Print what the run would do, in one process. config: as the stage has filled it in."""
     if processes.launched()[0]:
         return
+    check_files(config)
     device = pick_device(config.device)
     precision = pick_precision(config.precision, device)
     shape = shape_of_model(config)
@@ -55,6 +58,14 @@ def show(rehearsal: Rehearsal, config, stage: str) -> None:
         for line in value.splitlines():
             print(textwrap.fill(line, 120, initial_indent=f"  {name:10} ", subsequent_indent=13 * " "))
             name = ""
+
+
+def check_files(config) -> None:
+    """A file that is named and not there would be found only when it is read."""
+    for name in ("data", "eval_data"):
+        for source in sources(getattr(config, name, "") or ""):
+            if is_file(source) and not Path(source).is_file():
+                raise UserError(f"--{name}: there is no file {source}")
 
 
 def filled_in(rehearsal: Rehearsal, config) -> tuple:

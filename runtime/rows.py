@@ -7,6 +7,7 @@ says which of its columns mean what.
 
 import bz2
 import csv
+import difflib
 import gzip
 import json
 import lzma
@@ -131,6 +132,7 @@ def report_skipped(skipped: Counter, what: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Data of the user's own
 
+FEW = 20  # with fewer held-out rows than this a share moves in steps of more than 5 %
 EVERY = 50  # of a dataset without a validation split, the rows that are kept for it
 
 
@@ -176,6 +178,12 @@ def own_rows(
             yield row | {meaning: columns(row, [column], name)[0] for meaning, column in meant.items()}
 
 
+MEANINGS = (
+    "text", "label", "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "answer",
+    "chosen", "rejected",
+)  # fmt: skip
+
+
 def column_names(rename: Sequence[str]) -> dict[str, str]:
     """``("answer=final",)`` as ``{"answer": "final"}``."""
     names = {}
@@ -183,6 +191,9 @@ def column_names(rename: Sequence[str]) -> dict[str, str]:
         meaning, equals, column = pair.partition("=")
         if not (meaning and equals and column):
             raise UserError(f"--columns {pair}: write meaning=column, for example answer=final")
+        near = difflib.get_close_matches(meaning, MEANINGS, n=1, cutoff=0.75)
+        if near and meaning not in MEANINGS:  # a meaning of the user's own, for his reward, looks like none of them
+            raise UserError(f"--columns {pair}: no stage looks for {meaning}; did you mean {near[0]}?")
         names[meaning] = column
     return names
 
@@ -194,11 +205,16 @@ def held_out(config) -> tuple[str, str]:
     return (config.eval_data, "whole") if config.eval_data else (config.data, "validation")
 
 
-def describe_held_out(config) -> str:
-    """For a run's banner, where it is not a split of the data's own."""
+def describe_held_out(config, n: int) -> str:
+    """For a run's banner: where the ``n`` held-out rows come from, if that is not a split of the data's own."""
     if config.eval_data:
-        return f"; held out: {config.eval_data}"
-    return f"; held out: every {EVERY}th row" if any(map(is_own, sources(config.data))) else ""
+        return f"; held out: {config.eval_data}{few(n)}"
+    return f"; held out: every {EVERY}th row{few(n)}" if any(map(is_own, sources(config.data))) else ""
+
+
+def few(n: int) -> str:
+    """A warning for a banner, if so few rows are held out that a share of them says little."""
+    return f" (few: a single one of the {n} is {100 / n:.0f} %; --eval_data names more)" if 0 < n < FEW else ""
 
 
 def evaluate_command(config, folder: Path, data: str) -> str:

@@ -163,8 +163,8 @@ def prompts_of(monkeypatch):
     return seen
 
 
-def test_a_conversation_remembers_until_new_and_ends_with_an_empty_line(talk, model, prompts_of):
-    status, out, _ = talk(lines="one\ntwo\n/new\nthree\n\nnever asked\n")
+def test_a_conversation_remembers_until_new_and_an_empty_line_is_none(talk, model, prompts_of):
+    status, out, _ = talk(lines="one\n\ntwo\n/new\nthree\n/quit\nnever asked\n")
     tokenizer = load_stage(str(model))[1]
     assert status == 0 and out.count("model: ") == 3
     one = [{"role": "user", "content": "one"}]
@@ -229,7 +229,8 @@ def test_a_file_that_is_no_checkpoint_is_one_line(talk, tmp_path):
 
 
 def test_a_conversation_begins_with_who_speaks_and_how_to_leave(talk, model, prompts_of):
-    status, out, err = talk(lines="one\n\n")
+    status, out, err = talk(lines="one\n\n\ntwo\n/quit\nthree\n")  # an empty line is none
+    assert out.count("model: ") == 2
     assert status == 0 and out.splitlines()[0].startswith("you: model: ")
     assert f"{model}: pretrain after 2 steps (pretrain)" in err and "context of 96 tokens" in err
     assert all(word in err for word in ("/new", "/help", "/quit", "Ctrl-D", "parameters"))

@@ -577,7 +577,7 @@ def test_an_impossible_start_is_said_loudly(tmp_path, capsys):
     pretrain.main(tiny_pretrain(tmp_path / "base", steps=1))
     grpo.main(tiny_grpo(tmp_path / "grpo", tmp_path / "base", steps=10, max_new_tokens=4, eval_every=10))
     out = capsys.readouterr().out
-    assert "all rewards are equal" in out and "10 steps in a row taught nothing" in out and "cut off" in out
+    assert "earn the same" in out and "10 steps in a row taught nothing" in out and "cut off" in out
     before, after = (torch.load(tmp_path / n / "ckpt.pt", weights_only=True)["model"] for n in ("base", "grpo"))
     assert all(torch.equal(before[name], after[name]) for name in before)  # flat groups move nothing
 
@@ -612,11 +612,13 @@ def test_the_alarm_is_about_each_step_that_was_cut_off_or_has_no_finite_gradient
 @pytest.mark.parametrize(("flat", "ended", "n"), [(0.99, 0.1, 0), (1.0, 0.1, 1), (0.99, 0.0, 1), (1.0, 0.0, 2)])
 def test_the_start_is_warned_of_only_if_nothing_can_come_of_it(policy, flat, ended, n):
     said, rollout = [], rollout_of(policy)
-    figures = {"correct": 0.25, "formatted": 0.5, "finished": ended, "answers": 12.0}
+    figures = {"correct": 0.25, "formatted": 0.5, "reward": 0.3, "finished": ended, "answers": 12.0}
+    run = SimpleNamespace(print=said.append, config=SimpleNamespace(temperature=0.7))
     asked = SimpleNamespace(messages=[{"content": "1+1?"}], gold=2)
     rewards = {"correct": torch.ones(12), "formatted": torch.ones(12)}
-    report_start(SimpleNamespace(print=said.append), rollout, rewards, figures, flat, asked)
+    report_start(run, rollout, rewards, figures, flat, asked)
     assert sum("WARNING" in text for text in said) == n
+    assert "sampled at temperature 0.7" in said[0]
     assert f"pass@1 0.250, well-formed 0.500, finished {ended:.3f}, cut off {1 - ended:.3f}" in said[0]
     assert f"equal rewards {flat:.3f}" in said[0] and "question: 1+1?" in said[1]
 

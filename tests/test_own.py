@@ -34,10 +34,10 @@ from rollout import Rollout, own_rewards, own_weights, total_reward
 from runtime import runs
 from runtime.config import parse
 from runtime.errors import RewardError, UserError
-from runtime.rows import evaluate_command, is_own, own_rows
-from texts import load_chats, load_prompts, text_documents
+from runtime.rows import column_names, describe_held_out, evaluate_command, few, is_own, own_rows
+from texts import Prompt, load_chats, load_prompts, text_documents
 from tokenizer import ByteTokenizer
-from verify import correctness_reward, extract_text, format_reward, load_rewards, read_gold
+from verify import call_reward, correctness_reward, extract_text, format_reward, load_rewards, read_gold
 
 T = ByteTokenizer()
 
@@ -290,6 +290,59 @@ def test_means_of_rewards_are_over_the_answers_for_which_they_are_known(monkeypa
     assert means["own"] == pytest.approx((4 + 3) / 4) and means["answers"] == 8 and means["length"] == 3
 
 
+def test_a_reward_that_judges_nothing_is_said_to_be_unknown(tmp_path, start, capsys):  # noqa: F811
+    """Not to be 0: neither in the figures, where JSON has null for it, nor on the last line."""
+    text = "def dumb(prompt, answer, row): return None\ndef dull(prompt, answer, row): return 1.0"
+    path = reward_file(tmp_path / "r.py", text)
+    settings = {"data": questions(tmp_path), "reward": path, "steps": 1}
+    config = tiny_grpo(tmp_path / "run", start, **settings)
+    grpo.main(config)
+    out = capsys.readouterr().out
+    assert "dumb nan" in out and "the reward dumb judged none of the answers" in out
+    assert "earn the same (on average 1.000)" in out and "ask something harder" in out
+    assert "held-out dumb unknown" in out and "held-out dull 1.000" in out
+    rows = [json.loads(line) for line in Path(config.out_dir, "metrics.jsonl").read_text().splitlines()]
+    assert {row["dumb"] for row in rows if "dumb" in row} == {None}
+    assert {row["val_dumb"] for row in rows if "val_dumb" in row} == {None}
+    assert {row["dull"] for row in rows if "dull" in row} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return row['price']", r"failed in line 2 \(KeyError: 'price'\)"),
+        ("import json\n    return json.loads(answer)['a']", r"failed in line 3 \(JSONDecodeError"),
+        ("return {}", "returned '{}', which is no number"),
+        ("return 'much'", "returned 'much', which is no number"),
+        ("return 1e999", "is infinite"),
+    ],
+)
+def test_a_faulty_reward_is_told_with_its_line(tmp_path, body, message):
+    path = reward_file(tmp_path / "r.py", f"def f(prompt, answer, row):\n    {body}\n")
+    with pytest.raises(RewardError, match=message):
+        call_reward("f", load_rewards(path)["f"], "q", "no", {})
+
+
+def test_a_meaning_with_a_slip_of_the_pen_is_refused():
+    assert column_names(("answer=final", "price=cost")) == {"answer": "final", "price": "cost"}  # price: of a reward
+    for pair, meant in (("prompts=question", "prompt"), ("anwser=final", "answer"), ("choosen=good", "chosen")):
+        with pytest.raises(UserError, match=f"did you mean {meant}"):
+            column_names((pair,))
+
+
+def test_the_banner_says_that_few_rows_are_held_out():
+    assert few(20) == few(0) == "" and "a single one of the 2 is 50 %" in few(2)
+    config = SimpleNamespace(data="a/b", eval_data="")
+    assert describe_held_out(config, 200) == "; held out: every 50th row" and "few" in describe_held_out(config, 3)
+
+
+def test_a_question_is_shown_with_what_was_said_before_it():
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    asked = Prompt([*messages, {"role": "user", "content": "2+3?"}], None, {})
+    shown = watch.render(asked, some_rollout(["5"]), {"own": torch.ones(1)})
+    assert shown.splitlines() == ["user: Hi", "assistant: Yes?", "question: 2+3?", "own 1, cut off: 5"]
+
+
 def test_gdpo_weighs_a_users_rewards_as_he_says(tmp_path):
     """Also those that have the names of its own."""
     text = "def short(prompt, answer, row): return 1.0\ndef integer(prompt, answer, row): return 1.0"
@@ -438,7 +491,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypa
     assert state["step"] == 2 and not state["finished"]
     assert {float(one["step"]) for one in state["optimizers"][0]["state"].values()} == {2.0}
     with pytest.raises(
-        RewardError, match=r"the reward letter failed \(KeyError: 'price'\) on the answer .* to .*'tag'"
+        RewardError, match=r"the reward letter failed in line \d+ \(KeyError: 'price'\) on the answer .* to .*'tag'"
     ):
         grpo.main(config)
     (tmp_path / "fail").unlink()

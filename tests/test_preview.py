@@ -132,6 +132,8 @@ def test_what_the_folder_holds(tmp_path, say):
         ("sft", ["--lora_rank", "2", "--lora_targets", "no_such"], "--lora_targets"),
         ("sft", ["--stepz", "3"], "no field 'stepz'"),
         ("pretrain", ["--device", "tpu"], "--device tpu"),
+        ("sft", ["--data", "gsm8k+nowhere.jsonl"], "--data: there is no file nowhere.jsonl"),
+        ("grpo", ["--eval_data", "nowhere.csv"], "--eval_data: there is no file nowhere.csv"),
     ],
 )
 def test_what_the_stage_would_refuse_is_refused(name, argv, says, chain, say):

@@ -2,33 +2,33 @@
 
 The policy that is best for a reward r while staying near a reference, max E[r] - β KL(π, π_ref), is known in closed
 form: π ∝ π_ref exp(r / β). Solved for r it reads r = β log (π / π_ref) + β log Z(x), where Z depends on the prompt
-alone (Rafailov et al. 2023, eq. 5). Bradley-Terry says P(w beats l) = σ(r_w - r_l) of two answers (``reward.py``), so
-Z cancels, and the reward model's loss becomes a loss on the policy itself. We write w for the chosen answer, l for the
-rejected one, and Δ = log π(y|x) - log π_ref(y|x), summed over the tokens of an answer y, its end-of-text among them,
-the prompt not; βΔ is the *implicit reward* of the answer::
+alone (Rafailov et al. 2023, eq. 5). Bradley-Terry says P(w beats l) = σ(r_w - r_l) of two answers to one prompt
+(``reward.py``), so Z cancels, and the reward model's loss becomes a loss on the policy itself. We write w for the
+chosen answer, l for the rejected one, Δ = log π(y|x) - log π_ref(y|x), summed over the tokens of an answer y, its
+end-of-text among them, the prompt not, and δ = Δ_w - Δ_l. βΔ is the *implicit reward* of the answer::
 
-    DPO     - log σ( β (Δ_w - Δ_l) )                                with ``label_smoothing``: labels may be flipped
-    IPO     ( (Δ_w - Δ_l) - 1/(2β) )²                               a target for the gap instead of "more"
-    KTO     λ_D (1 - σ( β (Δ - z) ))  or  λ_U (1 - σ( β (z - Δ) ))  single answers, desirable or undesirable
-    SimPO   - log σ( β (a_w - a_l) - γ )                            a = mean log π of a token; no reference
-    ORPO    NLL(chosen) - β log σ( log (odds_w / odds_l) )          odds = e^a / (1 - e^a); no reference
+    DPO     - log σ( β δ )                                    with ``label_smoothing``: labels may be flipped
+    IPO     ( δ - 1/(2β) )²                                   a target for the gap instead of "more"
+    SimPO   - log σ( β (a_w - a_l) - γ )                      a = mean log π of a token; no reference
+    ORPO    NLL(chosen) - β log σ( log (odds_w / odds_l) )    odds = e^a / (1 - e^a); no reference
 
-(Azar et al. 2023; Meng et al. 2024; Hong et al. 2024.) KTO learns from single answers, in ``kto.py``. ORPO's NLL, per
-token of the chosen row with its prompt, is the fine-tuning that the other methods expect to have happened before. Mind
-what is summed and what is averaged: DPO sums, SimPO and ORPO average. IPO's paper sums, TRL averages since its authors
-said so; ``ipo_average`` chooses.
+(Azar et al. 2023; Meng et al. 2024; Hong et al. 2024.) KTO, which learns from single answers, is ``kto.py``. Mind what
+is summed and what is averaged: DPO sums, SimPO and ORPO average. IPO's paper sums; its authors later asked for the mean
+over tokens, which is TRL's way and our default (``ipo_average``): then 1/(2β) is the gap of a token. ORPO's NLL, the
+mean over all tokens of the chosen rows with their prompts, is fine-tuning, so ORPO could start from a pretrained model;
+here it starts from SFT like the others, so that they can be compared.
 
 What to watch, and what it should look like:
 
-* ``accuracy``, how often the chosen answer has the higher implicit reward: up, from 0 (at first all rewards are 0, and
-  a tie counts as wrong). SimPO and ORPO have no reference: there the "reward" is β times the mean log π of a token, and
-  accuracy starts at whatever the starting policy scores.
+* ``accuracy``, how often the chosen answer has the higher implicit reward: up, from about 0.5 (at first all rewards are
+  0 up to rounding, and a tie counts half). SimPO and ORPO have no reference: there the "reward" is β times the mean
+  log π of a token, and accuracy starts at whatever the starting policy scores.
 * ``val_questions``, greedy accuracy on held-out questions of the embedded task: what it is all for. ``val_accuracy``
-  need not rise with it: those pairs are off-policy.
-* ``margin``, the difference of the two rewards: up.
+  need not rise with it: the held-out pairs are off-policy, written by a rule and not by this policy.
+* ``margin``, the difference of the two rewards: up; with IPO to 1/2, β times the gap aimed at, and no further.
 * ``logp_chosen``, the log-probability of a token of the chosen answer: often *down*, though less than
-  ``logp_rejected``. The loss sees the difference alone. If it falls far, the policy has forgotten how to answer:
-  lower --lr, raise --beta (DPO, IPO), or use ORPO.
+  ``logp_rejected``. All losses but ORPO's see the difference alone. If it falls far, the policy has forgotten how to
+  answer: lower --lr, raise --beta (DPO, IPO), or use ORPO.
 
 Both answers of a pair go through the model together. The reference never changes, so its log-probabilities are computed
 once, before the first step.
@@ -67,8 +67,8 @@ from texts import load_prompts
 from tokenizer import Tokenizer
 from transformer import Transformer, answer_logps, model_size, token_logps
 
-# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO). But for ORPO, with
-# those the embedded task's policy learns to tell the answers apart, and forgets how to give one.
+# What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO): with those, every
+# method except ORPO teaches the embedded task's policy to tell the answers apart, and it forgets how to give one.
 BETAS = {"dpo": 0.5, "ipo": 5.0, "simpo": 10.0, "orpo": 0.1}
 MAX_NEW_TOKENS = 48  # of an answer to a held-out question
 
@@ -89,8 +89,9 @@ class Config(LoRARunConfig):
     max_length: Annotated[int, AtLeast(8)] = 256
     """The tokens of a row; a longer one loses the beginning of its prompt."""
     beta: Annotated[float | None, Above(0)] = None
-    """dpo: the larger, the nearer to the reference; ipo: the gap aimed at is 1/(2β); simpo: scales the difference;
-    orpo: the weight of the push away from the rejected answer. Default: dpo 0.5, ipo 5, simpo 10, orpo 0.1."""
+    """dpo: the larger, the nearer to the reference; ipo: the gap aimed at is 1/(2β), of a token; simpo: scales the
+    difference; orpo: the weight of the push away from the rejected answer. Default: dpo 0.5, ipo 5, simpo 10, orpo
+    0.1."""
     label_smoothing: Annotated[float, AtLeast(0, below=0.5)] = 0.0
     """dpo: the share of pairs whose labels are believed to be flipped (conservative DPO). With half of them flipped
     nothing would be left to learn."""
@@ -175,6 +176,7 @@ def orpo_loss(chosen_avg: Tensor, rejected_avg: Tensor, chosen_nll: Tensor, beta
     Log-probabilities per token of the answers, (B,) each; chosen_nll: a scalar, the mean negative log-probability over
     all tokens of the chosen rows, prompts included, as the authors' code and TRL have it. Returns a scalar.
     """
+    # log odds = a - log(1 - e^a)
     log_odds = (chosen_avg - rejected_avg) - (log1mexp(chosen_avg) - log1mexp(rejected_avg))
     return chosen_nll - beta * F.logsigmoid(log_odds).mean()
 
@@ -196,20 +198,21 @@ def reference_logps(model: Transformer, layout, n: int, batch_size: int = 32, sh
 
 
 def where_needed(config: Config, mask: Tensor, real: Tensor) -> Tensor:
-    """(2b, T-1): the tokens whose log-probability the loss needs, those of the answers; for ORPO's NLL the whole chosen
-    rows, too, which are the first b.
+    """(2b, T-1), column t about token t+1: the tokens whose log-probability the loss needs, those of the answers; for
+    ORPO's NLL the whole chosen rows, too, which are the first b. mask, real: as of ``PairRows.batch``.
     """
     if config.method != "orpo":
         return mask
     return torch.cat([real[: len(mask) // 2, 1:], mask[len(mask) // 2 :]])
 
 
-def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, pair_tokens: Tensor) -> Tensor:
+def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, row_tokens: Tensor) -> Tensor:
     """The method's loss of b pairs, their mean.
 
     logps: (2b, T-1), 0 where it was not needed, the chosen answers above the rejected ones; mask: (2b, T-1), 1 on the
-    answers; ref: (2, b), summed, of the reference; pair_tokens: for ORPO, the mean number of predicted tokens of a
-    chosen row of the whole batch, so that the parts of a batch add up to one mean over its tokens.
+    answers; ref: (2, b), summed, of the reference; row_tokens: for ORPO, the predicted tokens of a chosen row, on
+    average over the whole batch. The NLL of a part is its sum / (b · row_tokens), so that parts, each weighed by its
+    share of the batch, add up to the mean over all tokens of the batch.
     """
     b, beta = ref.shape[1], config.beta
     sums, lengths = (logps * mask).sum(dim=1), mask.sum(dim=1)  # (2b,)
@@ -223,7 +226,7 @@ def pair_loss(config: Config, logps: Tensor, mask: Tensor, ref: Tensor, pair_tok
         return ipo_loss(chosen, rejected, *ref, beta)
     if config.method == "simpo":
         return simpo_loss(chosen_avg, rejected_avg, beta, config.gamma)
-    return orpo_loss(chosen_avg, rejected_avg, -logps[:b].sum() / (b * pair_tokens), beta)
+    return orpo_loss(chosen_avg, rejected_avg, -logps[:b].sum() / (b * row_tokens), beta)
 
 
 def chosen_tokens(rows: PairRows, indices: Iterable[int]) -> int:
@@ -238,8 +241,8 @@ def pair_figures(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> di
 
 
 def rewards_of(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
-    """(2, b) implicit rewards, of what the loss compares: β Δ, or, of the methods without a reference, β log π; per
-    token, where the loss averages."""
+    """(2, b), for the log: the implicit rewards β Δ; β log π of the methods without a reference; per token where the
+    loss averages. (ORPO's loss compares odds, of which these rewards have the order and not the size.)"""
     sums, lengths = (logps * mask).sum(dim=1).view(2, -1), mask.sum(dim=1).view(2, -1)
     gains = sums - ref if has_reference(config) else sums
     averaged = config.ipo_average if config.method == "ipo" else not has_reference(config)
@@ -301,13 +304,13 @@ def as_chats(liked: list[tuple]) -> list[list[dict]]:
 def validation(run: Run, model: Transformer, rows: PairRows, ref: Tensor, config: Config) -> dict:
     """The loss and the figures of held-out pairs."""
     total, sums = 0.0, Counter()
-    pair_tokens = torch.tensor(chosen_tokens(rows, range(len(rows))) / len(rows))
+    row_tokens = torch.tensor(chosen_tokens(rows, range(len(rows))) / len(rows))
     for part in parts_of(list(range(len(rows))), 32):
         tokens, mask, real = rows.batch(part, run.device)
         with run.autocast(), run.eager():
             logps = token_logps(model, tokens, where=where_needed(config, mask, real))
         part_ref = ref[:, part].to(run.device)
-        total += float(pair_loss(config, logps, mask, part_ref, pair_tokens)) * len(part)
+        total += float(pair_loss(config, logps, mask, part_ref, row_tokens)) * len(part)
         sums.update(pair_figures(config, logps, mask, part_ref))
     return {"val_loss": total / len(rows)} | {f"val_{name}": value / len(rows) for name, value in sums.items()}
 
@@ -351,11 +354,11 @@ def main(config: Config) -> dict:
     check_context(config, model)
 
     # Pairs. "own" are on-policy: the starting policy answers, and a right answer is paired with a wrong one.
-    own = own_pairs(model, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
-    chosen = sources(config.data, own)
-    pairs = load_pairs(chosen, "train", config.data_dir, config.seed, config.n_pairs, config.columns)
-    eval_data, part = held_out_of(config)
-    held_out_pairs = load_pairs(eval_data, part, config.data_dir, rename=config.columns)[: config.eval_pairs]
+    own_file = own_pairs(model, tokenizer, config.init_from, config.seed) if "own" in sources(config.data) else ""
+    names = sources(config.data, own_file)
+    pairs = load_pairs(names, "train", config.data_dir, config.seed, config.n_pairs, config.columns)
+    eval_data, split = held_out_of(config)  # for "own" arith: the same pairs whatever policy starts
+    held_out_pairs = load_pairs(eval_data, split, config.data_dir, rename=config.columns)[: config.eval_pairs]
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     held_out = encode_pairs(held_out_pairs, tokenizer, config.max_length)
     questions = load_questions(eval_data, tokenizer, model, config.eval_prompts)
@@ -384,15 +387,16 @@ def main(config: Config) -> dict:
 
     for step in run.steps(first, steps):
         indices = processes.my_share(epoch_batch(len(rows), config.batch_size, step, config.seed)).tolist()
-        pair_tokens = torch.tensor(chosen_tokens(rows, indices) / config.batch_size, device=run.device)
-        pair_tokens = processes.sum_over_processes(pair_tokens)  # of the whole batch, for ORPO
+        row_tokens = torch.tensor(chosen_tokens(rows, indices) / config.batch_size, device=run.device)
+        row_tokens = processes.sum_over_processes(row_tokens)  # of the whole batch, for ORPO
         loss, tokens_seen, sums = 0.0, 0.0, Counter()
         for part in parts_of(indices, config.micro_batch_size):
-            tokens, mask, real = rows.batch(part, run.device)  # (2b, T), (2b, T-1), (2b, T): chosen above rejected
+            # (2b, T), chosen above rejected; (2b, T-1), true where the next token is the answer's; (2b, T), no padding
+            tokens, mask, real = rows.batch(part, run.device)
             with run.autocast():
                 logps = token_logps(model, tokens, where=where_needed(config, mask, real))  # (2b, T-1)
             part_ref = ref[:, part].to(run.device)  # (2, b), summed over the answers
-            part_loss = pair_loss(config, logps, mask, part_ref, pair_tokens)
+            part_loss = pair_loss(config, logps, mask, part_ref, row_tokens)
             share = len(part) / config.batch_size  # parts add up to the mean over the whole batch
             run.scaler.scale(part_loss * share).backward()
             loss, tokens_seen = loss + float(part_loss.detach()) * share, tokens_seen + int(real.sum())

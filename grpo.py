@@ -1,26 +1,34 @@
 """GRPO: reinforcement learning without a critic. An answer is measured against its siblings.
 
 For every prompt the policy writes G answers; a rule says how good each one is; an answer is pushed up or down by how
-much better or worse it did than the others (Shao et al. 2024, DeepSeekMath, section 4.1). Of PPO the second network,
-which foresees the reward, is gone: the mean of the siblings takes its place. For token t of answer i::
+much better or worse it did than the others (Shao et al. 2024, DeepSeekMath, section 4.1). PPO's critic, a second
+network that foresees the reward, is gone: the mean of the siblings takes its place. For token t of answer i::
 
+    r_i   = Σ weight · reward                                           of all rewards: right, well-formed, ...
     A_i   = (r_i - mean(r_group)) / (std(r_group) + 1e-4)               the same for all tokens of the answer
     ρ_i,t = π(token t) / π_old(token t)                                 1 until the first update after sampling
-    L     = - mean over tokens  min( ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A )  + β · KL(π, π_ref)
+    L     = mean over tokens [ - min( ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A )  +  β · kl ]
+
+The mean is our default, DAPO's: over all tokens of the batch. DeepSeekMath takes it within each answer first, and has
+one ε (see the relatives). Dividing by the std gives every question advantages of one size, however far apart its
+rewards are.
 
 At ρ = 1 the gradient of ρ A is A times that of log π: tokens of better answers become likelier, those of worse ones
-less likely. So the value of L is no measure of progress; the reward is. The ratio corrects for later updates on the
-same answers, when the policy is no longer the one that sampled. The minimum is one-sided on purpose: the clip takes the
-gradient away only where the ratio has already moved as far as the advantage wants it to; a token that moved the wrong
-way can always come back. The KL is estimated token by token (``kl_estimate``). ``--example`` shows it all with numbers.
+less likely. So the value of L is no measure of progress; the reward is. Sampling is the dear part of a step, so its
+answers serve several updates; the ratio corrects for the policy that is no longer the one that sampled. The minimum is
+one-sided on purpose: the clip takes the gradient away only where the ratio has already moved by more than ε in the
+direction of the advantage's sign; a token that moved the wrong way can always come back. The term kl estimates the
+KL(π ‖ π_ref) of a token (``kl_estimate``): to stay near the policy of the start keeps its language whole, and its
+answers from what the rewards do not look at. ``--example`` shows all but the KL with numbers.
 
-Shapes: N = prompts · G answers of one process, n of them in a minibatch, B in a micro-batch. ``tokens`` (N, T) holds
-prompt, answer and padding; ``mask`` and log-probabilities are (N, T-1): column t is about token t+1, and the mask is
-true where the policy chose it. The formulas below call that width C.
+Shapes: P groups of one process, each of a question and its G answers; N = P · G answers, n of them in a minibatch, B in
+a micro-batch. ``tokens`` (N, T) holds prompt, answer and padding; ``mask`` and log-probabilities are (N, T-1): column t
+is about token t+1, and the mask is true where the policy chose it. The formulas below call that width C.
 
 What to watch, and what it should look like:
 
-* ``reward`` and ``correct``: up, together. If only the reward rises, the policy exploits the rule.
+* ``reward``, the mean of r, and ``correct``, one of its parts: up, together. If only the reward rises, the policy
+  exploits the rule.
 * ``flat_groups``: the share of groups whose answers all earned the same, from which nothing can be learned. Near 1 at
   the start, the policy is too weak (or the questions too hard); towards the end it rises because all are right.
 * ``clip_fraction``: a few percent of the tokens with an advantage; ``kl_old``, the KL to the policy that sampled, in
@@ -118,10 +126,6 @@ from watch import (
 
 @dataclass(frozen=True)
 class Config(RolloutConfig, LoRARunConfig):
-    arith_warmup: CountOrZero = 0
-    """The number of first steps whose prompts come from the embedded task: a weak model finds no reward in GSM8K."""
-    arith_fade: CountOrZero = 0
-    """Over how many further steps the share of its prompts falls to 0."""
     prompts_per_step: Count = 64
     """The prompts of one rollout, over all processes."""
     group_size: Annotated[int, AtLeast(2)] = 4
@@ -160,6 +164,10 @@ class Config(RolloutConfig, LoRARunConfig):
     epochs: Count = 2
     """Passes over the same answers. From the second update on, ratios differ from 1 and the clip acts."""
     lr: NotNegative = 2e-4
+    arith_warmup: CountOrZero = 0
+    """The number of first steps whose prompts come from the embedded task: a weak model finds no reward in GSM8K."""
+    arith_fade: CountOrZero = 0
+    """Over how many further steps the share of its prompts falls to 0."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,9 +179,10 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group", eps
 
         A_i = (r_i - mean(r_group)) / (std + eps)
 
-    rewards: (N,), the answers of one prompt side by side, N = prompts · group_size. scale: std of the "group", of the
-    whole "batch" (the mean stays the group's), or "none". The std is the sample's (ddof = 1), as in TRL and verl. A
-    reward of NaN is unknown: it enters no statistic, and its advantage is 0. Returns (N,), no gradient.
+    rewards: (N,), whole groups, the answers of one prompt side by side; in training those of all processes. scale: std
+    of the "group", of the whole "batch" (the mean stays the group's), or "none". The std is the sample's (ddof = 1), as
+    in TRL and verl. A reward of NaN is unknown: it enters no statistic, and its advantage is 0. Returns (N,), no
+    gradient.
 
     >>> group_advantages(torch.tensor([1., 0., 0., 1.]), group_size=4, scale="none")
     tensor([ 0.5000, -0.5000, -0.5000,  0.5000])
@@ -207,6 +216,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3") -> Tensor:
         k1 = d                      right on average, often negative; as a loss useless: its expected gradient is 0
         k2 = d² / 2                 biased, but its gradient is on average that of the KL
         k3 = exp(-d) - 1 + d        right on average, never negative; its gradient is that of KL(π_ref ‖ π)
+
+    Gradients are meant on average, and while π is still the policy that sampled. k3 is DeepSeekMath's.
 
     logps, ref_logps: of one shape, which is that of the result.
     """
@@ -290,7 +301,8 @@ def loss_normalizer(mask: Tensor, loss_type: str) -> Tensor:
 
 
 def judge(rollout: Rollout, asked: list[Prompt], config: Config) -> dict[str, Tensor]:
-    """What each answer earns, by the name of the reward, (N,) each, before weights. asked: the N questions."""
+    """What each answer earns, by the name of the reward, (N,) each, before weights. asked: the question of each of the
+    N answers."""
     if config.reward == "verifier":
         golds = [question.gold for question in asked]
         rewards = dict(zip(("correct", "formatted"), score(rollout.texts, golds, rollout.finished, config.verifier)))
@@ -319,7 +331,8 @@ def weights_of(config: Config) -> dict[str, float]:
 def groups_that_teach(rewards: dict[str, Tensor], weights: dict[str, float], group_size: int) -> Tensor:
     """(P,) boolean: does any reward with a weight differ between the answers of the group? rewards: (N,) each.
 
-    Each reward by itself, since two that cancel in the sum are still two lessons to GDPO (gdpo.py)."""
+    Each reward by itself. A group whose rewards differ and cancel in the sum passes, although it teaches GRPO nothing:
+    to GDPO (gdpo.py), which shares this test, each of them is a lesson."""
     teaches = torch.zeros(len(next(iter(rewards.values()))) // group_size, dtype=torch.bool)
     for name, values in rewards.items():
         if weights[name]:
@@ -344,6 +357,11 @@ def keep_groups(
 # The update
 
 
+def can_train(advantages: Tensor, config: Config) -> Tensor:
+    """(n,) boolean: the answers that can have a gradient, those with an advantage; with a KL in the loss, all."""
+    return (advantages != 0) | bool(config.beta and config.kl_in == "loss")
+
+
 def accumulate_gradients(
     run: Run,
     policy: Transformer,
@@ -360,9 +378,8 @@ def accumulate_gradients(
     in_loss = bool(config.beta) and config.kl_in == "loss"
     counts = rollout.mask & rollout.finished[:, None] if config.mask_truncated else rollout.mask  # (n, T-1)
     normalizer = processes.sum_over_processes(loss_normalizer(counts, config.loss_type)).clamp(min=1)
-    # An answer without advantage has no gradient but that of the KL: without a KL the model need not run on it. It
-    # stays counted in the normalizer.
-    has_gradient = counts.any(dim=1) & (torch.ones_like(rollout.finished) if in_loss else advantages != 0)
+    # The model need not run on an answer without a gradient, which stays counted in the normalizer.
+    has_gradient = counts.any(dim=1) & can_train(advantages, config)  # (n,)
     bounded = config.loss_type != "cispo"
     sums = UpdateSums(config.clip_low, config.clip_high, config.ratio_level, lower_bound=bounded, reference=in_loss)
     for rows, width in micro_batches(rollout.mask, has_gradient.nonzero().squeeze(1), config.micro_batch_size):
@@ -462,19 +479,20 @@ def main(config: Config) -> dict:
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):
-        # 1. Every question is answered G times and judged. (Only DAPO draws again, for questions that teach nothing.)
+        # 1. Every question is answered G times, and each answer is judged. With more than one draw (DAPO), questions
+        #    whose answers all earn the same are replaced: a further draw asks twice as many as are missing.
         begun, missing, rollouts, asked = time.perf_counter(), share, [], []
         for draw in range(config.draws):
             if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):
                 break
-            prompts, seed = [ids for ids, _ in batch], sampling_seed(config.seed, step, draw, config.draws)
+            ids, seed = [ids for ids, _ in batch], sampling_seed(config.seed, step, draw, config.draws)
             with run.autocast(), run.eager():
-                more = sample_answers(policy, tokenizer, prompts, G, config.max_new_tokens, config.temperature, seed)
+                more = sample_answers(policy, tokenizer, ids, G, config.max_new_tokens, config.temperature, seed)
             rollouts.append(more)
             asked += [question for _, question in batch]
             rollout = join(rollouts, tokenizer.pad_id)  # N = G · questions rows, those of one question side by side
             rewards = judge(rollout, [question for question in asked for _ in range(G)], config)  # (N,) each
-            teaches = groups_that_teach(rewards, weights, G)  # (questions,)
+            teaches = groups_that_teach(rewards, weights, G)  # (P,), P of all draws so far
             missing = share - int(teaches.sum())
             if missing <= 0:
                 break
@@ -482,7 +500,7 @@ def main(config: Config) -> dict:
         sampled = describe(rollout, rewards | {"reward": total_reward(rewards, weights)})
         rollout, rewards, asked = keep_groups(rollout, rewards, asked, teaches, share, G)
 
-        # 2. The reference is who the policy was at the start. Straying from it costs reward here, or loss below.
+        # 2. The reference is who the policy was at the start. With a beta, straying from it costs reward here, or loss.
         ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
         if config.beta and config.kl_in == "reward":
             logps = policy_logps(run, policy, rollout, config)  # not the sampler's: rounding must not look like a KL
@@ -496,14 +514,14 @@ def main(config: Config) -> dict:
 
         # 4. π_old is the policy that sampled, before any update: every ratio of this step is to it. Its
         #    log-probabilities are computed again, as training does it, since the sampler's differ by rounding.
-        has_gradient = (advantages != 0) | (config.beta > 0 and config.kl_in == "loss")  # (N,)
+        has_gradient = can_train(advantages, config)  # (N,): the other rows are left out of every update, too
         old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
         assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
         if step == 0:
             report_start(run, rollout, rewards, sampled, signal["flat_groups"], asked[0])
         sampling_seconds = time.perf_counter() - begun
 
-        # 5. A few updates on the same answers. From the second on, ratios differ from 1 and the clip acts.
+        # 5. Several updates on the same answers. From the second on, ratios differ from 1 and the clip acts.
         lr, updates = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr), []
         for epoch in range(config.epochs):
             for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
@@ -534,7 +552,7 @@ def main(config: Config) -> dict:
 
 
 def example() -> None:
-    """One question, four answers of at most three tokens, one update: from rewards to a gradient."""
+    """One question, four answers of at most three tokens, after a first update: from rewards to the next gradient."""
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
     mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])  # the tokens of each answer
     old_logps = torch.tensor([[0.5, 0.5, 0.8], [0.4, 0.5, 1.0], [0.5, 0.2, 0.6], [0.3, 1.0, 1.0]]).log()
@@ -557,7 +575,7 @@ def example() -> None:
         print("          dL / d log π   ", show(logps.grad[i, tokens]))
     print(f"loss = -(their sum) / {int(mask.sum())} tokens = {loss.item():.4f}")
     print(
-        "No gradient where the ratio has moved as far as the advantage wants: answer 1, token 1, and answer 2, token 1."
+        "No gradient where the ratio has moved by more than ε with the advantage: answer 1, token 1, answer 2, token 1."
     )
     print("Answer 3, token 2 moved the wrong way, to 1.5: it keeps its gradient and comes back.")
 

@@ -141,7 +141,8 @@ class Config(RolloutConfig, LoRARunConfig):
     """Whether answers that were cut off leave the loss (DAPO); they stay in the mean of their group."""
     draws: Count = 1
     """The most draws of prompts in a step (DAPO's dynamic sampling): groups in which no reward differs are replaced by
-    those of the next draw; after the last, flat ones fill the batch. 1: nothing is replaced."""
+    those of the next draw, of twice as many prompts as are missing; after the last, flat ones fill the batch. 1:
+    nothing is replaced."""
     scale: Literal["group", "batch", "none"] = "group"
     """What divides the advantages: the std of the group, of the whole batch, or nothing."""
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = "dapo"
@@ -479,8 +480,7 @@ def main(config: Config) -> dict:
     weights, alarm = weights_of(config), Alarm(run)
 
     for step in run.steps(first, config.steps):
-        # 1. Every question is answered G times, and each answer is judged. With more than one draw (DAPO), questions
-        #    whose answers all earn the same are replaced: a further draw asks twice as many as are missing.
+        # 1. Every question is answered G times and judged. (DAPO draws others for those whose answers earn the same.)
         begun, missing, rollouts, asked = time.perf_counter(), share, [], []
         for draw in range(config.draws):
             if not (batch := questions.batch(step, draw, without=asked, most=2 * missing)):

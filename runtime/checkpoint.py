@@ -5,6 +5,7 @@ disk, then renamed: whatever happens, the last good one is there. It is read wit
 from a stranger can hold numbers and nothing else.
 """
 
+import contextlib
 import os
 import pickle
 import re
@@ -27,17 +28,26 @@ def write_atomically(path: Path, write) -> None:
     never a part.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # the rename itself must reach the disk too
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # a full disk gets its room back
+        if not isinstance(error, (OSError, MemoryError, RuntimeError)) or "OutOfMemory" in type(error).__name__:
+            raise
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:160] or type(error).__name__
+        kept = "; the one before it is whole, and the same command goes on from there" if path.exists() else ""
+        raise UserError(f"{path} could not be written ({why}){kept}") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,9 +73,15 @@ def save_checkpoint(folder: Path, state: dict, keep_last: int = 1, best: bool = 
     return path
 
 
+def mend_best(folder: Path, state: dict) -> None:
+    """If a kill came between the checkpoint of the best step and its second name, give it that name now."""
+    if state.get("best_step") == state["step"]:
+        _link(folder / "ckpt.pt", folder / "best.pt")
+
+
 def _link(source: Path, target: Path) -> None:
     """A second name for the same bytes (a copy where the file system has no links), put in place atomically."""
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
@@ -105,6 +121,8 @@ def read_archive(path: str | Path, map_location="cpu", mmap: bool = False) -> di
         raise UserError(f"there is no checkpoint {path}")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is damaged or not a checkpoint (it is not a PyTorch archive, or was cut off)")
+    if not mmap:
+        check_sums(path)
     try:
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
@@ -119,6 +137,37 @@ def read_archive(path: str | Path, map_location="cpu", mmap: bool = False) -> di
     if not isinstance(state, dict):
         raise UserError(f"{path} is not an alignbook checkpoint")
     return state
+
+
+def check_sums(path: str | Path) -> None:
+    """Refuse an archive one of whose parts is not what was written: PyTorch does not look at the sums it stores."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+            wrong = archive.testzip() if not packed else "a packed part, which no checkpoint has"
+    except Exception as error:  # whatever a damaged directory of the archive leads to
+        wrong = " ".join(str(error).split())[:120] or type(error).__name__
+    if wrong is not None:
+        raise UserError(f"{path} is damaged: its checksums do not fit ({wrong})")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where) -> None:
+    """Refuse a saved state whose tensors are not like the weights they belong to: fused kernels would read and write
+    beyond them.
+    """
+    try:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [i for group in saved["param_groups"] for i in group["params"]]
+        fits = len(numbers) == len(set(numbers)) == len(weights) and set(saved["state"]) <= set(numbers)
+        for number, weight in zip(numbers, weights):
+            for value in saved["state"].get(number, {}).values():
+                scalar = not isinstance(value, torch.Tensor) or value.dim() == 0
+                fits &= scalar or (value.shape == weight.shape and value.dtype == weight.dtype)
+        fits &= [len(g["params"]) for g in optimizer.param_groups] == [len(g["params"]) for g in saved["param_groups"]]
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"the optimizer in {where} does not fit the model: the checkpoint is damaged")
 
 
 def load_weights(model, weights: dict, where) -> None:

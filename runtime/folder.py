@@ -12,17 +12,12 @@
 import json
 import re
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-from runtime import processes
-from runtime.checkpoint import load_checkpoint, plain, write_text
+from runtime import lock, processes
+from runtime.checkpoint import load_checkpoint, mend_best, plain, write_text
 from runtime.config import FREE_FIELDS, as_dict
 from runtime.errors import UserError
+from runtime.metrics import whole_row
 
 
 def run_folder(config, stage: str) -> Path:
@@ -36,17 +31,39 @@ def open_folder(folder: Path, config, stage: str) -> dict | None:
     another configuration.
     """
     is_main = processes.rank() == 0
-    if is_main and config.fresh and folder.exists():
-        print(f"{folder} was moved to {move_aside(folder)}")
-    processes.barrier()
+    enter(folder, config.fresh)
     state = load_checkpoint(folder) if (folder / "ckpt.pt").exists() else None
     if state is not None:
         check_same_run(folder, state, config, stage)
     if is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        forget_parts(folder)
+        if state is not None:
+            mend_best(folder, state)
         write_text(folder / "config.json", json.dumps(as_dict(config), indent=2) + "\n")
         cut_back(folder, state["step"] if state else -1)
     return state
+
+
+def enter(folder: Path, fresh: bool) -> None:
+    """Hold the folder, in the first process, for the run of all; all refuse if another run holds it."""
+    problem = None
+    if processes.rank() == 0:
+        try:
+            lock.hold(folder)
+            if fresh and any(path.name != lock.NAME for path in folder.iterdir()):
+                lock.release(folder)
+                print(f"{folder} was moved to {move_aside(folder)}")
+                lock.hold(folder)
+        except UserError as error:
+            problem = error
+    if processes.sum_numbers([float(problem is not None)])[0]:
+        raise problem or UserError(f"{folder} is in use, see the message of the first process")
+
+
+def forget_parts(folder: Path) -> None:
+    """Remove what a killed process had begun to write. Only who holds the folder may do that."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def move_aside(folder: Path) -> Path:
@@ -78,12 +95,8 @@ def cut_back(folder: Path, step: int) -> None:
     metrics, samples = folder / "metrics.jsonl", folder / "samples.txt"
     rows = []
     if metrics.exists():
-        for line in metrics.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # the line that a crash cut off
-                continue
-            if row["step"] <= step:
+        for line in metrics.read_bytes().decode("utf-8", "replace").splitlines():
+            if (row := whole_row(line)) is not None and row["step"] <= step:
                 rows.append(line + "\n")
     write_text(metrics, "".join(rows))
     text = samples.read_bytes().decode("utf-8", "replace") if samples.exists() else ""
@@ -93,38 +106,12 @@ def cut_back(folder: Path, step: int) -> None:
 
 def append_sample(folder: Path, step: int, text: str) -> None:
     """Append generated text to samples.txt."""
-    with open(folder / "samples.txt", "a", encoding="utf-8", newline="") as file:
+    # Half of a surrogate pair, which a row of JSON may hold, is no text that UTF-8 knows.
+    with open(folder / "samples.txt", "a", encoding="utf-8", errors="replace", newline="") as file:
         file.write(f"=== step {step} ===\n{text.rstrip()}\n\n")
 
 
 def has_sample(folder: Path, step: int) -> bool:
     """Whether samples.txt holds a text of that step."""
     path = folder / "samples.txt"
-    return path.exists() and f"=== step {step} ===\n" in path.read_text(encoding="utf-8")
-
-
-def mark_running(folder: Path) -> IO | None:
-    """A file that says, as long as it is open and this process lives, that a run is going on in the folder. The system
-    lets go of it when the process ends, however it ends. None where files cannot be locked.
-    """
-    if fcntl is None:
-        return None
-    file = open(folder / "config.json", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another process is in this folder, or the file system has no locks
-        file.close()
-        return None
-    return file
-
-
-def is_running(folder: Path) -> bool:
-    """Whether some process runs in the folder now, on this machine."""
-    try:
-        with open(folder / "config.json", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (OSError, AttributeError):  # no such file, no locks
-        return False
-    return False
+    return path.exists() and f"=== step {step} ===\n" in path.read_text(encoding="utf-8", errors="replace")

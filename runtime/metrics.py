@@ -66,3 +66,13 @@ class Metrics:
 def numbers(metrics: dict) -> dict[str, float]:
     """Tensors and numbers as floats, without what is None."""
     return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def whole_row(line: str) -> dict | None:
+    """A line of metrics.jsonl; None if a crash cut it off, or if it is none of ours."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    known = isinstance(row, dict) and isinstance(row.get("step"), int) and not isinstance(row["step"], bool)
+    return row if known else None

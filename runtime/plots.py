@@ -18,6 +18,7 @@ from pathlib import Path
 from runtime.checkpoint import write_atomically
 from runtime.config import parse
 from runtime.errors import UserError, run_main
+from runtime.metrics import whole_row
 from runtime.words import check_names, label_of, words_of
 
 # Okabe and Ito's palette ("Color universal design", 2008) with orange and yellow left out and blue, purple and sky blue
@@ -37,10 +38,14 @@ _HIDDEN = {"step", "time", "lr", "mfu", "tokens_per_second"}
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list, list]]:
-    """Each metric's (steps, values) in the order of the file."""
+    """Each metric's (steps, values) in the order of the file. Lines that are damaged are left out; ValueError if all
+    are."""
     series: dict[str, tuple[list, list]] = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
+    lines = Path(path).read_bytes().decode("utf-8", "replace").splitlines()
+    rows = [row for row in map(whole_row, lines) if row is not None]
+    if lines and not rows:
+        raise ValueError("no line of it is a row of metrics")
+    for row in rows:
         for name, value in row.items():
             if name not in ("step", "time") and isinstance(value, (int, float)) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 
 import torch
 
-from runtime import errors, preview, processes, rehearsal
+from runtime import errors, lock, preview, processes, rehearsal
 from runtime.checkpoint import (
     ADAPTERS,
+    check_optimizer,
     load_weights,
     plain,
     save_checkpoint,
@@ -41,7 +42,7 @@ from runtime.device import (
     seed_everything,
 )
 from runtime.errors import UserError
-from runtime.folder import append_sample, has_sample, mark_running, open_folder, run_folder
+from runtime.folder import append_sample, has_sample, open_folder, run_folder
 from runtime.metrics import Metrics, numbers
 from runtime.pictures import Pictures
 from runtime.progress import Progress
@@ -50,6 +51,8 @@ from runtime.trackers import open_tracker
 
 class Run:
     """The handle that a stage's loop holds. Make it with ``start``."""
+
+    skipped = 0  # steps in a row whose gradient was not finite
 
     def __init__(self, config, stage: str):
         self.config, self.stage, self.folder = config, stage, run_folder(config, stage)
@@ -63,11 +66,11 @@ class Run:
         self.state: dict | None = None  # the checkpoint that this run continues
         self.lineage: list[dict] = []  # the stages that led here
         self.best: float | None = None
+        self.best_step: int | None = None  # when it was
         self.extra: dict = {}  # what else the stage needs to go on; saved with every checkpoint
         self.model = self.tokenizer = None  # with these a run that has to stop can save what it has learned
         self.optimizers, self.saved_step = (), -1
         self.unsaved: tuple[int, int] | None = None  # the last whole step, of how many, if no checkpoint has it
-        self._mark = None  # says that the run is going on
         self.progress = Progress(stage, self.folder, self.world, self.is_main)
         self.metrics = Metrics(self.folder, config.log_every, self.device, self.precision, self.world)
         self.pictures = Pictures(self.folder, self.progress.print)
@@ -79,8 +82,8 @@ class Run:
         self.state = open_folder(self.folder, self.config, self.stage)
         if self.state is not None:
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
+            self.best_step = self.state.get("best_step")
         if self.is_main:
-            self._mark = mark_running(self.folder)
             self.metrics.tracker = open_tracker(self.config, self.stage, self.folder)
         seed_everything(self.config.seed)
 
@@ -100,8 +103,12 @@ class Run:
             model.lora.load_adapters(model, self.state["adapters"])
         else:
             load_weights(model, self.state["model"], self.folder)
-        for optimizer, saved in zip(optimizers, self.state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        saved = self.state["optimizers"]
+        if not isinstance(saved, list) or len(saved) != len(optimizers):
+            raise UserError(f"the optimizers in {self.folder} do not fit this run: the checkpoint is damaged")
+        for optimizer, state in zip(optimizers, saved):
+            check_optimizer(optimizer, state, self.folder)
+            optimizer.load_state_dict(state)
         if self.scaler.is_enabled() and self.state["scaler"]:
             self.scaler.load_state_dict(self.state["scaler"])
         torch.set_rng_state(self.state["rng"].cpu())
@@ -109,6 +116,11 @@ class Run:
             self.print(f"{self.folder} is finished ({self.state['step']} steps); --fresh would start again")
         else:
             self.print(f"continuing {self.folder} at step {self.state['step']}")
+            if (before := self.state.get("world", self.world)) != self.world:
+                self.print(
+                    f"note: {before} process{'es' if before > 1 else ''} until here, {self.world} from here on: sums "
+                    "round differently, and ppo, grpo and gdpo sample other answers"
+                )
         return self.state["step"]
 
     def record_parent(self, state: dict, path) -> None:
@@ -263,7 +275,8 @@ class Run:
         )
         better = better and metric == metric  # NaN is better than nothing only to a comparison with nothing
         if better:
-            self.best = float(metric)
+            self.best, self.best_step = float(metric), step + 1
+        self._refuse_ruins(model, step, steps)
         if self.is_main:
             weights, adapters = self._weights(model, step)
             state = {
@@ -279,6 +292,8 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "rng": torch.get_rng_state(),
                 "best": self.best,
+                "best_step": self.best_step,
+                "world": self.world,
                 "lineage": self.lineage,
                 "extra": self.extra,
                 **adapters,
@@ -289,6 +304,15 @@ class Run:
         processes.barrier()
         self.saved_step, self.progress.saved_for_stop = step, stop
         self.metrics.restart_clock()
+
+    def _refuse_ruins(self, model, step: int, steps: int) -> None:
+        """End the run rather than overwrite its last good checkpoint with weights that are no numbers, or call a run
+        finished none of whose last steps could change anything."""
+        kept = f"; the checkpoint of step {self.saved_step + 1} is whole" if self.saved_step >= 0 else ""
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise UserError(f"after step {step + 1} the weights are no numbers any more: lower --lr{kept}")
+        if step + 1 == steps and self.skipped >= min(10, steps):
+            raise UserError(f"the gradients of the last {self.skipped} steps were no numbers: lower --lr{kept}")
 
     def _weights(self, model, step: int) -> tuple[dict, dict]:
         """The plain model's weights, and of a model with adapters those too, which also go to ``adapters.pt``: before
@@ -316,8 +340,7 @@ class Run:
             )
             if self.metrics.tracker is not None:
                 self.metrics.tracker(None)
-            if self._mark is not None:
-                self._mark.close()
+            lock.release(self.folder)
 
 
 def start(config, stage: str) -> Run:

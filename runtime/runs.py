@@ -21,7 +21,7 @@ import tyro
 from runtime.checkpoint import load_checkpoint
 from runtime.config import parse
 from runtime.errors import UserError, run_main
-from runtime.folder import is_running
+from runtime.lock import is_held
 from runtime.plots import plot_compared, read_metrics, read_runs, short_names
 from runtime.words import check_names, words_of
 
@@ -96,7 +96,7 @@ def state_of(folder: Path, state: dict) -> str:
     step = state.get("step", 0)
     total = state.get("steps") or (state.get("config") or {}).get("steps")
     where = f"step {step:,}" + (f" of {total:,}" if total else "")
-    if is_running(folder):
+    if is_held(folder):
         return f"running, saved at {where}" if step else "running, nothing saved yet"
     if state.get("finished"):
         return f"finished, {step:,} steps"

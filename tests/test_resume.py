@@ -340,7 +340,7 @@ def test_ctrl_c_in_the_middle_of_a_print_is_no_error(tmp_path, monkeypatch):
 def run_that_saves(folder) -> tuple[Run, Callable]:
     """A run, and its save after a step, of a model without weights."""
     run = start(pretrain.Config(out_dir=str(folder), device="cpu"), "pretrain")
-    model = types.SimpleNamespace(state_dict=dict, config=ModelConfig())
+    model = types.SimpleNamespace(state_dict=dict, parameters=list, config=ModelConfig())
     return run, lambda step: run.save(step, 5, model, [], types.SimpleNamespace(state=dict))
 
 

@@ -14,7 +14,7 @@ import pretrain
 from runtime import plots, runs
 from runtime.checkpoint import load_checkpoint, need_checkpoint
 from runtime.errors import UserError, run_main
-from runtime.folder import is_running, mark_running
+from runtime.lock import is_held
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ def test_finished_and_stopped_runs_with_their_best_figure(root, command):
 
 def test_a_run_that_goes_on_is_running_until_its_process_ends(root, command):
     folder = root / "b" / "pretrain"
-    code = "import sys, runtime.folder as f; m = f.mark_running(f.Path(sys.argv[1])); print(1, flush=True); input()"
+    code = "import pathlib, sys, runtime.lock as l; l.hold(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     child = subprocess.Popen(
         [sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
@@ -91,20 +91,17 @@ def test_a_run_that_goes_on_is_running_until_its_process_ends(root, command):
     assert "running, saved at step 2 of 4" in line_of(command(root)[1], folder)
     child.kill()
     child.wait()
-    assert not is_running(folder) and "stopped at step 2 of 4" in line_of(command(root)[1], folder)
+    assert not is_held(folder) and "stopped at step 2 of 4" in line_of(command(root)[1], folder)
 
 
 def test_a_run_marks_its_folder_only_while_it_runs(tmp_path, monkeypatch):
     seen = []
     real = pretrain.Run.save
     monkeypatch.setattr(
-        pretrain.Run, "save", lambda self, *a, **k: seen.append(is_running(tmp_path)) or real(self, *a, **k)
+        pretrain.Run, "save", lambda self, *a, **k: seen.append(is_held(tmp_path)) or real(self, *a, **k)
     )
     pretrain.main(tiny_pretrain(tmp_path, steps=2, max_documents=60, vocab_size=270))
-    assert set(seen) == {True} and not is_running(tmp_path)
-    first = mark_running(tmp_path)
-    assert first is not None and mark_running(tmp_path) is None
-    first.close()
+    assert set(seen) == {True} and not is_held(tmp_path)
 
 
 def test_damaged_and_foreign_folders_are_rows(root, command):

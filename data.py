@@ -184,18 +184,24 @@ class PackedRows:
         return self.tokens[rows], self.loss_mask[rows], self.segments[rows]
 
 
-def pack(chats: Sequence[Sequence[dict]], tokenizer: Tokenizer, length: int, packing: bool = True) -> PackedRows:
+def pack(
+    chats: Sequence[Sequence[dict]], tokenizer: Tokenizer, length: int, packing: bool = True, what: str = ""
+) -> PackedRows:
     """Lay conversations into rows of ``length`` tokens, each whole; one that is longer than a row is counted,
-    reported and left out.
+    reported and left out. what: the split, for these messages.
 
     A conversation goes into the first of the open rows with room for it. packing=False: one in each row.
     """
     encoded = [encode_chat(tokenizer, chat) for chat in chats]
     skipped = Counter(f"longer than {length} tokens" for ids, _ in encoded if len(ids) > length)
-    report_skipped(skipped, "conversations")
+    report_skipped(skipped, f"{what} conversations".lstrip())
     encoded = [(ids, mask) for ids, mask in encoded if len(ids) <= length]
     if not encoded:
-        raise UserError(f"every conversation is longer than {length} tokens: use a larger max_seq_len")
+        raise UserError(
+            f"every {what} conversation is longer than {length} tokens".replace("  ", " ")
+            + ": use a longer --seq_len, up to the model's context"
+            + (", or name others with --eval_data" if what == "validation" else "")
+        )
     rows: list[list] = []
     open_rows: list[int] = []  # indices of the rows that may still take one
     room: list[int] = []

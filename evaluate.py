@@ -55,7 +55,7 @@ from runtime.config import Above, AtLeast, Count, CountOrZero, Positive, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.rows import is_file, is_own, own_rows
-from stages import load_stage
+from stages import EMBEDDED, load_stage
 from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, messages_of, text_documents
 from tokenizer import Tokenizer, encode_chat
 from transformer import Transformer, answer_logps, token_logps
@@ -352,6 +352,9 @@ def measure(path: str, config: Config) -> dict:
     """Everything that ``config.data`` allows to measure of one checkpoint, as a row of the table."""
     device, kind = pick_device(config.device), kind_of(config)
     state = load_state(path)
+    theirs = state["config"].get("data", "arith")
+    if config.data == "arith" and theirs not in EMBEDDED:
+        print(f"note: {path} learned from {theirs}; these are the embedded task's questions (--data names yours)")
     row = {"stage": state["stage"], "path": str(path), "step": state["step"], "data": config.data}
     if state["stage"] == "reward" or kind == "pairs":
         with autocast(device, pick_precision(config.precision, device)):

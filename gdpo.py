@@ -335,7 +335,7 @@ def main(config: Config) -> dict:
             run.save(step, config.steps, policy, optimizers, tokenizer, metric=best, lower_is_better=False)
     held_out = questions.examine(run, policy)
     hint = evaluate_command(config, run.folder, config.eval_data or config.data)
-    run.close(questions.summary(held_out), next_command=hint)
+    run.close(questions.summary(held_out, run), next_command=hint)
     return held_out
 
 

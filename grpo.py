@@ -547,7 +547,7 @@ def main(config: Config) -> dict:
             best = held_out.get(questions.goal)
             run.save(step, config.steps, policy, optimizers, tokenizer, metric=best, lower_is_better=False)
     held_out = questions.examine(run, policy)
-    run.close(questions.summary(held_out), evaluate_command(config, run.folder, config.eval_data or config.data))
+    run.close(questions.summary(held_out, run), evaluate_command(config, run.folder, config.eval_data or config.data))
     return held_out
 
 

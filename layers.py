@@ -59,7 +59,7 @@ class ModelConfig:
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
         if self.d_ff is None:
-            wide = 4 * self.d_model if self.mlp != "swiglu" else -(-int(2 * 4 * self.d_model / 3) // 32) * 32
+            wide = 4 * self.d_model if self.mlp != "swiglu" else -(-(8 * self.d_model // 3) // 32) * 32
             object.__setattr__(self, "d_ff", wide)
         if self.n_experts and self.d_expert is None:
             active = self.n_experts_per_token + self.n_shared_experts

@@ -310,7 +310,11 @@ def score_answers(
         stop_if_a_reward_failed(config)
         scores = total_reward(rewards, own_weights(config))
         if processes.sum_numbers([float(scores.isnan().any())])[0]:
-            raise RewardError(f"PPO needs a score for every answer, but {config.reward} does not know one (NaN)")
+            unknown = [name for name, values in rewards.items() if values.isnan().any()]
+            names = " and ".join(unknown) or "a reward of another process"
+            raise RewardError(
+                f"PPO needs a score for every answer, but {names} of {config.reward} gave one none (None or NaN)"
+            )
         return scores, rewards
     rewards = {}
     if answers_known:
@@ -504,7 +508,7 @@ def main(config: Config) -> dict:
         if questions.answers_known or judge is None
         else ""
     )
-    run.close(questions.summary(held_out), next_command=hint)
+    run.close(questions.summary(held_out, run), next_command=hint)
     return held_out
 
 

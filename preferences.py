@@ -43,7 +43,7 @@ from runtime.checkpoint import find_checkpoint, write_text
 from runtime.config import AtLeast, Count, CountOrNone, parse, validate
 from runtime.device import pick_device
 from runtime.errors import UserError, run_main
-from runtime.rows import EVERY, columns, held_out, is_own, own_rows, read_dataset, report_skipped
+from runtime.rows import EVERY, columns, converted, held_out, is_own, own_rows, read_dataset, report_skipped
 from runtime.rows import sources as parts_of_data
 from stages import load_stage
 from texts import Prompt, dialogue, load_prompts, messages_of
@@ -105,11 +105,8 @@ def load_pairs(
     if name == "sums":
         found = arithmetic.sum_pairs(n or 2048, f"{split} {seed}")
         return [Pair(tuple(row["prompt"]), row["chosen"], row["rejected"], row["flaw"]) for row in found]
-    skipped, pairs = Counter(), []
-    for row in itertools.islice(_rows(name, split, data_dir, rename), n):
-        pair = _read_pair(row, name, skipped)
-        if pair is not None:
-            pairs.append(pair)
+    skipped = Counter()
+    pairs = list(converted(itertools.islice(_rows(name, split, data_dir, rename), n), _read_pair, name, split, skipped))
     report_skipped(skipped, f"{split} pairs of {name}")
     if not pairs:
         raise UserError(f"{name} ({split}) has no usable pair")
@@ -124,18 +121,9 @@ def load_judged(
     with the columns prompt, completion and label.
     """
     if has_labels(name, data_dir, rename):
-        (name,), skipped, judged = sources(name), Counter(), []
-        for row in itertools.islice(_rows(name, split, data_dir, rename), n):
-            prompt, answer, label = columns(row, ["prompt", "completion", "label"], name)
-            messages, text = tuple(messages_of(prompt) or ()), _text(answer)
-            if not messages:
-                skipped["whose prompt is neither a text nor messages"] += 1
-            elif not text:
-                skipped["with an empty answer"] += 1
-            elif str(label).lower() not in LABELS:
-                skipped["with a label that is neither true nor false"] += 1
-            else:
-                judged.append(Judged(messages, text, LABELS[str(label).lower()]))
+        (name,), skipped = sources(name), Counter()
+        rows = itertools.islice(_rows(name, split, data_dir, rename), n)
+        judged = list(converted(rows, _read_judged, name, split, skipped))
         report_skipped(skipped, f"{split} answers of {name}")
         if not judged:
             raise UserError(f"{name} ({split}) has no usable answer")
@@ -174,6 +162,20 @@ def _rows(name: str, split: str, data_dir: str, rename: Sequence[str]):
         return read_dataset(hub_id, config, test, data_dir)
     rows = read_dataset(hub_id, config, train, data_dir)
     return (row for i, row in enumerate(rows) if (i % EVERY == 0) == (split != "train"))
+
+
+def _read_judged(row: dict, name: str, skipped: Counter) -> Judged | None:
+    prompt, answer, label = columns(row, ["prompt", "completion", "label"], name)
+    messages, text = tuple(messages_of(prompt) or ()), _text(answer)
+    if not messages:
+        skipped["whose prompt is neither a text nor messages"] += 1
+    elif not text:
+        skipped["with an empty answer"] += 1
+    elif str(label).lower() not in LABELS:
+        skipped["with a label that is neither true nor false"] += 1
+    else:
+        return Judged(messages, text, LABELS[str(label).lower()])
+    return None
 
 
 def _read_pair(row: dict, name: str, skipped: Counter) -> Pair | None:

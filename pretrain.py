@@ -139,8 +139,8 @@ class Config(TrainConfig):
     eval_every: Count = 200
     eval_windows: Count = 128
     """The windows of a validation, spread evenly over the split."""
-    sample_prompt: str = "Tom has 4 apples. Mia gives Tom 3 more."
-    """The text that the model continues at each validation."""
+    sample_prompt: str = ""
+    """What the model continues in samples.txt. Default: the beginning of the validation text."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,8 @@ def main(config: Config) -> dict:
         figures = {}
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             figures = validation(run, model, file, config)
-            run.sample(step + 1, continuation(run, model, tokenizer, config.sample_prompt))
+            prompt = config.sample_prompt or tokenizer.decode(file.windows("validation", [0], 12)[0].tolist())
+            run.sample(step + 1, continuation(run, model, tokenizer, prompt))
             run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, config.steps):
             run.save(step, config.steps, model, optimizers, tokenizer, metric=figures.get("val_loss"))

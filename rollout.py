@@ -156,10 +156,13 @@ class Questions:
         told = f"{len(self.train[self.config.data][0]):,} prompts, {len(self.held):,} held-out questions"
         return f"{self.config.data}: {told}" + describe_held_out(self.config, len(self.held))
 
-    def summary(self, figures: dict[str, float]) -> str:
-        """The last evaluation in words."""
+    def summary(self, figures: dict[str, float], run: Run) -> str:
+        """The last evaluation in words, with a warning if the model is worse than before the first step."""
+        before = run.at_start(self.goal)
+        worse = before is not None and figures[self.goal] < before
+        at_first = f" (WARNING: worse than before the first step, {before:.3f})" if worse else ""
         shown = {name: "unknown" if math.isnan(value) else f"{value:.3f}" for name, value in figures.items()}
-        return ", ".join(f"held-out {name.removeprefix('val_')} {value}" for name, value in shown.items())
+        return ", ".join(f"held-out {name.removeprefix('val_')} {value}" for name, value in shown.items()) + at_first
 
 
 def to_verify(prompts: Sequence[Prompt], name: str, lax: bool = False) -> list[Prompt]:

@@ -162,8 +162,8 @@ def main(config: Config) -> dict:
     chats = load_chats(config.data, "train", *where, config.n_examples, config.columns)
     most = None if config.eval_data else config.n_examples
     chats_held_out = load_chats(*held_out(config), *where, most, config.columns)
-    rows = pack(chats, tokenizer, config.seq_len, config.packing)
-    held_out_rows = pack(chats_held_out, tokenizer, config.seq_len)
+    rows = pack(chats, tokenizer, config.seq_len, config.packing, "training")
+    held_out_rows = pack(chats_held_out, tokenizer, config.seq_len, what="validation")
     steps = max(1, math.ceil(config.epochs * len(rows) / config.batch_size))
 
     start_lora(model, config)

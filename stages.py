@@ -56,6 +56,9 @@ def load_stage(
     return model.to(device), load_tokenizer(state["tokenizer"]), state
 
 
+EMBEDDED = ("arith", "own")  # the data that needs no file
+
+
 def begin(config, stage: str, command: str) -> tuple[Run, Transformer, Tokenizer]:
     """Open the run of a stage that starts from another stage's model: (run, model on the run's device, tokenizer).
 
@@ -66,6 +69,9 @@ def begin(config, stage: str, command: str) -> tuple[Run, Transformer, Tokenizer
     model, tokenizer, state = load_stage(config.init_from, device=run.device)
     run.record_parent(state, config.init_from)
     run.tokenizer = tokenizer
+    theirs = state["config"].get("data", "arith")
+    if config.data in EMBEDDED and theirs not in EMBEDDED:
+        run.print(f"WARNING: {config.init_from} learned from {theirs}; this is the embedded task (--data names yours)")
     return run, model, tokenizer
 
 

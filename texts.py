@@ -27,7 +27,7 @@ from pathlib import Path
 
 import arithmetic
 from runtime.errors import UserError
-from runtime.rows import EVERY, columns, is_file, is_own, own_rows, read_dataset, report_skipped, sources
+from runtime.rows import EVERY, columns, converted, is_file, is_own, own_rows, read_dataset, report_skipped, sources
 from verify import Gold, parse_gold, read_gold
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -82,7 +82,12 @@ def _text_files(source: str, split: str) -> Iterator[str]:
             "of rows (.jsonl), or a dataset of the hub (org/name)"
         )
     for file in files:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is no UTF-8 text (byte {error.start}): convert it first") from None
+        if "\0" in text:
+            raise UserError(f"{file} is no text: it holds null bytes")
         cut = int(0.95 * len(text))
         yield {"train": text[:cut], "validation": text[cut:]}.get(split, text)
 
@@ -118,11 +123,11 @@ def load_chats(
                 f"--data {names}: no chats called {name!r}; there are arith, {', '.join(CHATS)}, a file of rows "
                 "(.jsonl), and the datasets of the hub (org/name), joined by +"
             )
-        found = (convert(row, hub_id, skipped) for row in itertools.islice(rows, n))
-        chats += [chat for chat in found if chat is not None]
+        chats += converted(itertools.islice(rows, n), convert, hub_id, split, skipped)
     report_skipped(skipped, f"{split} rows of {names}")
     if not chats:
-        raise UserError(f"--data {names}: no usable conversation ({split})")
+        beside = "" if split == "train" else "; --eval_data names a file of its own for it"
+        raise UserError(f"--data {names}: no usable conversation ({split}{beside})")
     return chats
 
 
@@ -291,8 +296,7 @@ def load_prompts(
             "datasets of the hub (org/name)"
         )
     skipped: Counter = Counter()
-    found = (convert(row, hub_id, skipped) for row in rows)
-    prompts = list(itertools.islice((prompt for prompt in found if prompt is not None), n))
+    prompts = list(itertools.islice(converted(rows, convert, hub_id, split, skipped), n))
     report_skipped(skipped, f"{split} rows of {hub_id}")
     if not prompts:
         raise UserError(f"{hub_id} ({split}) has no usable row")

@@ -247,7 +247,7 @@ def call_reward(name: str, reward: Reward, prompt: str, answer: str, row: dict) 
         shown = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         file = inspect.unwrap(reward).__code__.co_filename
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        raise RewardError(f"the reward {name} failed in line {lines[-1]} ({shown}) on {where}") from None
+        raise RewardError(f"the reward {name} failed in line {lines[-1]} of {file} ({shown}) on {where}") from None
     try:
         value = math.nan if value is None else float(value)
     except (TypeError, ValueError):

@@ -6,6 +6,7 @@ from a stranger can hold numbers and nothing else.
 """
 
 import contextlib
+import difflib
 import os
 import pickle
 import re
@@ -186,12 +187,22 @@ def need_checkpoint(path: str, command: str = "") -> bool:
     if rehearsal.now is not None:
         rehearsal.now.starts[str(path)] = command
     elif not there:
-        preset = "" if str(path).startswith("out/arith/") else " and its preset (configs/), or name another"
+        preset = "" if str(path).startswith("out/arith/") else " with its preset (configs/), or your --task and --data"
         for file in sorted(Path("configs").glob(f"{Path(command.split(' ')[-1]).stem}_*.py")):
             if re.search(rf'^out_dir = "{re.escape(str(path))}"$', file.read_text(encoding="utf-8"), re.M):
                 preset = f" {file}"
-        raise UserError(f"there is no checkpoint in {path}" + (f"; make it with: {command}{preset}" if command else ""))
+        made = f"; make it with: {command}{preset}" if command else ""
+        raise UserError(f"there is no checkpoint in {path}{_nearest(Path(path)) or made}")
     return there
+
+
+def _nearest(path: Path) -> str:
+    """The run that a wrong name may mean: one with nearly that name, or those in the folder that it names."""
+    if path.is_dir() and (inside := sorted(one.parent for one in path.glob("*/ckpt.pt"))):
+        return f"; it holds {', '.join(map(str, inside))}"
+    runs = sorted({str(one.parent) for one in path.parent.parent.glob("*/*/ckpt.pt")}) if len(path.parts) > 2 else []
+    near = difflib.get_close_matches(str(path), runs, n=1, cutoff=0.85)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def weights_id(state: dict) -> str:

@@ -30,6 +30,9 @@ from runtime.fields import print_help, table
 # Bounds, which stand at the fields: ``steps: Annotated[int, AtLeast(1)] = 45``
 
 
+LARGEST = 3.4e38  # about the largest number that float32 has
+
+
 class Bound(type(tyro.conf.arg())):  # of the class that tyro looks for in an annotation, so that --help shows it
     """A finite number between limits, any of which may be missing. None is not looked at; of a tuple, every element is.
 
@@ -53,9 +56,13 @@ class Bound(type(tyro.conf.arg())):  # of the class that tyro looks for in an an
         for word, limit in self.limits.items():
             if not self.HOLDS[word](value, limit):  # NaN too
                 return f"is {value}: {word} {_number(limit)}"
-        if math.isinf(value):
-            return "is infinite"
-        return "is nan: not a number" if math.isnan(value) else ""
+        if math.isnan(value):
+            return "is nan: not a number"
+        if isinstance(value, int) and value >= 2**31 and not {"at most", "below"} & set(self.limits):
+            return f"is {value}: below 2**31"
+        if abs(value) > LARGEST:
+            return "is infinite" if value in (math.inf, -math.inf) else f"is {value:g}: more than the arithmetic holds"
+        return ""
 
 
 class AtLeast(Bound):

@@ -17,6 +17,12 @@ class RewardError(UserError):
 RESCUES: list[Callable[[], None]] = []  # what is done after a RewardError, before the program ends: the run saves
 
 
+LEAVE: list[Callable[[], None]] = []  # what is done when any UserError ends the program: a run without results goes
+
+
+TOLD: list[Callable[[], str]] = []  # what is said when Ctrl-C ends the program: of a run, what was saved
+
+
 def close_processes() -> None:
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -44,18 +50,22 @@ def run_main(main) -> None:
         if isinstance(error, RewardError):
             for rescue in RESCUES:
                 rescue()
+        for leave in LEAVE:
+            leave()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\ninterrupted; a run that has a checkpoint continues with the same command", file=sys.stderr)
+        print("\ninterrupted" + "".join(f"; {told()}" for told in TOLD), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `python tokenizer.py | head` is no error
         sys.stderr.close()
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's; not every chapter needs to load it
+    except (RuntimeError, MemoryError) as error:
+        words = ("can't allocate memory", "not enough memory", "Invalid buffer size")  # of a CPU, of Windows, of MPS
+        named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")  # PyTorch's, which not every chapter loads
+        if not named and not any(word in str(error) for word in words):
             raise
         print(
             "error: out of memory: lower --micro_batch_size (the result stays the same) or --batch_size",

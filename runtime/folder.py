@@ -18,6 +18,7 @@ from runtime.checkpoint import load_checkpoint, mend_best, plain, write_text
 from runtime.config import FREE_FIELDS, as_dict
 from runtime.errors import UserError
 from runtime.metrics import whole_row
+from runtime.rows import stamps
 
 
 def run_folder(config, stage: str) -> Path:
@@ -86,6 +87,10 @@ def check_same_run(folder: Path, state: dict, config, stage: str) -> None:
     if changed:
         what = ", ".join(f"{k}={stored[k]!r}, now {now[k]!r}" for k in changed)
         raise UserError(f"{folder} holds a run with {what}: choose another folder, or --fresh to start again")
+    then, today = state.get("data") or {}, stamps(config)
+    if other := [name for name in then if name in today and then[name] != today[name]]:
+        what = f"{other[0]} as it was then ({then[other[0]]}; now {today[other[0]]})"
+        raise UserError(f"{folder} holds a run on {what}: choose another folder, or --fresh to start again")
     if "optimizers" not in state:
         raise UserError(f"{folder} holds merged adapters, not a run that could go on; choose another --out_dir")
 

@@ -26,24 +26,38 @@ def hold(folder: Path) -> None:
     the name of who holds it, if another process does.
     """
     name = os.path.realpath(folder)
-    if fcntl is None or name in _held:
+    if fcntl is None or (name in _held and _is_still_there(folder, _held[name])):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
-    try:
-        _lock(file)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read(200).strip() or "another process"
-        file.close()
-        raise UserError(f"{folder} is in use by {holder}: wait for it, stop it, or choose another --out_dir") from None
-    except OSError:  # the file system has no locks
-        file.close()
-        return
+    _held.pop(name, None)  # of a folder of that name that was removed
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / NAME, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            _lock(file)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another process"
+            file.close()
+            raise UserError(
+                f"{folder} is in use by {holder}: wait for it, stop it, or choose another --out_dir"
+            ) from None
+        except OSError:  # the file system has no locks
+            file.close()
+            return
+        if _is_still_there(folder, file):
+            break
+        file.close()  # its last holder has just removed it
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held[name] = file
+
+
+def _is_still_there(folder: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder / NAME), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 def _lock(file: IO) -> None:
@@ -59,6 +73,8 @@ def _lock(file: IO) -> None:
 def release(folder: Path) -> None:
     """Let others into the folder."""
     if (file := _held.pop(os.path.realpath(folder), None)) is not None:
+        if _is_still_there(folder, file):
+            (folder / NAME).unlink()
         file.close()
 
 

@@ -13,7 +13,7 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from runtime import processes
@@ -67,11 +67,23 @@ def read_file(path: str | Path) -> Iterator[dict]:
     """The rows of a file: a JSON object on each line, or a table."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(no_file(path))
     if path.suffix == ".csv":
         return _read_csv(path)
     opener = next((LINES[ending] for ending in LINES if path.name.endswith(ending)), None)
     return _read_table(path) if opener is None else _read_lines(path, opener)
+
+
+def no_file(path: str | Path) -> str:
+    """That a file of rows is not there, with the nearest name that is."""
+    path = Path(path)
+    if path.is_dir():
+        return f"{path} is a folder: name a file of rows in it, {', '.join((*LINES, *TABLES, '.csv'))}"
+    if path.exists():
+        return f"{path} is no file of rows: its name should end in {', '.join((*LINES, *TABLES, '.csv'))}"
+    beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
+    return f"there is no file {path}" + (f"; did you mean {path.with_name(near[0])}?" if near else "")
 
 
 def _read_lines(path: Path, opener) -> Iterator[dict]:
@@ -113,15 +125,44 @@ def _read_table(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} could not be read ({_why(error)})") from None
 
 
+class MissingColumn(UserError):
+    """A row lacks a column. Of a user's rows some may, which are counted; if all do, this is what he is told."""
+
+
 def columns(row: dict, names: Sequence[str], source: str) -> list:
     """The values of these columns, or an error that says which the dataset has."""
     missing = [name for name in names if name not in row]
     if missing:
-        raise UserError(
-            f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, row))}"
-            + (f" (--columns {missing[0]}=... says which is meant)" if is_own(source) else "")
-        )
+        hint = f" (--columns {missing[0]}=... says which column is meant)" if is_own(source) else ""
+        raise MissingColumn(f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, row))}{hint}")
     return [row[name] for name in names]
+
+
+def converted(rows: Iterable[dict], convert: Callable, source: str, split: str, skipped: Counter) -> Iterator:
+    """``convert(row, source, skipped)`` of each row, without those that give None. Rows of a user's that lack a column
+    are counted too; if none has what it takes, the error says what the first one lacks, or that there are no rows.
+    """
+    n, used, first = 0, 0, None
+    rows = iter(rows)
+    while True:
+        try:
+            if (row := next(rows, None)) is None:
+                break
+            n += 1
+            value = convert(row, source, skipped)
+        except MissingColumn as error:
+            if not is_own(source):
+                raise
+            n, first = n + 1, first or error
+            skipped["without the columns"] += 1
+            continue
+        if value is not None:
+            used += 1
+            yield value
+    if not used and first is not None and skipped.total() == skipped["without the columns"]:
+        raise first
+    if not n:
+        raise UserError(f"{source} has no rows ({split})")
 
 
 def report_skipped(skipped: Counter, what: str) -> None:
@@ -162,6 +203,8 @@ def own_rows(
     """
     if is_file(name):
         rows: Iterable[dict] = read_file(name)
+    elif Path(name).exists() or name.startswith((".", "/")) or Path(name).parent.is_dir():
+        raise UserError(no_file(name))  # and no dataset of the hub
     else:
         hub_id, *parts = name.split(":")
         if len(parts) > 2:
@@ -172,10 +215,21 @@ def own_rows(
         rows = read_dataset(hub_id, config, its_split, data_dir, streaming)
     names = column_names(rename)
     for i, row in enumerate(rows):
+        if i == 0:
+            check_names(names, row, name)
         if split == "whole" or (i % EVERY == 0) == (split == "validation"):
             # Of several sources, only some may have other names: then a column that is there already stays.
-            meant = {meaning: column for meaning, column in names.items() if column in row or meaning not in row}
-            yield row | {meaning: columns(row, [column], name)[0] for meaning, column in meant.items()}
+            yield row | {meaning: row[column] for meaning, column in names.items() if column in row}
+
+
+def check_names(names: dict[str, str], row: dict, source: str) -> None:
+    """Refuse a column that neither the first row has nor stands for one that it has."""
+    for meaning, column in names.items():
+        if column not in row and meaning not in row:
+            near = difflib.get_close_matches(column, map(str, row), n=1, cutoff=0.6)
+            hint = f"; did you mean {meaning}={near[0]}?" if near else ""
+            hint = f"; it is meaning=column: did you mean {column}={meaning}?" if column in MEANINGS else hint
+            raise UserError(f"{source} has no column {column} for {meaning}; it has {', '.join(map(str, row))}{hint}")
 
 
 MEANINGS = (
@@ -210,6 +264,28 @@ def describe_held_out(config, n: int) -> str:
     if config.eval_data:
         return f"; held out: {config.eval_data}{few(n)}"
     return f"; held out: every {EVERY}th row{few(n)}" if any(map(is_own, sources(config.data))) else ""
+
+
+def stamps(config) -> dict[str, str]:
+    """Size and checksum of each file of the user's that a run reads: a run that is continued should read the same."""
+    found = {}
+    for field in ("data", "eval_data"):
+        for name in sources(getattr(config, field, "") or ""):
+            path = Path(name)
+            files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+            if files:
+                sums = [_sum_of(file) for file in files]
+                found[name] = f"{sum(size for size, _ in sums)} bytes, {zlib.crc32(str(sums).encode()):08x}"
+    return found
+
+
+def _sum_of(path: Path, most: int = 2**28) -> tuple[int, int]:
+    """(size, checksum); of a file of many gigabytes, the checksum of its beginning."""
+    crc, left = 0, most
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 2**20))):
+            crc, left = zlib.crc32(block, crc), left - len(block)
+    return path.stat().st_size, crc
 
 
 def few(n: int) -> str:

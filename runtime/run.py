@@ -17,7 +17,9 @@ What it does not do itself is in ``folder.py``, ``progress.py``, ``metrics.py``,
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -45,14 +47,21 @@ from runtime.errors import UserError
 from runtime.folder import append_sample, has_sample, open_folder, run_folder
 from runtime.metrics import Metrics, numbers
 from runtime.pictures import Pictures
+from runtime.plots import read_metrics
 from runtime.progress import Progress
+from runtime.rows import stamps
 from runtime.trackers import open_tracker
+
+
+def has_text(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 class Run:
     """The handle that a stage's loop holds. Make it with ``start``."""
 
     skipped = 0  # steps in a row whose gradient was not finite
+    val_loss = 0.0  # of the last validation, if it has one
 
     def __init__(self, config, stage: str):
         self.config, self.stage, self.folder = config, stage, run_folder(config, stage)
@@ -67,6 +76,8 @@ class Run:
         self.lineage: list[dict] = []  # the stages that led here
         self.best: float | None = None
         self.best_step: int | None = None  # when it was
+        self.data: dict[str, str] = {}  # what the user's files were at the start
+        self.is_new = False  # whether this process made the folder's files
         self.extra: dict = {}  # what else the stage needs to go on; saved with every checkpoint
         self.model = self.tokenizer = None  # with these a run that has to stop can save what it has learned
         self.optimizers, self.saved_step = (), -1
@@ -79,6 +90,8 @@ class Run:
     # Before the loop
 
     def open(self) -> None:
+        self.data = stamps(self.config)
+        self.is_new = not (self.folder / "metrics.jsonl").exists()
         self.state = open_folder(self.folder, self.config, self.stage)
         if self.state is not None:
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
@@ -207,6 +220,8 @@ class Run:
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """first, first + 1, ..., last - 1 under a progress bar. Ctrl-C finishes the step, saves it, and stops."""
+        if last >= 2**31:
+            raise UserError(f"{last:.3g} steps have no end: fewer --steps or --epochs")
         self.metrics.last = last
         for step in self.progress.steps(first, last, self.config.profile_steps, self.device):
             self.metrics.restart_clock()
@@ -218,6 +233,30 @@ class Run:
         if self.unsaved is not None and self.tokenizer is not None:
             self.save(*self.unsaved, self.model, self.optimizers, self.tokenizer)
             self.print(f"saved after {self.unsaved[0] + 1} steps; the same command continues")
+
+    def leave_nothing(self) -> None:
+        """Remove the files of a run that ended before it had anything to write, for a mistake in its data, say."""
+        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt")]
+        if not (self.is_main and self.is_new) or (self.folder / "ckpt.pt").exists() or has_text(names[1]):
+            return
+        for path in names:
+            path.unlink(missing_ok=True)
+        lock.release(self.folder)
+        with contextlib.suppress(OSError):  # it holds something else
+            self.folder.rmdir()
+
+    def saved_so_far(self) -> str:
+        """For who interrupts the run."""
+        before = self.state["step"] if self.state else 0
+        step = max(before, self.saved_step + 1)
+        if step:
+            return f"{self.folder} is saved at step {step}, and the same command goes on from there"
+        return f"{self.folder} had nothing to save yet: the same command starts again"
+
+    def at_start(self, name: str) -> float | None:
+        """A figure of the examination before the first step; None if there was none."""
+        steps, values = read_metrics(self.folder / "metrics.jsonl").get(name, ([], []))
+        return values[0] if steps and steps[0] == 0 else None
 
     def logs(self, step: int) -> bool:
         """Will ``log`` write a row of this step, counted from 0?"""
@@ -237,6 +276,7 @@ class Run:
     def evaluation(self, step: int, **metrics) -> None:
         """Report figures measured between steps, after ``step`` steps."""
         row = {"step": step} | numbers(metrics)
+        self.val_loss = row.get("val_loss", 0.0)
         if self.is_main:
             self.metrics.write(row)
             self.pictures.draw_if_due()
@@ -294,6 +334,7 @@ class Run:
                 "best": self.best,
                 "best_step": self.best_step,
                 "world": self.world,
+                "data": self.data,
                 "lineage": self.lineage,
                 "extra": self.extra,
                 **adapters,
@@ -306,11 +347,13 @@ class Run:
         self.metrics.restart_clock()
 
     def _refuse_ruins(self, model, step: int, steps: int) -> None:
-        """End the run rather than overwrite its last good checkpoint with weights that are no numbers, or call a run
-        finished none of whose last steps could change anything."""
+        """End the run rather than overwrite its last good checkpoint with weights that are no numbers or whose held-out
+        loss is none, or call a run finished none of whose last steps could change anything."""
         kept = f"; the checkpoint of step {self.saved_step + 1} is whole" if self.saved_step >= 0 else ""
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"after step {step + 1} the weights are no numbers any more: lower --lr{kept}")
+        if not math.isfinite(self.val_loss):
+            raise UserError(f"after step {step + 1} the held-out loss is no number any more: lower --lr{kept}")
         if step + 1 == steps and self.skipped >= min(10, steps):
             raise UserError(f"the gradients of the last {self.skipped} steps were no numbers: lower --lr{kept}")
 
@@ -350,5 +393,5 @@ def start(config, stage: str) -> Run:
         raise SystemExit(0)
     run = Run(config, stage)
     run.open()
-    errors.RESCUES[:] = [run.save_unsaved]
+    errors.RESCUES[:], errors.LEAVE[:], errors.TOLD[:] = [run.save_unsaved], [run.leave_nothing], [run.saved_so_far]
     return run

@@ -298,6 +298,25 @@ def test_another_number_of_processes_is_said(run, tmp_path, capsys):
     assert "note: 2 processes until here, 1 from here on" in capsys.readouterr().out
 
 
+def test_who_interrupts_a_run_is_told_what_is_saved(run, tmp_path, monkeypatch, capsys):
+    def interrupted(step):
+        def update(*args):
+            raise KeyboardInterrupt
+
+        real, calls = pretrain.update, []
+        monkeypatch.setattr(
+            pretrain, "update", lambda *a: (calls.append(1), update() if len(calls) > step else real(*a))[1]
+        )
+        with pytest.raises(SystemExit) as stop:
+            run_main(lambda: pretrain.main(tiny_pretrain(tmp_path / f"run{step}", steps=4)))
+        monkeypatch.setattr(pretrain, "update", real)
+        assert stop.value.code == 130
+        return capsys.readouterr().err
+
+    assert "run0 had nothing to save yet: the same command starts again" in interrupted(0)
+    assert "run3 is saved at step 3, and the same command goes on from there" in interrupted(3)
+
+
 def test_the_script_says_it_too(run, tmp_path):
     """As a user meets it."""
     folder = copy_of(run, tmp_path / "run")

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +31,9 @@ import runtime.errors
 import sft
 import watch
 from preferences import Judged, Pair, encode_judged, has_labels, load_judged, load_pairs
-from rollout import Rollout, own_rewards, own_weights, total_reward
+from rollout import Questions, Rollout, own_rewards, own_weights, total_reward
 from runtime import runs
+from runtime.checkpoint import load_checkpoint
 from runtime.config import parse
 from runtime.errors import RewardError, UserError
 from runtime.rows import column_names, describe_held_out, evaluate_command, few, is_own, own_rows
@@ -97,7 +99,7 @@ def test_columns_may_have_other_names(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"q": "2+3?", "final": "#### 5", "note": 1}] * 2)
     prompt = load_prompts(path, "test", rename=("prompt=q", "answer=final"))[0]
     assert prompt.messages == said("2+3?") and prompt.gold == 5 and prompt.row["note"] == 1
-    with pytest.raises(UserError, match="has no column z; it has q, final, note"):
+    with pytest.raises(UserError, match="has no column z for prompt; it has q, final, note"):
         load_prompts(path, "test", rename=("prompt=z",))
     with pytest.raises(UserError, match="write meaning=column"):
         load_prompts(path, "test", rename=("prompt",))
@@ -310,8 +312,8 @@ def test_a_reward_that_judges_nothing_is_said_to_be_unknown(tmp_path, start, cap
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return row['price']", r"failed in line 2 \(KeyError: 'price'\)"),
-        ("import json\n    return json.loads(answer)['a']", r"failed in line 3 \(JSONDecodeError"),
+        ("return row['price']", r"failed in line 2 of .*r.py \(KeyError: 'price'\)"),
+        ("import json\n    return json.loads(answer)['a']", r"failed in line 3 of .*r.py \(JSONDecodeError"),
         ("return {}", "returned '{}', which is no number"),
         ("return 'much'", "returned 'much', which is no number"),
         ("return 1e999", "is infinite"),
@@ -328,6 +330,96 @@ def test_a_meaning_with_a_slip_of_the_pen_is_refused():
     for pair, meant in (("prompts=question", "prompt"), ("anwser=final", "answer"), ("choosen=good", "chosen")):
         with pytest.raises(UserError, match=f"did you mean {meant}"):
             column_names((pair,))
+
+
+def test_hints_at_columns_point_to_the_column(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"ask": "2+3?", "reply": "5"}] * 3)
+    with pytest.raises(UserError, match="no column aks for prompt; it has ask, reply; did you mean prompt=ask"):
+        load_chats(path, "whole", rename=("prompt=aks", "completion=reply"))
+    with pytest.raises(UserError, match="no column prompt for note; .* it is meaning=column: did you mean prompt=note"):
+        load_chats(path, "whole", rename=("note=prompt",))
+
+
+def test_a_row_without_the_columns_is_counted_and_not_the_end(tmp_path, capsys):
+    chats = [{"prompt": "2+3?", "completion": "5"}] * 4
+    path = write(tmp_path / "a.jsonl", [*chats, {"msgs": "x"}, {"prompt": "x"}, *chats])
+    assert len(load_chats(path, "whole")) == 8 and "2 without the columns" in capsys.readouterr().out
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+    assert len(load_pairs(write(tmp_path / "p.jsonl", [*pairs, {"chosen": "b"}]), "whole")) == 2
+    assert len(load_prompts(write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"text": "b"}]), "whole")) == 1
+    with pytest.raises(UserError, match="has no column prompt; it has text"):  # if all lack it, that is what is said
+        load_prompts(write(tmp_path / "q.jsonl", [{"text": "b"}, {"text": "b"}]), "whole")
+    with pytest.raises(UserError, match="has no rows"):
+        load_chats(write(tmp_path / "empty.jsonl", []), "whole")
+
+
+def test_a_name_that_is_no_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    write(tmp_path / "mine/chats.jsonl", [{"prompt": "a", "completion": "b"}])
+    for name in ("mine/chats.jsnl", "./mine/chats.jsnl", "mine/chat.jsonl"):
+        with pytest.raises(UserError, match="there is no file .*mine/chats.jsnl; did you mean mine/chats.jsonl|"
+                           "there is no file mine/chat.jsonl; did you mean mine/chats.jsonl"):  # fmt: skip
+            load_chats(name, "whole")
+    with pytest.raises(UserError, match="mine/ is a folder|mine is a folder"):
+        load_chats("./mine", "whole")
+
+
+def test_texts_that_are_no_utf8_are_refused(tmp_path):
+    for data, message in (
+        ("Jürgen".encode("latin1"), "no UTF-8 text"),
+        ("a".encode("utf-16"), "no UTF-8"),
+        (b"a\0b", "null"),
+    ):
+        (tmp_path / "a.txt").write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            list(text_documents(str(tmp_path / "a.txt"), "whole"))
+    (tmp_path / "a.txt").write_bytes("\ufeffJürgen".encode())
+    assert list(text_documents(str(tmp_path / "a.txt"), "whole")) == ["Jürgen"]
+
+
+def test_a_run_is_not_continued_on_other_data(tmp_path, start, capsys):  # noqa: F811
+    rows = [{"prompt": f"{i}?", "completion": "yes"} for i in range(60)]
+    path = write(tmp_path / "chats.jsonl", rows)
+    config = tiny_sft(tmp_path / "run", start, data=path)
+    sft.main(config)
+    sft.main(config)
+    write(tmp_path / "chats.jsonl", rows[:-1])
+    with pytest.raises(UserError, match="holds a run on .*chats.jsonl as it was then"):
+        sft.main(config)
+    sft.main(replace(config, fresh=True))
+    assert load_checkpoint(tmp_path / "run")["finished"]
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path, start, capsys):  # noqa: F811
+    config = tiny_sft(tmp_path / "run", start, data=write(tmp_path / "a.jsonl", [{"text": "x"}] * 3))
+    with pytest.raises(SystemExit):
+        runtime.errors.run_main(lambda: sft.main(config))
+    assert not (tmp_path / "run").exists()
+    good = replace(config, data=write(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}] * 60))
+    sft.main(good)
+    with pytest.raises(SystemExit):
+        runtime.errors.run_main(lambda: sft.main(replace(good, data=config.data)))
+    assert load_checkpoint(tmp_path / "run")["finished"]  # a run that is there stays
+
+
+def test_a_stage_on_the_embedded_task_after_ones_own_data_is_warned_of(tmp_path, start, capsys):  # noqa: F811
+    data = write(tmp_path / "b.jsonl", [{"prompt": "a", "completion": "b"}] * 60)
+    sft.main(tiny_sft(tmp_path / "own", start, data=data))
+    assert "this is the embedded task" not in capsys.readouterr().out
+    grpo.main(tiny_grpo(tmp_path / "run", str(tmp_path / "own"), steps=1))
+    assert f"learned from {data}; this is the embedded task" in capsys.readouterr().out
+
+
+def test_a_run_that_made_the_model_worse_says_so(tmp_path, monkeypatch):
+    config = SimpleNamespace(reward="verifier")
+    asked = Questions.__new__(Questions)
+    asked.config = config
+    run = SimpleNamespace(at_start=lambda name: {"accuracy": 0.5}[name])
+    assert asked.summary({"accuracy": 0.4}, run) == (
+        "held-out accuracy 0.400 (WARNING: worse than before the first step, 0.500)"
+    )
+    assert asked.summary({"accuracy": 0.5}, run) == "held-out accuracy 0.500"
 
 
 def test_the_banner_says_that_few_rows_are_held_out():
@@ -491,7 +583,7 @@ def test_a_reward_that_fails_ends_the_run_after_a_save(tmp_path, start, monkeypa
     assert state["step"] == 2 and not state["finished"]
     assert {float(one["step"]) for one in state["optimizers"][0]["state"].values()} == {2.0}
     with pytest.raises(
-        RewardError, match=r"the reward letter failed in line \d+ \(KeyError: 'price'\) on the answer .* to .*'tag'"
+        RewardError, match=r"reward letter failed in line \d+ of .* \(KeyError: 'price'\) on the answer .* to .*'tag'"
     ):
         grpo.main(config)
     (tmp_path / "fail").unlink()

@@ -362,7 +362,11 @@ def test_a_figure_that_is_no_number_is_never_the_best(tmp_path):
     run = start(pretrain.Config(out_dir=str(tmp_path), device="cpu"), "pretrain")
     model, tokenizer = Transformer(ModelConfig(64, 16, 1, 2)), types.SimpleNamespace(state=dict)
     kept = []
-    for step, metric in enumerate([float("nan"), 2.0, float("nan"), 1.0]):
-        run.save(step, 9, model, [], tokenizer, metric=metric)
+    for step, metric in enumerate([float("nan"), 1.0, float("nan"), 2.0]):
+        run.save(step, 9, model, [], tokenizer, metric=metric, lower_is_better=False)
         kept.append(load_checkpoint(tmp_path / "best.pt")["step"] if (tmp_path / "best.pt").exists() else None)
-    assert kept == [None, 2, 2, 4] and run.best == 1.0
+    assert kept == [None, 2, 2, 4] and run.best == 2.0
+    run.evaluation(5, val_loss=float("nan"))
+    with pytest.raises(UserError, match="the held-out loss is no number"):
+        run.save(4, 9, model, [], tokenizer)
+    assert load_checkpoint(tmp_path)["step"] == 4

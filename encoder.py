@@ -108,7 +108,7 @@ class Config(TrainConfig):
     """Take the tokenizer of this checkpoint instead of training one (a reward model needs its policy's)."""
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
     """bpe is trained on the data."""
-    vocab_size: int = 512
+    vocab_size: Count = 512
     """The vocabulary of the BPE, special tokens included."""
     lowercase: bool = False
     """Read all text in small letters."""
@@ -119,7 +119,7 @@ class Config(TrainConfig):
     """Blocks."""
     n_heads: Count = 4
     """Attention heads."""
-    d_ff: int | None = None
+    d_ff: CountOrNone = None
     """Width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
     positions: Literal["rope", "learned", "sinusoidal"] = "rope"
     """How the model knows where a token stands."""

@@ -69,7 +69,7 @@ class Config(TrainConfig):
     """Read at most this many documents of each split (None: all)."""
     tokenizer: Literal["bpe", "bytes", "r50k"] = "bpe"
     """The tokenizer: bpe is trained on the data, r50k is GPT-2's."""
-    vocab_size: int = 512
+    vocab_size: Count = 512
     """The vocabulary of the BPE, special tokens included."""
 
     d_model: Count = 128
@@ -80,9 +80,9 @@ class Config(TrainConfig):
     """The number of query heads."""
     n_kv_heads: Count = 2
     """The number of key/value heads, each shared by n_heads / n_kv_heads query heads."""
-    d_ff: int | None = None
+    d_ff: CountOrNone = None
     """The width of the feed-forward layers (None: 4·d_model, or 2/3 of that for SwiGLU)."""
-    max_seq_len: int = 256
+    max_seq_len: Count = 256
     """The longest row that later stages may use."""
     positions: Literal["rope", "learned", "sinusoidal"] = "rope"
     """How the model knows where a token stands."""
@@ -96,17 +96,17 @@ class Config(TrainConfig):
     """Whether queries and keys are normalised."""
     tie_embeddings: bool = False
     """Whether one matrix both reads and predicts tokens."""
-    window: int | None = None
+    window: CountOrNone = None
     """The width of sliding-window attention (None: full attention)."""
-    sinks: int = 0
+    sinks: CountOrZero = 0
     """With a window: how many of the first tokens stay visible."""
     n_experts: CountOrZero = 0
     """The number of experts of each feed-forward layer (moe.py; 0: a dense layer)."""
-    n_experts_per_token: int = 2
+    n_experts_per_token: Count = 2
     """The number of experts that each token goes to."""
     n_shared_experts: CountOrZero = 0
     """The number of experts that every token goes to, besides."""
-    d_expert: int | None = None
+    d_expert: CountOrNone = None
     """The width of an expert (None: a token's experts together are as wide as d_ff)."""
     expert_layers: tuple[int, ...] | None = None
     """The blocks with experts, counted from 0 (None: all); the others stay dense."""

@@ -72,7 +72,8 @@ def test_every_command_names_a_script_a_preset_and_fields_that_exist(page):
             config = getattr(importlib.import_module(stem), "Config", None)
             known = {field.name for field in fields(config)} if config else set()
             known |= {f"no_{name}" for name in known} | {"fresh", "sweep", "example", "help", "print_config"}
-        flags = set(re.findall(r"(?<=\s)--(\w+)", command)) - {"standalone", "nproc_per_node"}
+        torchrun = {"standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+        flags = set(re.findall(r"(?<=\s)--(\w+)", command)) - torchrun
         if stem == "lora":
             known |= {"base", "out"}
         assert flags <= known, (command, flags - known)
@@ -88,3 +89,15 @@ def test_the_front_page_has_every_chapter_in_its_order():
 def test_the_table_of_results_is_the_report_beside_it():
     rows = json.loads((ROOT / "docs" / "report.json").read_text())
     assert evaluate.table(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_tests_that_hold_the_guarantees_exist():
+    page = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
+    names = re.findall(r"`(?:(test_\w+\.py)(?:::)?)?(test_\w+)?…?`", page)
+    file, held = None, 0
+    for new, name in names:
+        file = new or file
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {name}" in text, (file, name)
+        held += bool(name)
+    assert held >= 14

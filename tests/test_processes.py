@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -615,6 +616,34 @@ def test_torchrun_starts_a_stage_unchanged(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("pretrain done") == 1 and "2 processes" in done.stdout
     assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.slow
+def test_two_machines_give_what_one_gives(tmp_path):
+    """Two agents of torchrun, here on one machine, that meet at an address; the folder is one that both can see."""
+    small = [*SMALL, "--steps", "3", "--eval_windows", "4", "--batch_size", "4", "--device", "cpu", "--compile", "off"]
+    one = torchrun("pretrain.py", "--out_dir", str(tmp_path / "one"), *small)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=0"]
+    agents = [
+        subprocess.Popen(
+            [*agent, f"--node_rank={rank}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+            + ["pretrain.py", "--out_dir", str(tmp_path / "two"), *small],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=120) for process in agents]
+    assert one.returncode == 0 and [process.returncode for process in agents] == [0, 0], said
+    assert [out.count("pretrain done") for out, _ in said] == [1, 0]
+    first, second = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("one", "two"))
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
 
 
 @pytest.mark.slow

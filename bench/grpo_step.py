@@ -233,6 +233,8 @@ class Turns(transformers.TrainerCallback):
         self.rows["theirs"].append(seconds | {"all": total})
         self.ours.send(self.prompts)
         self.rows["ours"].append(self.ours.recv())
+        theirs, ours = (self.rows[name][-1]["all"] for name in ("theirs", "ours"))
+        print(f"step {len(self.rows['ours'])}: TRL {theirs:.2f} s, ours {ours:.2f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def train_tokenizer(
             size += len(sample[-1])
         if size >= 20_000_000 or (source == "arith" and len(sample) == 4000):
             break
-    if source == "arith":  # the tags will be needed; pretraining text has none
+    if "arith" in sources(source):  # the tags will be needed; pretraining text has none
         sample += [arithmetic.solution(problem) for problem in arithmetic.problems(500, seed=f"{seed} tokenizer")]
     return BPETokenizer.train(sample, vocab_size)
 
@@ -101,7 +101,9 @@ def write_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[st
                 skipped: Counter = Counter()
                 tokens = file.create_dataset(split, (0,), dtype, maxshape=(None,), chunks=(2**16,))
                 n_bytes, buffer = 0, []
-                for text in tqdm(texts, desc=f"encoding {split}", unit=" documents", mininterval=1.0, leave=False):
+                for text in tqdm(
+                    _read_to_the_end(texts), desc=f"encoding {split}", unit=" documents", mininterval=1.0, leave=False
+                ):
                     if not isinstance(text, str):
                         skipped["without text"] += 1
                     elif not text.strip():
@@ -119,6 +121,14 @@ def write_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[st
                     raise UserError(f"no text for {split}: every document was empty")
 
     write_atomically(path, write)
+
+
+def _read_to_the_end(texts: Iterable[str]) -> Iterator[str]:
+    """What fails while texts are read is not what fails while tokens are written."""
+    try:
+        yield from texts
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the text could not be read to its end ({' '.join(str(error).split())[:160]})") from None
 
 
 def _append(tokens: h5py.Dataset, ids: list[int]) -> None:
@@ -143,7 +153,7 @@ def prepare_tokens(
     held_out: where its validation split comes from, a source and its split, if not from the same source.
     """
     held_out = held_out or (source, "validation")
-    state = [tokenizer.state(), source, limit, seed if source == "arith" else None, *rename]
+    state = [tokenizer.state(), source, limit, seed if "arith" in sources(source) else None, *rename]
     state = json.dumps([*state, *held_out, *(_stamp(name) for name in dict.fromkeys((source, held_out[0])))])
     fingerprint = f"{zlib.crc32(state.encode()):08x}"
     if path.exists():

@@ -54,7 +54,7 @@ from runtime.checkpoint import find_checkpoint, need_checkpoint, weights_id, wri
 from runtime.config import Above, AtLeast, Count, CountOrZero, Positive, parse
 from runtime.device import autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
-from runtime.rows import is_file, is_own, own_rows
+from runtime.rows import is_file, is_own, own_rows, sources
 from stages import EMBEDDED, load_stage
 from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, messages_of, text_documents
 from tokenizer import Tokenizer, encode_chat
@@ -323,14 +323,16 @@ def measure_pairs(path: str, config: Config) -> dict:
 def kind_of(config: Config) -> str:
     """What the data asks of a model: "answers", "references", "pairs" or "text"."""
     name = config.data
+    texts = lambda part: part in CORPORA or (Path(part).exists() and not is_file(part))  # noqa: E731
     if name in ("arith", *PROMPTS):
         return "answers"
     if name in SOURCES:
         return "pairs"
     if name.split("+")[0] in CHATS:
         return "references"
-    if name.split("+")[0] in CORPORA or (Path(name).exists() and not is_file(name)):
+    if any(map(texts, sources(name))):
         return "text"
+    name = sources(name)[0]
     if not is_own(name):
         known = dict.fromkeys(["arith", *PROMPTS, *CHATS, *CORPORA, *SOURCES])
         raise UserError(f"--data {name}: there are {', '.join(known)}, a text file, and rows of your own (.jsonl)")

@@ -72,6 +72,7 @@ def update(
     for optimizer in optimizers:
         run.scaler.unscale_(optimizer)
     norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    run.updates += 1
     run.skipped = 0 if math.isfinite(norm) or run.scaler.is_enabled() else run.skipped + 1
     if math.isfinite(norm):
         for optimizer in optimizers:

@@ -183,6 +183,12 @@ def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str
     return prompt + tokenizer.decode(tokens[0][mask[0]].tolist())
 
 
+def beginning(file: TokenFile, tokenizer: Tokenizer, n: int = 12) -> str:
+    """The first words of the first validation document."""
+    ids = file.windows("validation", [0], n)[0].tolist()
+    return tokenizer.decode(ids[: ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids)
+
+
 def check(config: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
     validate(config)
@@ -275,7 +281,7 @@ def main(config: Config) -> dict:
         figures = {}
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             figures = validation(run, model, file, config)
-            prompt = config.sample_prompt or tokenizer.decode(file.windows("validation", [0], 12)[0].tolist())
+            prompt = config.sample_prompt or beginning(file, tokenizer)
             run.sample(step + 1, continuation(run, model, tokenizer, prompt))
             run.evaluation(step + 1, **figures)
         if figures or run.should_save(step, config.steps):

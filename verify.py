@@ -247,10 +247,11 @@ def call_reward(name: str, reward: Reward, prompt: str, answer: str, row: dict) 
         shown = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         file = inspect.unwrap(reward).__code__.co_filename
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        raise RewardError(f"the reward {name} failed in line {lines[-1]} of {file} ({shown}) on {where}") from None
+        at = f" in line {lines[-1]} of {file}" if lines else ""  # none if a decorator from elsewhere raised it
+        raise RewardError(f"the reward {name} failed{at} ({shown}) on {where}") from None
     try:
         value = math.nan if value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RewardError(f"the reward {name} returned {str(value)[:80]!r}, which is no number, for {where}") from None
     if math.isinf(value):
         raise RewardError(f"the reward {name} is infinite for {where}")

@@ -47,7 +47,8 @@ def write_atomically(path: Path, write) -> None:
         if not isinstance(error, (OSError, MemoryError, RuntimeError)) or "OutOfMemory" in type(error).__name__:
             raise
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:160] or type(error).__name__
-        kept = "; the one before it is whole, and the same command goes on from there" if path.exists() else ""
+        whole = path.suffix == ".pt" and path.exists()
+        kept = "; the one before it is whole, and the same command goes on from there" if whole else ""
         raise UserError(f"{path} could not be written ({why}){kept}") from None
 
 

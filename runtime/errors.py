@@ -49,7 +49,10 @@ def run_main(main) -> None:
     except UserError as error:
         if isinstance(error, RewardError):
             for rescue in RESCUES:
-                rescue()
+                try:
+                    rescue()
+                except UserError as another:
+                    print(f"error: {another}", file=sys.stderr)
         for leave in LEAVE:
             leave()
         print(f"error: {error}", file=sys.stderr)

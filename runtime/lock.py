@@ -25,6 +25,7 @@ def hold(folder: Path) -> None:
     """Hold the folder, which is made if it is not there, until ``release`` or the end of this process. UserError, with
     the name of who holds it, if another process does.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     name = os.path.realpath(folder)
     if fcntl is None or (name in _held and _is_still_there(folder, _held[name])):
         return

@@ -142,24 +142,21 @@ def converted(rows: Iterable[dict], convert: Callable, source: str, split: str, 
     """``convert(row, source, skipped)`` of each row, without those that give None. Rows of a user's that lack a column
     are counted too; if none has what it takes, the error says what the first one lacks, or that there are no rows.
     """
-    n, used, first = 0, 0, None
-    rows = iter(rows)
-    while True:
+    n, used, lacking, before, first = 0, 0, 0, skipped.total(), None
+    for row in rows:
+        n += 1
         try:
-            if (row := next(rows, None)) is None:
-                break
-            n += 1
             value = convert(row, source, skipped)
         except MissingColumn as error:
             if not is_own(source):
                 raise
-            n, first = n + 1, first or error
+            lacking, first = lacking + 1, first or error
             skipped["without the columns"] += 1
             continue
         if value is not None:
             used += 1
             yield value
-    if not used and first is not None and skipped.total() == skipped["without the columns"]:
+    if not used and lacking and skipped.total() - before == lacking:
         raise first
     if not n:
         raise UserError(f"{source} has no rows ({split})")
@@ -203,7 +200,7 @@ def own_rows(
     """
     if is_file(name):
         rows: Iterable[dict] = read_file(name)
-    elif Path(name).exists() or name.startswith((".", "/")) or Path(name).parent.is_dir():
+    elif Path(name).exists() or name.startswith((".", "/")) or "." in Path(name).name and Path(name).parent.is_dir():
         raise UserError(no_file(name))  # and no dataset of the hub
     else:
         hub_id, *parts = name.split(":")
@@ -270,9 +267,10 @@ def stamps(config) -> dict[str, str]:
     """Size and checksum of each file of the user's that a run reads: a run that is continued should read the same."""
     found = {}
     for field in ("data", "eval_data"):
-        for name in sources(getattr(config, field, "") or ""):
-            path = Path(name)
-            files = sorted(path.rglob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
+        for name in filter(None, sources(getattr(config, field, "") or "")):
+            path = Path(name)  # a folder is one of texts; without a slash it may be a corpus of the book
+            texts = path.is_dir() and "/" in name
+            files = sorted(path.rglob("*.txt")) if texts else [path] if path.is_file() else []
             if files:
                 sums = [_sum_of(file) for file in files]
                 found[name] = f"{sum(size for size, _ in sums)} bytes, {zlib.crc32(str(sums).encode()):08x}"

@@ -60,7 +60,8 @@ def has_text(path: Path) -> bool:
 class Run:
     """The handle that a stage's loop holds. Make it with ``start``."""
 
-    skipped = 0  # steps in a row whose gradient was not finite
+    updates = 0  # of the weights, in this process
+    skipped = 0  # of these the last ones, in a row, whose gradient was not finite
     val_loss = 0.0  # of the last validation, if it has one
 
     def __init__(self, config, stage: str):
@@ -91,7 +92,7 @@ class Run:
 
     def open(self) -> None:
         self.data = stamps(self.config)
-        self.is_new = not (self.folder / "metrics.jsonl").exists()
+        self.is_new = self.config.fresh or not (self.folder / "metrics.jsonl").exists()
         self.state = open_folder(self.folder, self.config, self.stage)
         if self.state is not None:
             self.lineage, self.best = self.state["lineage"], self.state.get("best")
@@ -236,7 +237,7 @@ class Run:
 
     def leave_nothing(self) -> None:
         """Remove the files of a run that ended before it had anything to write, for a mistake in its data, say."""
-        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt")]
+        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt", "tokens.h5")]
         if not (self.is_main and self.is_new) or (self.folder / "ckpt.pt").exists() or has_text(names[1]):
             return
         for path in names:
@@ -349,13 +350,14 @@ class Run:
     def _refuse_ruins(self, model, step: int, steps: int) -> None:
         """End the run rather than overwrite its last good checkpoint with weights that are no numbers or whose held-out
         loss is none, or call a run finished none of whose last steps could change anything."""
-        kept = f"; the checkpoint of step {self.saved_step + 1} is whole" if self.saved_step >= 0 else ""
+        saved = max(self.saved_step + 1, self.state["step"] if self.state else 0)
+        kept = f"; the checkpoint of step {saved} is whole" if saved else ""
         if not all(torch.isfinite(p).all() for p in model.parameters()):
             raise UserError(f"after step {step + 1} the weights are no numbers any more: lower --lr{kept}")
         if not math.isfinite(self.val_loss):
             raise UserError(f"after step {step + 1} the held-out loss is no number any more: lower --lr{kept}")
-        if step + 1 == steps and self.skipped >= min(10, steps):
-            raise UserError(f"the gradients of the last {self.skipped} steps were no numbers: lower --lr{kept}")
+        if step + 1 == steps and (self.skipped >= 10 or self.skipped == self.updates > 0):
+            raise UserError(f"the gradients of the last {self.skipped} updates were no numbers: lower --lr{kept}")
 
     def _weights(self, model, step: int) -> tuple[dict, dict]:
         """The plain model's weights, and of a model with adapters those too, which also go to ``adapters.pt``: before

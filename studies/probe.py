@@ -113,7 +113,7 @@ def measure(folder: str) -> tuple[dict, dict]:
     tokens = settings["batch_size"] * seq_len  # of a step
     lines = Path(folder, "metrics.jsonl").read_text().splitlines()
     last = {name: value for line in lines for name, value in json.loads(line).items() if name in COLUMNS}
-    row = {name: value if math.isfinite(value) else None for name, value in last.items()}
+    row = {name: value if value is not None and math.isfinite(value) else None for name, value in last.items()}
     row |= {"parameters": count_parameters(model), "active": active_parameters(model)}
     row |= {"seconds": steps * seconds, "trained_length": seq_len}
     row["near"] = float(by_position[seq_len // 2 : seq_len].mean())

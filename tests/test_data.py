@@ -168,6 +168,11 @@ def test_several_sources_of_text_are_read_one_after_the_other(tmp_path):
     (tmp_path / "b.txt").write_text("c" * 100)
     prepare_tokens(path, BYTES, both, "", 0, limit=None)
     assert path.stat().st_mtime_ns != before  # one of the files was mended
+    made = []
+    for seed in (0, 1):
+        prepare_tokens(path, BYTES, f"arith+{tmp_path / 'a.txt'}", "", seed, limit=20)
+        made.append(path.read_bytes())
+    assert made[0] != made[1]  # the embedded task's text is another one for another seed
 
 
 def test_a_corpus_without_validation_split_keeps_every_hundredth_document(tmp_path):

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,16 @@ def test_this_process_may_come_back(tmp_path):
     assert not lock.is_held(tmp_path / "run") and not lock.is_held(tmp_path / "nowhere")
 
 
+def test_without_locks_a_run_works_all_the_same(tmp_path, monkeypatch):
+    """On Windows, where there is no fcntl."""
+    monkeypatch.setattr(lock, "fcntl", None)
+    config = tiny_pretrain(tmp_path / "new" / "run", steps=2)
+    pretrain.main(config)
+    pretrain.main(replace(config, fresh=True))
+    assert load_checkpoint(tmp_path / "new" / "run")["finished"] and (tmp_path / "new" / "run.old1").exists()
+    assert not lock.is_held(tmp_path / "new" / "run")
+
+
 def test_what_a_killed_process_had_begun_to_write_is_removed(run, tmp_path):
     folder = copy_of(run, tmp_path / "run")
     (folder / ".ckpt.pt.12345.tmp").write_text("half")
@@ -285,7 +296,7 @@ def test_a_run_whose_weights_are_no_numbers_ends_with_its_last_good_checkpoint(t
 
 def test_a_run_without_one_whole_gradient_is_not_called_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: torch.tensor(float("nan")))
-    with pytest.raises(UserError, match="the gradients of the last 4 steps were no numbers"):
+    with pytest.raises(UserError, match="the gradients of the last 4 updates were no numbers"):
         pretrain.main(tiny_pretrain(tmp_path / "run", steps=4))
     assert not load_checkpoint(tmp_path / "run")["finished"]
 

@@ -36,7 +36,7 @@ from runtime import runs
 from runtime.checkpoint import load_checkpoint
 from runtime.config import parse
 from runtime.errors import RewardError, UserError
-from runtime.rows import column_names, describe_held_out, evaluate_command, few, is_own, own_rows
+from runtime.rows import column_names, describe_held_out, evaluate_command, few, is_own, own_rows, stamps
 from texts import Prompt, load_chats, load_prompts, text_documents
 from tokenizer import ByteTokenizer
 from verify import call_reward, correctness_reward, extract_text, format_reward, load_rewards, read_gold
@@ -317,11 +317,23 @@ def test_a_reward_that_judges_nothing_is_said_to_be_unknown(tmp_path, start, cap
         ("return {}", "returned '{}', which is no number"),
         ("return 'much'", "returned 'much', which is no number"),
         ("return 1e999", "is infinite"),
+        ("return 10**400", "which is no number"),
     ],
 )
 def test_a_faulty_reward_is_told_with_its_line(tmp_path, body, message):
     path = reward_file(tmp_path / "r.py", f"def f(prompt, answer, row):\n    {body}\n")
     with pytest.raises(RewardError, match=message):
+        call_reward("f", load_rewards(path)["f"], "q", "no", {})
+
+
+def test_a_reward_that_fails_in_a_decorator_from_elsewhere_is_told_without_a_line(tmp_path, monkeypatch):
+    deco = "def strict(f):\n    @functools.wraps(f)\n    def g(*a):\n        raise ValueError('no')\n    return g\n"
+    (tmp_path / "deco.py").write_text("import functools\n" + deco)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = reward_file(
+        tmp_path / "r.py", "from deco import strict\n@strict\ndef f(prompt, answer, row):\n    return 1\n"
+    )
+    with pytest.raises(RewardError, match=r"the reward f failed \(ValueError: no\)"):
         call_reward("f", load_rewards(path)["f"], "q", "no", {})
 
 
@@ -389,6 +401,58 @@ def test_a_run_is_not_continued_on_other_data(tmp_path, start, capsys):  # noqa:
         sft.main(config)
     sft.main(replace(config, fresh=True))
     assert load_checkpoint(tmp_path / "run")["finished"]
+
+
+def test_only_the_files_that_a_run_reads_are_remembered(tmp_path, monkeypatch):
+    """Not what lies in the working directory, other runs' samples among it, nor a folder with a corpus's name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("samples.txt", "books/a.txt", "mine/b.txt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("text")
+    write(tmp_path / "a+b.jsonl", [{"text": "a"}])
+    given = {"arith": set(), "books": set(), "mine/": {"mine/"}, "a+b.jsonl": {"a+b.jsonl"}, "arith+mine/": {"mine/"}}
+    for data, expected in given.items():
+        assert set(stamps(SimpleNamespace(data=data, eval_data=""))) == expected
+    before = stamps(SimpleNamespace(data="mine/", eval_data="a+b.jsonl"))
+    Path("samples.txt").write_text("more")
+    assert stamps(SimpleNamespace(data="mine/", eval_data="a+b.jsonl")) == before and len(before) == 2
+    Path("mine/b.txt").write_text("test")  # as long as before
+    assert stamps(SimpleNamespace(data="mine/", eval_data="a+b.jsonl")) != before
+
+
+def test_runs_beside_each_other_do_not_disturb_a_resume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("other", "run", "other2", "run"):
+        pretrain.main(tiny_pretrain(Path(name), steps=2))
+    assert "data" in load_checkpoint("run") and load_checkpoint("run")["data"] == {}
+
+
+def test_a_source_without_the_columns_is_an_error_beside_another_one(tmp_path):
+    good = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}]
+    one, two = write(tmp_path / "a.jsonl", good), write(tmp_path / "b.jsonl", [{"x": 1}] * 3)
+    with pytest.raises(UserError, match="b.jsonl has no column messages"):
+        load_chats(f"{one}+{two}", "whole")
+
+
+def test_a_mirror_is_read_though_a_folder_has_the_name_of_its_organisation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mirror/acme__x").mkdir(parents=True)
+    Path("acme").mkdir()
+    write(tmp_path / "mirror/acme__x/train.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    assert len(load_chats("acme/x", "whole", "mirror")) == 3
+
+
+def test_joined_texts_are_examined_as_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("words " * 50)
+    path = write(tmp_path / "b.jsonl", [{"text": "words"}] * 3)
+    for data in (
+        f"{tmp_path}/a.txt+{path}",
+        f"{path}+{tmp_path}/a.txt",
+        f"arith+{tmp_path}/a.txt",
+        "books+tinystories",
+    ):
+        assert evaluate.kind_of(evaluate.Config(data=data)) == "text"
+    assert evaluate.kind_of(evaluate.Config(data="gsm8k+dolly")) == "references"
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path, start, capsys):  # noqa: F811

@@ -162,10 +162,15 @@ def _save(figure, path: Path, most: int = 300_000) -> None:
 
 
 def plot_curves(metrics: Path, path: Path, title: str = "") -> None:
-    """One panel for each metric of a run."""
+    """One panel for each metric of a run; those that never changed are named below the title, with their value."""
     series = {name: xy for name, xy in read_metrics(metrics).items() if name not in _HIDDEN}
     if not series:
         return
+    still = {name: y[0] for name, (_, y) in series.items() if len(y) > 2 and min(y) == max(y)}
+    if len(still) < len(series):
+        series = {name: xy for name, xy in series.items() if name not in still}
+        told = ", ".join(f"{words_of(name)[0]} {value:.4g}" for name, value in still.items())
+        title += f"\n{textwrap.fill(f'unchanged: {told}', 110)}" if still else ""
     panels: dict[str, list[str]] = {}  # load_2_0, load_2_1, ...: the experts of block 2 share a panel
     for name in series:
         expert = re.fullmatch(r"load_(\d+)_\d+", name)
@@ -174,9 +179,9 @@ def plot_curves(metrics: Path, path: Path, title: str = "") -> None:
     for axis, (words, names) in zip(axes, panels.items()):
         for i, name in enumerate(names):
             _draw(axis, *series[name], **_line_style(i))
-        axis.set_title(words)
+        axis.set_title(textwrap.fill(words.replace(", held out", ", held\u00a0out"), 36))
         axis.set_xlabel("step")
-        axis.set_ylabel(words_of(names[0])[1] or words)
+        axis.set_ylabel(words_of(names[0])[1])
     figure.suptitle(title)
     _save(figure, path)
 

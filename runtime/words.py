@@ -84,7 +84,8 @@ def words_of(name: str) -> tuple[str, str]:
         return f"{WORDS[plain][0]}, held out", WORDS[plain][1]
     if load := re.fullmatch(r"load_(\d+)_(\d+)", name):
         return f"load of expert {load[2]} in block {load[1]}", "share of tokens"
-    return name.replace("_", " "), ""
+    plain = name.removeprefix("val_").replace("_", " ")
+    return plain + (", held out" if name.startswith("val_") else ""), ""
 
 
 def label_of(name: str) -> str:

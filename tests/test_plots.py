@@ -122,7 +122,21 @@ def test_a_picture_of_a_run_bears_its_title_and_words(run, tmp_path, figures):
     (figure,) = figures
     assert figure.get_suptitle() == "out/arith/mine"
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["training loss", "validation loss"]
-    assert [axis.get_ylabel() for axis in figure.axes] == ["training loss", "nats"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["", "nats"]  # a unit; the words stand above
+
+
+def test_what_never_changed_is_named_and_has_no_panel(tmp_path, figures):
+    rows = [{"step": i, "answers": 256, "my_own": 2.0, "val_my_own": i, "loss": 1 / i} for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "p.png", title="a run")
+    assert figures[0].get_suptitle() == "a run\nunchanged: answers sampled 256, my own 2"
+    titles = [axis.get_title(loc="left") for axis in figures[0].axes]
+    assert titles == ["my own, held\u00a0out", "training loss"]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(row | {"loss": 1, "val_my_own": 1}) + "\n" for row in rows)
+    )
+    plots.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "p.png")
+    assert len(figures[1].axes) == 4  # if nothing changed, all are shown
 
 
 def test_the_experts_of_a_block_share_a_panel(tmp_path, figures):

@@ -211,7 +211,7 @@ def load_rewards(path: str) -> dict[str, Reward]:
         names = runpy.run_path(path)
     except OSError as error:
         raise UserError(f"--reward {path}: {error.strerror}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} does not run: {type(error).__name__}: {' '.join(str(error).split())}") from None
     found = {
         name: value

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import math
 import operator
 import os
@@ -211,7 +212,13 @@ def read(config_class, argv: list[str], example: bool = False, stage: bool = Fal
     if {"-h", "--help"} & set(argv):
         print_help(default, example, stage)
         raise SystemExit(0)
-    config = tyro.cli(config_class, args=argv, default=default)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            config = tyro.cli(config_class, args=argv, default=default)
+    except SystemExit:  # of a value that is missing, say, tyro speaks in a box
+        lines = [line.strip("│╭╮─- ") for line in said.getvalue().splitlines()]
+        raise UserError("; ".join([line for line in lines if line][:2]) or "see --help") from None
     validate(config)
     return config, dict.fromkeys(values, preset) | dict.fromkeys(given, "command line")
 
@@ -225,7 +232,7 @@ def read_preset(config_class, path: str) -> dict:
         raise UserError(f"there is no preset {path}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         names = runpy.run_path(path)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = " ".join(str(error).split())
         raise UserError(f"{path} does not run: {type(error).__name__}: {why}") from None
     hints = typing.get_type_hints(config_class)

@@ -55,7 +55,7 @@ def run_main(main) -> None:
                     print(f"error: {another}", file=sys.stderr)
         for leave in LEAVE:
             leave()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted" + "".join(f"; {told()}" for told in TOLD), file=sys.stderr)

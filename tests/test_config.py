@@ -242,6 +242,7 @@ def test_a_field_belongs_to_the_class_that_introduces_it():
         (["--weight", "3"], "did you mean weights?"),
         (["--keep-lst", "3"], "did you mean keep_last?"),
         (["--zzzzqq", "3"], "--help lists them"),
+        (["--out-dir", "-x"], "Missing argument; Missing value for argument '--out-dir'"),
         (["--stepz=3"], "did you mean steps?"),
         (["--no-lr"], "no field 'no_lr'"),
         (["--no-loss"], "no field 'no_loss'"),

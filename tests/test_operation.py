@@ -20,10 +20,12 @@ import sft
 from optim import make_optimizers
 from runtime import checkpoint, lock
 from runtime.checkpoint import check_optimizer, load_checkpoint, read_archive
+from runtime.config import read_preset
 from runtime.errors import UserError, run_main
 from runtime.folder import append_sample, cut_back, has_sample
 from runtime.metrics import whole_row
 from runtime.plots import read_metrics
+from verify import load_rewards
 
 ROOT = Path(__file__).parent.parent
 
@@ -326,6 +328,24 @@ def test_who_interrupts_a_run_is_told_what_is_saved(run, tmp_path, monkeypatch, 
 
     assert "run0 had nothing to save yet: the same command starts again" in interrupted(0)
     assert "run3 is saved at step 3, and the same command goes on from there" in interrupted(3)
+
+
+def test_a_file_that_ends_the_program_is_told(tmp_path):
+    """A preset or a reward file that calls sys.exit(0) would end the run in silence, with status 0."""
+    (tmp_path / "p.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserError, match="p.py does not run: SystemExit"):
+        read_preset(pretrain.Config, str(tmp_path / "p.py"))
+    with pytest.raises(UserError, match="p.py does not run: SystemExit"):
+        load_rewards(str(tmp_path / "p.py"))
+
+
+def test_an_error_is_one_line_whatever_a_name_holds(capsys):
+    def fails():
+        raise UserError("there is no\nfile")
+
+    with pytest.raises(SystemExit):
+        run_main(fails)
+    assert capsys.readouterr().err == "error: there is no file\n"
 
 
 def test_the_script_says_it_too(run, tmp_path):

@@ -54,7 +54,15 @@ from tqdm import tqdm
 from data import encode_prompts, epoch_batch, parts_of
 from lora import LoRARunConfig, check_lora, start_lora
 from optim import learning_rate, make_optimizers, update
-from preferences import PairRows, encode_pairs, held_out_of, load_pairs, own_pairs, sources
+from preferences import (
+    PairRows,
+    encode_pairs,
+    held_out_of,
+    load_held_out_pairs,
+    load_pairs,
+    own_pairs,
+    sources,
+)
 from rollout import greedy_accuracy
 from runtime import processes
 from runtime.config import Above, AtLeast, Count, CountOrNone, NotNegative, Positive, check_shared, run_stage, validate
@@ -358,7 +366,7 @@ def main(config: Config) -> dict:
     names = sources(config.data, own_file)
     pairs = load_pairs(names, "train", config.data_dir, config.seed, config.n_pairs, config.columns)
     eval_data, split = held_out_of(config)  # for "own" arith: the same pairs whatever policy starts
-    held_out_pairs = load_pairs(eval_data, split, config.data_dir, rename=config.columns)[: config.eval_pairs]
+    held_out_pairs = load_held_out_pairs(config, eval_data, split)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     held_out = encode_pairs(held_out_pairs, tokenizer, config.max_length)
     questions = load_questions(eval_data, tokenizer, model, config.eval_prompts)

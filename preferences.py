@@ -274,6 +274,13 @@ def pairs_of_answers(
     return pairs
 
 
+def load_held_out_pairs(config, data: list[str], split: str) -> list[Pair]:
+    """At most ``config.eval_pairs`` pairs to validate on, as many of each source, as long as it has them."""
+    parts = [load_pairs(name, split, config.data_dir, rename=config.columns) for name in data]
+    turns = itertools.zip_longest(*parts)
+    return [pair for turn in turns for pair in turn if pair is not None][: config.eval_pairs]
+
+
 def held_out_of(config) -> tuple[list[str], str]:
     """What a stage validates on, and which split of it: ``eval_data``, or the data itself, but for "own" pairs, whose
     questions were trained on, arith."""

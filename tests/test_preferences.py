@@ -2,6 +2,7 @@ import json
 import lzma
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from preferences import (
     has_labels,
     held_out_of,
     lay_out,
+    load_held_out_pairs,
     load_judged,
     load_pairs,
     own_pairs,
@@ -47,6 +49,19 @@ def mirror(tmp_path, rows, place="Anthropic__hh-rlhf/harmless-base", split="trai
 
 
 FILLER = {"chosen": hh("x", "y"), "rejected": hh("x", "z")}  # row 0 is for validation
+
+
+def test_each_source_has_its_share_of_the_held_out_pairs(tmp_path):
+    """And not the first one all of them."""
+    names = []
+    for letter, n in (("a", 6), ("b", 3), ("c", 1)):
+        row = {"prompt": letter, "chosen": "x", "rejected": "y"}
+        names.append(str(tmp_path / f"{letter}.jsonl"))
+        Path(names[-1]).write_text("".join(json.dumps(row) + "\n" for _ in range(n)))
+    for most, expected in ((5, "abcab"), (100, "abcabaaaab")):
+        config = SimpleNamespace(data_dir="", columns=(), eval_pairs=most)
+        found = load_held_out_pairs(config, names, "whole")
+        assert sorted(pair.prompt[0]["content"] for pair in found) == sorted(expected)
 
 
 def test_hh_dialogues_become_a_prompt_and_two_answers(tmp_path):

@@ -366,7 +366,7 @@ def main(config: Config) -> dict:
     names = sources(config.data, own_file)
     pairs = load_pairs(names, "train", config.data_dir, config.seed, config.n_pairs, config.columns)
     eval_data, split = held_out_of(config)  # for "own" arith: the same pairs whatever policy starts
-    held_out_pairs = load_held_out_pairs(config, eval_data, split)
+    held_out_pairs = load_held_out_pairs(config, eval_data, split, config.eval_pairs)
     rows = encode_pairs(pairs, tokenizer, config.max_length)
     held_out = encode_pairs(held_out_pairs, tokenizer, config.max_length)
     questions = load_questions(eval_data, tokenizer, model, config.eval_prompts)

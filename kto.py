@@ -221,7 +221,7 @@ def load_held_out(config: Config, tokenizer, eval_data: list[str], part: str) ->
         judged = load_judged(eval_data, part, config.data_dir, rename=config.columns)[: config.eval_pairs]
         liked = [(one.prompt, one.answer) for one in judged if one.desirable]
         return encode_judged(judged, tokenizer, config.max_length), as_chats(liked)
-    pairs = load_held_out_pairs(config, eval_data, part)
+    pairs = load_held_out_pairs(config, eval_data, part, config.eval_pairs)
     return encode_pairs(pairs, tokenizer, config.max_length), as_chats([(p.prompt, p.chosen) for p in pairs])
 
 

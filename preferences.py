@@ -274,11 +274,11 @@ def pairs_of_answers(
     return pairs
 
 
-def load_held_out_pairs(config, data: list[str], split: str) -> list[Pair]:
-    """At most ``config.eval_pairs`` pairs to validate on, as many of each source, as long as it has them."""
+def load_held_out_pairs(config, data: list[str], split: str, n: int) -> list[Pair]:
+    """At most ``n`` pairs to validate on, as many of each source, as long as it has them."""
     parts = [load_pairs(name, split, config.data_dir, rename=config.columns) for name in data]
     turns = itertools.zip_longest(*parts)
-    return [pair for turn in turns for pair in turn if pair is not None][: config.eval_pairs]
+    return [pair for turn in turns for pair in turn if pair is not None][:n]
 
 
 def held_out_of(config) -> tuple[list[str], str]:

@@ -59,8 +59,7 @@ def test_each_source_has_its_share_of_the_held_out_pairs(tmp_path):
         names.append(str(tmp_path / f"{letter}.jsonl"))
         Path(names[-1]).write_text("".join(json.dumps(row) + "\n" for _ in range(n)))
     for most, expected in ((5, "abcab"), (100, "abcabaaaab")):
-        config = SimpleNamespace(data_dir="", columns=(), eval_pairs=most)
-        found = load_held_out_pairs(config, names, "whole")
+        found = load_held_out_pairs(SimpleNamespace(data_dir="", columns=()), names, "whole", most)
         assert sorted(pair.prompt[0]["content"] for pair in found) == sorted(expected)
 
 

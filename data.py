@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,68 +56,87 @@ def train_tokenizer(
 
 
 class TokenFile:
-    """A token file on disk (HDF5: ``train`` and ``validation``, uint16 or uint32). Windows are read without loading
-    it.
+    """Tokens on disk, in splits::
+
+        4,096 bytes    JSON: what the file was made from, the type of its numbers, a checksum,
+                       and of each split how many tokens it has, of how many bytes of text
+        the rest       the tokens of one split after the other, as uint16 or uint32
+
+    Windows of them are read without loading the file.
     """
 
+    HEADER = 4096
+
     def __init__(self, path: Path):
-        self.file = h5py.File(path, "r")
-        self.bytes_per_token = {
-            s: self.file[s].attrs["bytes"] / max(1, len(self.file[s])) for s in ("train", "validation")
-        }
+        with open(path, "rb") as file:
+            self.header = json.loads(file.read(self.HEADER))
+        self.splits: dict[str, np.ndarray] = {}
+        start, dtype = self.HEADER, np.dtype(self.header["dtype"])
+        for name, (n_tokens, _) in self.header["splits"].items():
+            self.splits[name] = np.memmap(path, dtype, "r", start, (n_tokens,))
+            start += n_tokens * dtype.itemsize
+        self.bytes_per_token = {name: n_bytes / n for name, (n, n_bytes) in self.header["splits"].items()}
 
     def __len__(self) -> int:
-        return len(self.file["train"])
+        return len(self.splits["train"])
 
     def windows(self, split: str, starts: Sequence[int], length: int) -> Tensor:
         """(len(starts), length) ids, each row a stretch of the file."""
-        tokens = self.file[split]
+        tokens = self.splits[split]
         return torch.from_numpy(np.stack([tokens[int(s) : int(s) + length] for s in starts]).astype(np.int64))
 
-    def random_windows(self, split: str, n: int, length: int, seed: Sequence[int]) -> Tensor:
-        """``n`` windows anywhere in the file; the same ``seed``, for example (seed, step), gives the same windows."""
-        last = len(self.file[split]) - length
+    def random_starts(self, split: str, n: int, length: int, seed: Sequence[int]) -> np.ndarray:
+        """Where ``n`` windows begin, anywhere in the file; the same ``seed``, say (seed, step), gives the same ones."""
+        last = len(self.splits[split]) - length
         if last < 0:
-            raise UserError(
-                f"{split} has {len(self.file[split])} tokens, fewer than one window of {length}: use more text"
-            )
-        return self.windows(split, np.random.default_rng(list(seed)).integers(0, last + 1, n), length)
+            have = f"{split} has {len(self.splits[split])} tokens"
+            raise UserError(f"{have}, fewer than one window of {length}: use more text")
+        return np.random.default_rng(list(seed)).integers(0, last + 1, n)
+
+    def is_whole(self) -> bool:
+        """Whether the tokens are those that were written."""
+        checksum = 0
+        for tokens in self.splits.values():
+            checksum = zlib.crc32(tokens, checksum)
+        facts = {name: value for name, value in self.header.items() if name != "checksum"}
+        return zlib.crc32(json.dumps(facts).encode(), checksum) == self.header["checksum"]
 
     def close(self) -> None:
-        self.file.close()
+        self.splits.clear()
 
 
 def write_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[str]], fingerprint: str) -> None:
     """Encode the documents of each split into a new token file, as they stream in; every document ends with
     end-of-text.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
     def write(temporary):
-        with h5py.File(temporary, "w") as file:
-            file.attrs["fingerprint"] = fingerprint
+        sizes, checksum = {}, 0
+        with open(temporary, "wb") as file:
+            file.seek(TokenFile.HEADER)
             for split, texts in splits.items():
-                skipped: Counter = Counter()
-                tokens = file.create_dataset(split, (0,), dtype, maxshape=(None,), chunks=(2**16,))
-                n_bytes, buffer = 0, []
-                for text in tqdm(
-                    _read_to_the_end(texts), desc=f"encoding {split}", unit=" documents", mininterval=1.0, leave=False
-                ):
+                n_tokens, n_bytes, skipped = 0, 0, Counter()
+                texts = _read_to_the_end(texts)
+                for text in tqdm(texts, desc=f"encoding {split}", unit=" documents", mininterval=1.0, leave=False):
                     if not isinstance(text, str):
                         skipped["without text"] += 1
                     elif not text.strip():
                         skipped["empty"] += 1
                     else:
-                        buffer += [*tokenizer.encode(text), tokenizer.eot_id]
+                        ids = np.array([*tokenizer.encode(text), tokenizer.eot_id], dtype)
+                        file.write(ids.tobytes())
+                        checksum = zlib.crc32(ids, checksum)
+                        n_tokens += len(ids)
                         n_bytes += len(text.encode("utf-8", errors="replace"))
-                    if len(buffer) >= 2**20:
-                        _append(tokens, buffer)
-                        buffer = []
-                _append(tokens, buffer)
-                tokens.attrs["bytes"] = n_bytes
                 report_skipped(skipped, f"{split} documents")
-                if not len(tokens):
+                if not n_tokens:
                     raise UserError(f"no text for {split}: every document was empty")
+                sizes[split] = (n_tokens, n_bytes)
+            facts = {"made_from": fingerprint, "dtype": dtype.str, "splits": sizes}
+            checksum = zlib.crc32(json.dumps(facts).encode(), checksum)
+            file.seek(0)
+            file.write(json.dumps(facts | {"checksum": checksum}).encode().ljust(TokenFile.HEADER))
 
     write_atomically(path, write)
 
@@ -131,10 +149,13 @@ def _read_to_the_end(texts: Iterable[str]) -> Iterator[str]:
         raise UserError(f"the text could not be read to its end ({' '.join(str(error).split())[:160]})") from None
 
 
-def _append(tokens: h5py.Dataset, ids: list[int]) -> None:
-    start = len(tokens)
-    tokens.resize((start + len(ids),))
-    tokens[start:] = np.array(ids, tokens.dtype)
+def _is_made_from(path: Path, fingerprint: str) -> bool:
+    """Whether a token file is there, whole, and made from what has that fingerprint."""
+    try:
+        file = TokenFile(path)
+        return file.header["made_from"] == fingerprint and file.is_whole()
+    except Exception:  # it is not there, or whatever a damaged header leads to
+        return False
 
 
 def _stamp(source: str) -> list:
@@ -156,13 +177,8 @@ def prepare_tokens(
     state = [tokenizer.state(), source, limit, seed if "arith" in sources(source) else None, *rename]
     state = json.dumps([*state, *held_out, *(_stamp(name) for name in dict.fromkeys((source, held_out[0])))])
     fingerprint = f"{zlib.crc32(state.encode()):08x}"
-    if path.exists():
-        try:
-            with h5py.File(path, "r") as file:
-                if file.attrs.get("fingerprint") == fingerprint:
-                    return
-        except OSError:
-            pass  # damaged: made again
+    if _is_made_from(path, fingerprint):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = {"train": (source, "train"), "validation": held_out}
     splits = {name: text_documents(*part, data_dir, seed, limit, rename) for name, part in parts.items()}

@@ -69,7 +69,7 @@ from layers import ModelConfig, make_norm
 from lora import load_state
 from optim import learning_rate, make_optimizers, update
 from runtime import processes
-from runtime.checkpoint import load_checkpoint, load_weights, need_checkpoint
+from runtime.checkpoint import extra, load_checkpoint, load_weights, need_checkpoint
 from runtime.config import (
     Above,
     AtLeast,
@@ -531,10 +531,10 @@ def load_classifier(path: str, device="cpu") -> tuple[Classifier, Callable[[list
     backbone, tokenizer, state = load_encoder(path, device)
     if state["stage"] != "encoder":
         raise UserError(f"{path} knows no classes: train them with --init_from {path}")
-    classes, config = tuple(state["extra"]["classes"]), state["config"]
+    classes, config = tuple(extra(state, "classes", list)), state["config"]
     model = Classifier(backbone, len(classes), config["pooling"]).to(device).eval()
     load_weights(model, state["model"], path)
-    lowercase, length = state["extra"]["lowercase"], state["extra"]["length"]
+    lowercase, length = extra(state, "lowercase", bool), extra(state, "length", int)
     read = partial(to_classify, labels=None, tokenizer=tokenizer, length=length, lowercase=lowercase)
     return model, read, classes
 
@@ -562,7 +562,7 @@ def make_body(run: Run, config: Config, tokenizer: Tokenizer) -> tuple[Transform
         raise UserError(f"max_seq_len {length}: the {body.config.positions} positions of {config.init_from} end")
     body.config = replace(body.config, max_seq_len=max(length, body.config.max_seq_len))
     torch.manual_seed(config.seed)
-    return body, state["extra"]["lowercase"], length
+    return body, extra(state, "lowercase", bool), length
 
 
 def step_generator(config: Config, step: int) -> torch.Generator:

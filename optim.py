@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from runtime import processes
+from runtime.errors import UserError
 from runtime.run import Run
 
 
@@ -42,6 +43,8 @@ def make_optimizers(
 
     A weight that two modules share is listed once, so it is updated and decayed once.
     """
+    if lr * weight_decay >= 1:  # AdamW multiplies the weights by 1 - lr · weight_decay
+        raise UserError(f"weight_decay {weight_decay:g} at lr {lr:g} leaves nothing of the weights: lower one of them")
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = [p for name, p in parameters if kind == "muon" and p.dim() == 2 and "blocks." in name]
     chosen = {id(p) for p in hidden}

@@ -75,7 +75,7 @@ from rollout import (
     total_reward,
 )
 from runtime import processes
-from runtime.checkpoint import need_checkpoint
+from runtime.checkpoint import extra, need_checkpoint
 from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, run_stage, validate
 from runtime.errors import RewardError, UserError
 from runtime.rows import evaluate_command
@@ -439,7 +439,7 @@ def main(config: Config) -> dict:
     policy.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)
     first = run.resume(model, optimizers)
-    beta = float(run.state["extra"]["beta"]) if run.state and not run.finished else config.beta
+    beta = extra(run.state, "beta", int | float) if run.state and not run.finished else config.beta
     announce(run, policy, questions, config.prompts_per_step, reward=config.reward, starts=config.init_from)
     if first == 0:
         run.evaluation(0, **examine(run, policy, judge, questions, config))

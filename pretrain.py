@@ -163,7 +163,7 @@ def balancing(routers: dict[int, list[Tensor]], config: Config) -> Tensor | floa
 @torch.no_grad()
 def validation(run: Run, model: Transformer, file: TokenFile, config: Config) -> dict:
     """Mean loss, in nats per token, over windows spread evenly over the validation split, and bits per byte."""
-    n = len(file.file["validation"]) - config.seq_len - 1
+    n = len(file.splits["validation"]) - config.seq_len - 1
     starts = torch.linspace(0, n, min(config.eval_windows, n + 1), dtype=torch.float64).long().tolist()
     total = 0.0
     for part in parts_of(starts, config.batch_size):
@@ -220,10 +220,10 @@ def tokens_of(run: Run, config: Config) -> tuple[Tokenizer, TokenFile]:
     else:
         tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, *data)
     if run.is_main:
-        prepare_tokens(run.folder / "tokens.h5", tokenizer, *data, held_out=held_out(config))
+        prepare_tokens(run.folder / "tokens.bin", tokenizer, *data, held_out=held_out(config))
     processes.barrier()
-    file = TokenFile(run.folder / "tokens.h5")
-    for split, tokens in file.file.items():
+    file = TokenFile(run.folder / "tokens.bin")
+    for split, tokens in file.splits.items():
         if len(tokens) <= config.seq_len:
             raise UserError(
                 f"the {split} split has {len(tokens):,} tokens, fewer than one window of {config.seq_len + 1}: "
@@ -257,8 +257,8 @@ def main(config: Config) -> dict:
     tokens_per_step = config.batch_size * config.seq_len
     for step in run.steps(first, config.steps):
         # The windows of a step depend on the seed and the step alone: a resumed run sees what it would have seen.
-        windows = file.random_windows("train", config.batch_size, config.seq_len + 1, (config.seed, step))
-        windows = processes.my_share(windows).to(run.device)  # (B, T+1)
+        starts = file.random_starts("train", config.batch_size, config.seq_len + 1, (config.seed, step))
+        windows = file.windows("train", processes.my_share(starts), config.seq_len + 1).to(run.device)  # (B, T+1)
         loss, loads = torch.zeros((), device=run.device), 0
         for tokens in parts_of(windows, config.micro_batch_size):
             with run.autocast(), watch_routers(model) as routers:

@@ -67,7 +67,7 @@ from optim import learning_rate, make_optimizers, update
 from preferences import Pair, PairRows, encode_pairs, held_out_of, load_pairs, own_pairs, sources
 from rollout import sample_answers
 from runtime import processes
-from runtime.checkpoint import load_weights, need_checkpoint
+from runtime.checkpoint import extra, load_weights, need_checkpoint
 from runtime.config import (
     AtLeast,
     Count,
@@ -375,7 +375,7 @@ def make_body(run: Run, config: Config, tokenizer: Tokenizer) -> Transformer:
     if not config.encoder:
         return load_stage(config.init_from, device=run.device)[0]
     body, its_tokenizer, its_state = load_encoder(config.encoder, run.device)
-    if its_tokenizer.state() != tokenizer.state() or its_state["extra"]["lowercase"]:
+    if its_tokenizer.state() != tokenizer.state() or extra(its_state, "lowercase", bool):
         raise UserError(
             f"{config.encoder} reads other tokens than {config.init_from} writes; make one that reads them with: "
             f"python encoder.py --objective mlm --tokenizer_from {config.init_from}"

@@ -12,9 +12,11 @@ Run ``python stages.py`` to see what a checkpoint holds.
 """
 
 import dataclasses
+import math
 import os
 import sys
 import tempfile
+import typing
 from pathlib import Path
 
 import torch
@@ -53,7 +55,10 @@ def load_stage(
         raise UserError(f"{path} holds an encoder: it reads texts and writes none")
     weights = {k.removeprefix("backbone."): v for k, v in state["model"].items() if k.startswith("backbone.")}
     load_weights(model, weights or state["model"], path)
-    return model.to(device), load_tokenizer(state["tokenizer"]), state
+    tokenizer = load_tokenizer(state["tokenizer"])
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(f"{path} is damaged: its tokenizer has more tokens than its model")
+    return model.to(device), tokenizer, state
 
 
 EMBEDDED = ("arith", "own")  # the data that needs no file
@@ -87,10 +92,25 @@ def shape_of(path: str) -> ModelConfig:
 
 
 def shape_in(state: dict, path: str) -> ModelConfig:
+    """The shape of the model in a checkpoint. UserError: this version knows no such model, or it would be larger than
+    the weights that are there.
+    """
     try:
-        return ModelConfig(**state["model_config"])
-    except (TypeError, ValueError) as error:
+        shape = ModelConfig(**state["model_config"])
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{path} describes a model this version does not know: {error}") from None
+    weights = state["model"].values()
+    largest = max([len(weights), *(size for weight in weights for size in weight.shape)])
+    for name, kind in typing.get_type_hints(ModelConfig).items():
+        value = getattr(shape, name)
+        limit = 2**24 if name == "max_seq_len" and shape.positions != "learned" else largest
+        fits = isinstance(value, {float: int | float, tuple[int, ...] | None: tuple | None}.get(kind, kind))
+        fits = fits and (kind is not float or 0 < value < math.inf)
+        if not fits or (kind is int and not 0 <= value <= limit):
+            raise UserError(
+                f"{path} is damaged: its model has {name} {str(value)[:40]}, which does not fit its weights"
+            )
+    return shape
 
 
 def read_state(path: str) -> dict:

@@ -91,7 +91,11 @@ class BPETokenizer:
         self.merges = [(int(a), int(b)) for a, b in merges]
         self._bytes = [bytes([i]) for i in range(256)]
         for a, b in self.merges:
+            if not (0 <= a < len(self._bytes) and 0 <= b < len(self._bytes)):
+                raise ValueError(f"tokens {a} and {b} are merged before they are there")
             self._bytes.append(self._bytes[a] + self._bytes[b])
+            if len(self._bytes[-1]) > 2**16:  # each merge may double it: some twenty would fill the memory
+                raise ValueError("a token is longer than 65,536 bytes")
         self.ranks = {piece: i for i, piece in enumerate(self._bytes)}
         first = len(self._bytes)
         self.specials = {name: first + i for i, name in enumerate(SPECIALS)}
@@ -249,13 +253,16 @@ Tokenizer = ByteTokenizer | BPETokenizer | TiktokenTokenizer
 def load_tokenizer(state: dict) -> Tokenizer:
     """The tokenizer whose ``state()`` this is."""
     kind = state.get("kind")
-    if kind == "bytes":
-        return ByteTokenizer()
-    if kind == "bpe":
-        return BPETokenizer(state["merges"])
-    if kind == "tiktoken":
-        return TiktokenTokenizer(state["name"])
-    raise UserError(f"unknown kind of tokenizer: {kind!r}")
+    try:
+        if kind == "bytes":
+            return ByteTokenizer()
+        if kind == "bpe":
+            return BPETokenizer(state["merges"])
+        if kind == "tiktoken":
+            return TiktokenTokenizer(state["name"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint is damaged: its tokenizer cannot be made ({error})") from None
+    raise UserError(f"unknown kind of tokenizer: {str(kind)[:40]!r}")
 
 
 def encode_chat(

@@ -21,7 +21,13 @@ from runtime.errors import UserError
 
 MAGIC = "alignbook checkpoint 1"
 ADAPTERS = "alignbook adapters 1"  # the magic word of an adapters.pt
-FIELDS = ("model", "model_config", "tokenizer", "stage", "config", "step", "lineage")
+FIELDS = {  # what every checkpoint holds
+    "model": dict, "model_config": dict, "tokenizer": dict, "stage": str, "config": dict, "step": int, "lineage": list,
+}  # fmt: skip
+MORE_FIELDS = {  # what the checkpoint of a run holds besides
+    "steps": int, "finished": bool, "optimizers": list, "scaler": dict, "rng": torch.Tensor, "best": float | None,
+    "best_step": int | None, "world": int, "data": dict, "extra": dict, "lora": dict, "adapters": dict,
+}  # fmt: skip
 
 
 def write_atomically(path: Path, write) -> None:
@@ -83,13 +89,20 @@ def mend_best(folder: Path, state: dict) -> None:
 
 def _link(source: Path, target: Path) -> None:
     """A second name for the same bytes (a copy where the file system has no links), put in place atomically."""
+    if target.exists() and os.path.samefile(source, target):  # a rename of one to the other would leave both
+        return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        temporary.write_bytes(source.read_bytes())
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+        os.replace(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{target} could not be written ({error.strerror}); {source} is whole") from None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -114,7 +127,15 @@ def check_checkpoint(state: dict, path: str | Path) -> dict:
     missing = [name for name in FIELDS if name not in state]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}")
+    wrong = [n for n, kind in (FIELDS | MORE_FIELDS).items() if n in state and not isinstance(state[n], kind)]
+    wrong += [n for n in ("model", "adapters") if n not in wrong and not _are_weights(state.get(n, {}))]
+    if wrong or state["step"] < 0 or not all(isinstance(one, dict) for one in state["lineage"]):
+        raise UserError(f"{path} is damaged: its {' and '.join(wrong) or 'step or lineage'} cannot be what was written")
     return state
+
+
+def _are_weights(values: dict) -> bool:
+    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in values.items())
 
 
 def read_archive(path: str | Path, map_location="cpu", mmap: bool = False) -> dict:
@@ -141,6 +162,14 @@ def read_archive(path: str | Path, map_location="cpu", mmap: bool = False) -> di
     return state
 
 
+def extra(state: dict, name: str, kind: type):
+    """What a stage keeps in its checkpoint for itself, under that name."""
+    value = state.get("extra", {}).get(name)
+    if not isinstance(value, kind):
+        raise UserError(f"the checkpoint is damaged: it does not know its {name}")
+    return value
+
+
 def check_sums(path: str | Path) -> None:
     """Refuse an archive one of whose parts is not what was written: PyTorch does not look at the sums it stores."""
     try:
@@ -162,11 +191,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where) -> Non
         numbers = [i for group in saved["param_groups"] for i in group["params"]]
         fits = len(numbers) == len(set(numbers)) == len(weights) and set(saved["state"]) <= set(numbers)
         for number, weight in zip(numbers, weights):
-            for value in saved["state"].get(number, {}).values():
-                scalar = not isinstance(value, torch.Tensor) or value.dim() == 0
-                fits &= scalar or (value.shape == weight.shape and value.dtype == weight.dtype)
-        fits &= [len(g["params"]) for g in optimizer.param_groups] == [len(g["params"]) for g in saved["param_groups"]]
-    except (KeyError, TypeError, AttributeError):
+            for name, value in saved["state"].get(number, {}).items():
+                if name == "step":
+                    fits &= isinstance(value, (int, float)) or (value.dim() == 0 and value.is_floating_point())
+                else:
+                    fits &= value.shape == weight.shape and value.dtype == weight.dtype
+        for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            fits &= len(group["params"]) == len(stored["params"]) and group.keys() == stored.keys()
+            fits &= all(type(group[name]) is type(stored[name]) for name in group)
+    except (KeyError, TypeError, AttributeError, ValueError):
         fits = False
     if not fits:
         raise UserError(f"the optimizer in {where} does not fit the model: the checkpoint is damaged")
@@ -176,7 +209,7 @@ def load_weights(model, weights: dict, where) -> None:
     """``load_state_dict``, with one line if the shapes are not the model's."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         detail = [line.strip() for line in str(error).splitlines()[1:2]]
         raise UserError(f"the weights in {where} do not fit this model: {' '.join(detail)[:160]}") from None
 

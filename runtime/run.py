@@ -123,9 +123,12 @@ class Run:
         for optimizer, state in zip(optimizers, saved):
             check_optimizer(optimizer, state, self.folder)
             optimizer.load_state_dict(state)
-        if self.scaler.is_enabled() and self.state["scaler"]:
-            self.scaler.load_state_dict(self.state["scaler"])
-        torch.set_rng_state(self.state["rng"].cpu())
+        try:
+            if self.scaler.is_enabled() and self.state["scaler"]:
+                self.scaler.load_state_dict(self.state["scaler"])
+            torch.set_rng_state(self.state["rng"].cpu())
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"the random state in {self.folder} is damaged: {error}") from None
         if self.finished:
             self.print(f"{self.folder} is finished ({self.state['step']} steps); --fresh would start again")
         else:
@@ -237,7 +240,7 @@ class Run:
 
     def leave_nothing(self) -> None:
         """Remove the files of a run that ended before it had anything to write, for a mistake in its data, say."""
-        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt", "tokens.h5")]
+        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt", "tokens.bin")]
         if not (self.is_main and self.is_new) or (self.folder / "ckpt.pt").exists() or has_text(names[1]):
             return
         for path in names:

@@ -307,7 +307,7 @@ def run_cell(config: Config, cell: Cell, seed: int) -> dict:
     kept = {name: [curves[name][0], [rounded(v) for v in curves[name][1]]] for name in wanted}
     row = {"cell": cell.key, "seed": seed} | {name: rounded(value) for name, value in row.items()} | {"curves": kept}
     write_text(folder / "row.json", json.dumps(row) + "\n")
-    for large in (*folder.glob("*.pt"), *folder.glob("*.h5")):
+    for large in (*folder.glob("*.pt"), *folder.glob("*.bin")):
         large.unlink()  # the row is what is left of a run; its settings make the weights again
     return row
 

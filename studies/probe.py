@@ -48,7 +48,7 @@ CURVES = (  # metrics that pretrain.py logs, against steps (NAME@tokens, NAME@se
 
 def validation_windows(file: TokenFile, n: int, length: int) -> Tensor:
     """(n, length): windows spread evenly over the validation split."""
-    last = len(file.file["validation"]) - length
+    last = len(file.splits["validation"]) - length
     return file.windows("validation", torch.linspace(0, last, n, dtype=torch.float64).long().tolist(), length)
 
 
@@ -101,8 +101,8 @@ def measure(folder: str) -> tuple[dict, dict]:
     model, _, state = load_stage(folder)
     settings, logged = state["config"], read_metrics(Path(folder) / "metrics.jsonl")
     steps, seq_len = settings["steps"], settings["seq_len"]
-    file = TokenFile(Path(folder) / "tokens.h5")
-    longest = min(4 * seq_len, model.config.max_seq_len - 1, len(file.file["validation"]) - 1)
+    file = TokenFile(Path(folder) / "tokens.bin")
+    longest = min(4 * seq_len, model.config.max_seq_len - 1, len(file.splits["validation"]) - 1)
     by_position = loss_by_position(model, validation_windows(file, 512, longest + 1))  # (longest,)
     batch = validation_windows(file, settings["batch_size"], seq_len + 1)
     file.close()
@@ -142,8 +142,8 @@ def look(folder: str) -> None:
     """Print what ``measure`` finds in a finished run of pretrain.py. UserError: the folder holds no such run."""
     need_checkpoint(folder, "python pretrain.py")
     stage = load_checkpoint(folder, mmap=True)["stage"]
-    if stage != "pretrain" or not Path(folder, "tokens.h5").exists():
-        why = f"it is a {stage} run" if stage != "pretrain" else "tokens.h5 is missing"
+    if stage != "pretrain" or not Path(folder, "tokens.bin").exists():
+        why = f"it is a {stage} run" if stage != "pretrain" else "tokens.bin is missing"
         raise UserError(f"{folder} holds no run of pretrain.py whose text can be looked at: {why}")
     row, curves = measure(folder)
     known = f", validation loss {row['val_loss']:.3f} nats" if row.get("val_loss") is not None else ""

@@ -36,7 +36,7 @@ PRESETS = sorted((ROOT / "configs").glob("*.py"))
 
 LAUNCHER = """
 import contextlib, json, os, runpy, sys, traceback
-import datasets, h5py, matplotlib, numpy, regex, tiktoken, torch, tqdm, tyro  # once for all scripts
+import datasets, matplotlib, numpy, regex, tiktoken, torch, tqdm, tyro  # once for all scripts
 
 for name, command in json.load(sys.stdin).items():
     if os.fork() == 0:
@@ -336,7 +336,7 @@ def imported(path: Path) -> set[str]:
 
 
 ALLOWED = {
-    "torch", "numpy", "tiktoken", "regex", "datasets", "h5py", "tyro", "tqdm", "matplotlib", "PIL", "tensorboard",
+    "torch", "numpy", "tiktoken", "regex", "datasets", "tyro", "tqdm", "matplotlib", "PIL", "tensorboard",
     "wandb",
 } | set(sys.stdlib_module_names)  # fmt: skip
 

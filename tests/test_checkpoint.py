@@ -22,7 +22,7 @@ def state(step: int = 1) -> dict:
         "stage": "sft",
         "config": {"lr": 1e-3, "betas": (0.9, 0.95), "fresh": False},
         "step": step,
-        "lineage": ["pretrain"],
+        "lineage": [{"stage": "pretrain"}],
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}},
         "random": torch.get_rng_state(),
     }

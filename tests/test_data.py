@@ -4,7 +4,6 @@ import lzma
 from collections import Counter
 from decimal import Decimal
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -96,11 +95,11 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
 
 def test_token_file_holds_every_document_and_counts_its_bytes(tmp_path, capsys):
     texts = ["héllo", "", "  ", None, "world"]
-    write_tokens(tmp_path / "t.h5", BYTES, {"train": texts, "validation": ["x"]}, "f")
+    write_tokens(tmp_path / "t.bin", BYTES, {"train": texts, "validation": ["x"]}, "f")
     assert "2 empty" in capsys.readouterr().out
-    file = TokenFile(tmp_path / "t.h5")
+    file = TokenFile(tmp_path / "t.bin")
     ids = [*BYTES.encode("héllo"), BYTES.eot_id, *BYTES.encode("world"), BYTES.eot_id]
-    assert file.file["train"][:].tolist() == ids and file.file["train"].dtype == np.uint16
+    assert file.splits["train"].tolist() == ids and file.splits["train"].dtype == np.uint16
     assert file.bytes_per_token["train"] == 11 / 13 and len(file) == 13
     file.close()
 
@@ -111,36 +110,38 @@ def test_large_vocabularies_are_stored_in_32_bits(tmp_path):
             super().__init__()
             self.vocab_size, self.eot_id = 100_000, 99_999
 
-    write_tokens(tmp_path / "t.h5", Large(), {"train": ["a"], "validation": ["b"]}, "f")
-    with h5py.File(tmp_path / "t.h5") as file:
-        assert file["train"].dtype == np.uint32 and file["train"][:].tolist() == [97, 99_999]
+    write_tokens(tmp_path / "t.bin", Large(), {"train": ["a"], "validation": ["b"]}, "f")
+    tokens = TokenFile(tmp_path / "t.bin").splits["train"]
+    assert tokens.dtype == np.uint32 and tokens.tolist() == [97, 99_999]
 
 
 def test_windows_are_stretches_of_the_file_and_depend_on_the_seed_alone(tmp_path):
-    write_tokens(tmp_path / "t.h5", BYTES, {"train": ["abcdefghij" * 20], "validation": ["x" * 50]}, "f")
-    file = TokenFile(tmp_path / "t.h5")
-    whole = file.file["train"][:].astype(int).tolist()
-    first = file.random_windows("train", 5, 20, (0, 7))
-    assert torch.equal(first, file.random_windows("train", 5, 20, (0, 7)))
-    assert not torch.equal(first, file.random_windows("train", 5, 20, (0, 8)))
-    for row in first.tolist():
+    write_tokens(tmp_path / "t.bin", BYTES, {"train": ["abcdefghij" * 20], "validation": ["x" * 50]}, "f")
+    file = TokenFile(tmp_path / "t.bin")
+    whole = file.splits["train"].astype(int).tolist()
+    first = file.random_starts("train", 5, 20, (0, 7))
+    assert np.array_equal(first, file.random_starts("train", 5, 20, (0, 7)))
+    assert not np.array_equal(first, file.random_starts("train", 5, 20, (0, 8)))
+    for row in file.windows("train", first, 20).tolist():
         assert any(whole[i : i + 20] == row for i in range(len(whole)))
-    starts = {
-        int(s) for seed in range(300) for s in np.random.default_rng([0, seed]).integers(0, len(whole) - 20 + 1, 1)
-    }
+    starts = {int(s) for seed in range(300) for s in file.random_starts("train", 1, 20, (0, seed))}
     assert max(starts) == len(whole) - 20  # the last window is reachable
     with pytest.raises(UserError, match="fewer than one window"):
-        file.random_windows("train", 1, 1000, (0, 0))
+        file.random_starts("train", 1, 1000, (0, 0))
     file.close()
 
 
 def test_an_interrupted_token_file_is_made_again(tmp_path):
-    path = tmp_path / "t.h5"
+    path = tmp_path / "t.bin"
     path.write_bytes(b"half a file")
     prepare_tokens(path, BYTES, "arith", "", 0, limit=50)
-    before = path.stat().st_mtime_ns
+    before, whole = path.stat().st_mtime_ns, path.read_bytes()
     prepare_tokens(path, BYTES, "arith", "", 0, limit=50)
     assert path.stat().st_mtime_ns == before  # made from the same source: kept
+    for place in (0, 20, 45, 75, 85, 5000, len(whole) - 1):  # one bit: of the header, of a token
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        prepare_tokens(path, BYTES, "arith", "", 0, limit=50)
+        assert path.read_bytes() == whole
     prepare_tokens(path, BYTES, "arith", "", 0, limit=60)
     assert path.stat().st_mtime_ns != before
 
@@ -162,7 +163,7 @@ def test_several_sources_of_text_are_read_one_after_the_other(tmp_path):
     assert list(text_documents(both, "train")) == ["a" * 95, "b" * 95]
     assert list(text_documents(both, "validation")) == ["a" * 5, "b" * 5]
     assert [len(list(text_documents(f"arith+{tmp_path / 'a.txt'}", "train", limit=n))) for n in (1, 3)] == [2, 4]
-    path = tmp_path / "t.h5"
+    path = tmp_path / "t.bin"
     prepare_tokens(path, BYTES, both, "", 0, limit=None)
     before = path.stat().st_mtime_ns
     (tmp_path / "b.txt").write_text("c" * 100)

@@ -25,6 +25,8 @@ from runtime.errors import UserError, run_main
 from runtime.folder import append_sample, cut_back, has_sample
 from runtime.metrics import whole_row
 from runtime.plots import read_metrics
+from stages import load_stage
+from tokenizer import load_tokenizer
 from verify import load_rewards
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ def run(tmp_path_factory):
 
 def copy_of(run: Path, folder: Path) -> Path:
     folder.mkdir()
-    for name in ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "samples.txt", "tokens.h5"):
+    for name in ("config.json", "metrics.jsonl", "ckpt.pt", "best.pt", "samples.txt", "tokens.bin"):
         (folder / name).write_bytes((run / name).read_bytes())
     return folder
 
@@ -128,6 +130,65 @@ def test_a_forged_optimizer_is_refused(n):
     assert len(wrong) == 9
     with pytest.raises(UserError, match="does not fit the model"):
         check_optimizer(optimizer, wrong[n], "here")
+
+
+def test_a_model_larger_than_its_weights_is_refused(run, tmp_path):
+    """Ten million blocks would be made, one by one, before the weights were found not to fit."""
+    folder = copy_of(run, tmp_path / "run")
+    whole = torch.load(folder / "ckpt.pt", weights_only=True)
+    sizes = {"n_layers": 10**7, "vocab_size": 2**40, "d_ff": 10**9, "max_seq_len": 10**12, "rope_theta": float("nan")}
+    for name, value in (sizes | {"norm": 3, "n_layers ": 1, "n_heads": 0, "bias": "x"}).items():
+        torch.save(whole | {"model_config": whole["model_config"] | {name: value}}, folder / "ckpt.pt")
+        with pytest.raises(UserError, match="does not fit its weights|does not know"):
+            load_stage(str(folder))
+    torch.save(whole, folder / "ckpt.pt")
+    load_stage(str(folder))
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [[[256 + i - 1, 256 + i - 1] if i else [0, 0] for i in range(60)], [[0, 300]], [[-1, 0]], [[1]], [["a", 0]], 3],
+)
+def test_a_forged_tokenizer_is_refused(merges):
+    """Sixty merges, each of the last token with itself, would make a token of 2^60 bytes."""
+    with pytest.raises(UserError, match="its tokenizer cannot be made"):
+        load_tokenizer({"kind": "bpe", "merges": merges})
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(run, tmp_path):
+    folder = copy_of(run, tmp_path / "run")
+    whole = torch.load(folder / "ckpt.pt", weights_only=True)
+    whole["tokenizer"]["merges"] += [[0, 0]] * 3
+    torch.save(whole, folder / "ckpt.pt")
+    with pytest.raises(UserError, match="more tokens than its model"):
+        load_stage(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("step", 1.5), ("step", -1), ("model", {"a": 1}), ("lineage", ["x"]), ("rng", None), ("best", "x"), ("extra", [])],
+)
+def test_a_field_of_another_kind_is_refused(name, value, run, tmp_path):
+    folder = copy_of(run, tmp_path / "run")
+    torch.save(torch.load(folder / "ckpt.pt", weights_only=True) | {name: value}, folder / "ckpt.pt")
+    with pytest.raises(UserError, match="cannot be what was written"):
+        load_checkpoint(folder)
+
+
+def test_a_damaged_random_state_ends_a_resumed_run_in_one_line(run, tmp_path):
+    folder = copy_of(run, tmp_path / "run")
+    state = torch.load(folder / "ckpt.pt", weights_only=True) | {"finished": False, "step": 2}
+    torch.save(state | {"rng": state["rng"][:10]}, folder / "ckpt.pt")
+    with pytest.raises(UserError, match="the random state in .* is damaged"):
+        pretrain.main(tiny_pretrain(folder, steps=4))
+
+
+def test_a_weight_decay_that_leaves_nothing_is_refused():
+    """AdamW multiplies by 1 - lr · weight_decay, which is below zero from there on."""
+    model = torch.nn.Linear(4, 3)
+    make_optimizers(model, 1e-3, 999.0)
+    with pytest.raises(UserError, match="weight_decay 1000 at lr 0.001"):
+        make_optimizers(model, 1e-3, 1000.0)
 
 
 def test_a_forged_optimizer_ends_a_resumed_run_in_one_line(run, tmp_path):

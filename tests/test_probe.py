@@ -92,7 +92,7 @@ def test_the_figures_of_a_run(run):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert row["loss"] == [r["loss"] for r in rows if "loss" in r][-1] != rows[0]["loss"]
     assert row["parameters"] == sum(p.numel() for p in model.parameters()) and row["trained_length"] == 32
-    file = TokenFile(folder / "tokens.h5")
+    file = TokenFile(folder / "tokens.bin")
     losses = loss_by_position(model, validation_windows(file, 512, 128))
     assert len(losses) == 127  # the last token that a table of 128 rows may be asked to predict
     assert row["near"] == pytest.approx(float(losses[16:32].mean()))  # after 17 to 32 tokens
@@ -147,8 +147,9 @@ def test_the_start_is_the_one_that_the_run_had(run):
     shape = load_stage(str(folder))[0].config
     torch.manual_seed(3)
     model = Transformer(shape)
-    file = TokenFile(folder / "tokens.h5")
-    tokens = file.random_windows("train", config.batch_size, config.seq_len + 1, (3, 0))
+    file = TokenFile(folder / "tokens.bin")
+    starts = file.random_starts("train", config.batch_size, config.seq_len + 1, (3, 0))
+    tokens = file.windows("train", starts, config.seq_len + 1)
     file.close()
     first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert first["step"] == 1 and first["loss"] == pytest.approx(
@@ -193,5 +194,5 @@ def test_the_script_looks_at_the_runs_it_is_given(tmp_path, monkeypatch, capsys)
     status, out, err = call("--steps")
     assert status == 1 and "no options" in err and len(err.splitlines()) == 1
     assert "there is no checkpoint" in call(tmp_path / "nothing")[2]
-    (folder / "tokens.h5").unlink()
-    assert "tokens.h5 is missing" in call(folder)[2]
+    (folder / "tokens.bin").unlink()
+    assert "tokens.bin is missing" in call(folder)[2]

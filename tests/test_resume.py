@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import but_slow, tiny_pretrain, tiny_sft
+from tiny import MEASURED_BY_A_CLOCK, but_slow, rows_of, same, tiny_pretrain, tiny_sft
 
 import grpo
 import optim
@@ -31,7 +30,6 @@ from transformer import ModelConfig, Transformer
 STAGES = {"pretrain": pretrain, "sft": sft, "grpo": grpo}
 STEPS, SAVE, EVAL = 9, 3, 5  # saves and examinations at different steps: every mixture of them is resumed from
 SAVES = sum(step % SAVE == 0 or step % EVAL == 0 or step == STEPS for step in range(1, STEPS + 1))
-MEASURED_BY_A_CLOCK = {"time", "tokens_per_second", "mfu", "rollout_share"}
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by signal")
 
@@ -128,15 +126,6 @@ def never_stopped(launch, starts, tmp_path_factory):
     return folder_of
 
 
-def rows_of(folder: Path) -> list[dict]:
-    rows = []
-    if (folder / "metrics.jsonl").exists():
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # it may be being written
-                rows.append(json.loads(line))
-    return rows
-
-
 def wait_for_step(process, folder: Path, step: int, since: int) -> None:
     """Until this start of the run has trained ``step``: rows of an earlier one are cut back to the checkpoint's
     step."""
@@ -146,23 +135,6 @@ def wait_for_step(process, folder: Path, step: int, since: int) -> None:
             return
         time.sleep(0.003)
     raise AssertionError(f"the run ended (status {process.exitcode}) before step {step}")
-
-
-def same(a, b, where="checkpoint") -> None:
-    """Equal in every tensor, number and text, at any depth."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 def assert_ended_as_if_never_stopped(folder: Path, whole: Path, saved_elsewhere: bool = False) -> None:
@@ -201,27 +173,6 @@ def test_killed_again_and_again_a_run_ends_as_if_never_stopped(stage, launch, st
     process.join()
     assert process.exitcode == 0
     assert_ended_as_if_never_stopped(tmp_path, never_stopped(stage))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_moment_a_run_ends_as_if_never_stopped(stage, seed, launch, starts, never_stopped, tmp_path):
-    """Delays are drawn from the start of the process on: kills meet reading, writing, examining and training."""
-    rng, whole = random.Random(f"{stage} {seed}"), never_stopped(stage)
-    kills = 0
-    for pause in [0.3] * 3 + [0.02] * 12 + [0.0]:  # the first run takes longer than the longest delay
-        process = launch(stage, settings(stage, tmp_path, starts), pause=pause)
-        if pause:
-            process.join(rng.uniform(0.3, 2.5))
-            kills += process.is_alive()
-            process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert kills
-    assert_ended_as_if_never_stopped(tmp_path, whole)
 
 
 @pytest.mark.parametrize("stage", STAGES)

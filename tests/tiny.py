@@ -1,5 +1,6 @@
 """Small things that several tests share: a tiny model, its weights from a fixture, and runs of a few seconds."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ NAMES = {  # Hugging Face's name -> ours
 }
 
 SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "seq_len": 64, "batch_size": 4}
+
+MEASURED_BY_A_CLOCK = {"time", "tokens_per_second", "mfu", "rollout_share"}
 
 
 def but_slow(values, *quick) -> list:
@@ -98,3 +101,29 @@ def assert_same_training(one: Path, other: Path) -> None:
     a, b = (torch.load(f / "ckpt.pt", weights_only=True)["model"] for f in (one, other))
     for name in a:  # Adam turns the rounding of a gradient near zero into a step of full size, so: in the norm
         assert float((a[name] - b[name]).norm()) < 0.01 * float(a[name].norm()), name
+
+
+def rows_of(folder: Path) -> list[dict]:
+    rows = []
+    if (folder / "metrics.jsonl").exists():
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # it may be being written
+                rows.append(json.loads(line))
+    return rows
+
+
+def same(a, b, where="checkpoint") -> None:
+    """Equal in every tensor, number and text, at any depth."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where

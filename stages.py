@@ -106,7 +106,7 @@ def shape_in(state: dict, path: str) -> ModelConfig:
         limit = 2**24 if name == "max_seq_len" and shape.positions != "learned" else largest
         fits = isinstance(value, {float: int | float, tuple[int, ...] | None: tuple | None}.get(kind, kind))
         fits = fits and (kind is not float or 0 < value < math.inf)
-        if not fits or (kind is int and not 0 <= value <= limit):
+        if not fits or (isinstance(value, int) and not 0 <= value <= limit):
             raise UserError(
                 f"{path} is damaged: its model has {name} {str(value)[:40]}, which does not fit its weights"
             )

@@ -50,7 +50,7 @@ def distinct_advantages(rewards: Tensor, advantages: Tensor, group_size: int) ->
     0.667
     """
     combinations = distinct = 0
-    for rows, values in zip(rewards.split(group_size), advantages.split(group_size)):
+    for rows, values in zip(rewards.cpu().split(group_size), advantages.cpu().split(group_size)):
         n = len({tuple(row) for row in rows.nan_to_num(UNKNOWN).tolist()})
         if n > 1:
             combinations += n

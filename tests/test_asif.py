@@ -177,6 +177,7 @@ def with_measure(**form):
 
 STAGES = {  # a name, and what runs a step or two of it
     "pretrain": with_pretrain(),
+    "pretrain fp16": with_pretrain(precision="fp16"),
     "pretrain checkpointed": with_pretrain(activation_checkpointing=True, micro_batch_size=2),
     "pretrain gpt2": with_pretrain(positions="learned", norm="layernorm", mlp="gelu", bias=True, tie_embeddings=True),
     "experts": with_pretrain(n_experts=4, n_shared_experts=1, balance="bias"),
@@ -210,6 +211,7 @@ QUICK = ("sft", "ppo reward", "grpo draws", "classify", "evaluate")
 IN_FLOAT64 = {  # where float64 is wanted on a device, which is not Apple's
     "generate.py sample",  # asks for the device
     "attention.py rope_cos_sin",  # asks for the device
+    "optim.py update",  # fp16: PyTorch's scaler, which knows Apple's devices
     "engine.py prepare", "engine.py <lambda>", "engine.py draw", "engine.py fast_generate",  # for CUDA alone
 }  # fmt: skip
 

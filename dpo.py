@@ -260,6 +260,7 @@ def rewards_of(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> Tens
 def reward_figures(rewards: Tensor, averages: Tensor) -> dict:
     """Sums over b pairs; rewards and log-probabilities per token, both (2, b). A tie, as before the first update, is
     half right: from there an accuracy rises by learning alone."""
+    rewards, averages = torch.stack([rewards, averages]).cpu()  # all at once: a program waits for what it reads
     ties = rewards[0] == rewards[1]
     return {
         "accuracy": float((rewards[0] > rewards[1]).sum() + 0.5 * ties.sum()),

@@ -273,7 +273,8 @@ def fast_generate(
                 for buffer in (decoder.token, decoder.going, decoder.logp):
                     buffer[: n // 2] = buffer.index_select(0, keep)
                 index, n = index[keep], n // 2
-        decoder.u[:n] = uniform(n)
+        if temperature > 0:
+            decoder.u[:n] = uniform(n)
         decoder.advance(n, temperature, eot_id)
     decoder.give_back_memory()
     C = int(mask.sum(dim=1).max())

@@ -249,7 +249,7 @@ def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> di
         longest = max(map(len, batch))
         tokens = torch.tensor([ids + [tokenizer.pad_id] * (longest - len(ids)) for ids in batch], device=device)
         real = torch.arange(1, longest) < torch.tensor([len(ids) for ids in batch])[:, None]
-        nats -= float(token_logps(model, tokens, where=real.to(device)).sum(dtype=torch.float64))
+        nats -= float(token_logps(model, tokens, where=real.to(device)).cpu().sum(dtype=torch.float64))
     return {"bits_per_byte": bits_per_byte(nats, n_bytes), "documents_bytes": n_bytes}
 
 
@@ -265,7 +265,8 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
     nats = count = 0.0
     for first in tqdm(range(0, len(rows), 16), desc="references", leave=False):
         tokens, mask, segments = (x.to(device) for x in rows.batch(range(first, min(first + 16, len(rows)))))
-        nats -= float(token_logps(model, tokens, where=mask[:, 1:], segments=segments).sum(dtype=torch.float64))
+        logps = token_logps(model, tokens, where=mask[:, 1:], segments=segments)
+        nats -= float(logps.cpu().sum(dtype=torch.float64))
         count += int(mask[:, 1:].sum())
     max_new = min(config.max_new_tokens or 256, model.config.max_seq_len // 2)
     asked = [(encode_chat(tokenizer, chat[:-1], add_generation_prompt=True)[0], chat[-1]["content"]) for chat in chats]

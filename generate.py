@@ -85,7 +85,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device=None) -> tupl
     tokens = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     real = torch.arange(longest, device=device) >= (longest - lengths)[:, None]
-    return tokens, None if bool(real.all()) else real
+    return tokens, None if min(map(len, prompts)) == longest else real
 
 
 def cache_for(model: Transformer, batch: int, max_len: int) -> KVCache:

@@ -142,7 +142,9 @@ def batch_kl(run: Run, model: Transformer, rows: JudgedRows, ref: Tensor, batch:
 
 
 def answer_figures(config: Config, gains: Tensor, averages: Tensor, desirable: Tensor) -> dict:
-    """What is logged of b answers, as sums over either class: rewards β Δ and log π per token; all (b,)."""
+    """What is logged of b answers, as sums over either class: rewards β Δ and log π per token; all (b,),
+    ``desirable`` on the CPU, where they are added up."""
+    gains, averages = torch.stack([gains, averages]).cpu()
     rewards = config.beta * gains
     return {
         "desirable": float(desirable.sum()),
@@ -289,7 +291,7 @@ def main(config: Config) -> dict:
             run.scaler.scale(part_loss * share).backward()
             loss, tokens_seen = loss + float(part_loss.detach()) * share, tokens_seen + int(real.sum())
             gains, averages = (logps - part_ref).detach(), (logps / lengths).detach()
-            sums.update(answer_figures(config, gains, averages, desirable))
+            sums.update(answer_figures(config, gains, averages, rows.desirable[part]))
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
         grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
 

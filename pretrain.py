@@ -169,7 +169,7 @@ def validation(run: Run, model: Transformer, file: TokenFile, config: Config) ->
     for part in parts_of(starts, config.batch_size):
         tokens = file.windows("validation", part, config.seq_len + 1).to(run.device)
         with run.autocast(), run.eager():
-            total -= float(token_logps(model, tokens).sum(dtype=torch.float64))
+            total -= float(token_logps(model, tokens).cpu().sum(dtype=torch.float64))
     loss = total / (len(starts) * config.seq_len)
     return {"val_loss": loss, "bits_per_byte": bits_per_byte(loss, file.bytes_per_token["validation"])}
 

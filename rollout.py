@@ -235,12 +235,11 @@ def sample_answers(
     N, C = new.shape
     device = new.device
     starts = torch.tensor([len(prompt) for prompt in prompts for _ in range(n)], device=device)  # (N,)
-    T = int(starts.max()) + C
-    tokens = torch.full((N, T), tokenizer.pad_id, device=device)
+    T = max(map(len, prompts)) + C
+    rows = [[*prompt, *[tokenizer.pad_id] * (T - len(prompt))] for prompt in prompts for _ in range(n)]
+    tokens = torch.tensor(rows, device=device)
     mask = torch.zeros(N, T, dtype=torch.bool, device=device)
     logps = torch.zeros(N, T, device=device)
-    for i, prompt in enumerate(prompts):
-        tokens[i * n : (i + 1) * n, : len(prompt)] = torch.tensor(prompt, device=device)
     columns = starts[:, None] + torch.arange(C, device=device)  # (N, C): where each new token goes in its row
     tokens.scatter_(1, columns, new)  # padding lands on padding
     mask.scatter_(1, columns, new_mask)
@@ -411,7 +410,8 @@ def micro_batches(mask: Tensor, rows: Tensor, size: int) -> list[tuple[Tensor, i
     """
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)  # (N,): one past the last token
     rows = rows[ends[rows].argsort(stable=True)]
-    return [(part, int(ends[part].max())) for part in rows.split(size) if len(part)]
+    widths = ends[rows].tolist()  # (n,), rising
+    return [(rows[i : i + size], max(widths[i : i + size])) for i in range(0, len(rows), size)]
 
 
 @torch.no_grad()

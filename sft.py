@@ -102,7 +102,7 @@ def validation(run: Run, model: Transformer, rows: PackedRows, batch: int) -> di
             hidden = model.forward_hidden(tokens, segments=segments)[:, :-1][mask[:, 1:]]  # (n, D)
             logps = model.head(hidden).float().log_softmax(dim=-1)
         targets = tokens[:, 1:][mask[:, 1:]]
-        total -= float(logps.gather(1, targets[:, None]).sum(dtype=torch.float64))
+        total -= float(logps.gather(1, targets[:, None]).cpu().sum(dtype=torch.float64))
         right += float((logps.argmax(dim=-1) == targets).sum())
         count += len(targets)
     loss = total / count

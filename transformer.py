@@ -274,7 +274,8 @@ def hidden_logps(
     if where is None:
         hidden, picked = hidden.flatten(0, 1), targets.flatten()  # (N, D), (N,)
     else:
-        hidden, picked = hidden[wanted], targets[wanted]
+        chosen = wanted.nonzero(as_tuple=True)  # a GPU has to count them: once, not at each use of the mask
+        hidden, picked = hidden[chosen], targets[chosen]
     weight = model.head.weight  # once: an adapter's is made anew at each reading
     logps_of = getattr(model, "compiled_logps", _logps)
     rows = max(1, (max_logits or logits_at_once(weight.device)) // weight.shape[0])

@@ -50,7 +50,7 @@ def distinct_advantages(rewards: Tensor, advantages: Tensor, group_size: int) ->
     0.667
     """
     combinations = distinct = 0
-    for rows, values in zip(rewards.split(group_size), advantages.split(group_size)):
+    for rows, values in zip(rewards.cpu().split(group_size), advantages.cpu().split(group_size)):
         n = len({tuple(row) for row in rows.nan_to_num(UNKNOWN).tolist()})
         if n > 1:
             combinations += n
@@ -255,15 +255,16 @@ class UpdateSums:
         too_high, too_low = change.exp() > 1 + self.clip_high, change.exp() < 1 - self.clip_low
         up, down = advantages > 0, advantages < 0
         outside = (up & too_high) | (down & too_low) if self.lower_bound else (up | down) & too_high
-        for name, value in {"loss": loss, **totals}.items():
-            self.sums[name] += float(value)
-        self.sums["tokens"] += float(mask.sum())
-        self.sums["pushed"] += float(((up | down) & mask).sum())  # tokens with an advantage
-        self.sums["clipped"] += float((outside & mask).sum())  # those of them whose gradient the clip takes away
-        self.sums["moved"] += float(((torch.expm1(log_ratio) - log_ratio) * mask).sum())  # k3 of KL(π_old ‖ π)
+        found = {"loss": loss, **totals, "tokens": mask.sum()}
+        found["pushed"] = ((up | down) & mask).sum()  # tokens with an advantage
+        found["clipped"] = (outside & mask).sum()  # those of them whose gradient the clip takes away
+        found["moved"] = ((torch.expm1(log_ratio) - log_ratio) * mask).sum()  # k3 of KL(π_old ‖ π)
         if ref_logps is not None:
             strayed = logps - ref_logps
-            self.sums["strayed"] += float(((torch.expm1(-strayed) + strayed) * mask).sum())  # k3 of KL(π ‖ π_ref)
+            found["strayed"] = ((torch.expm1(-strayed) + strayed) * mask).sum()  # k3 of KL(π ‖ π_ref)
+        values = torch.stack([torch.as_tensor(value, device=mask.device) for value in found.values()]).tolist()
+        for name, value in zip(found, values):  # read together: the program waits for the device once
+            self.sums[name] += value
 
     def means(self) -> dict[str, float]:
         """Of all processes: "loss"; "tokens", their number; "kl_old" and, with a reference, "kl_ref", nats of a token;

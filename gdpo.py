@@ -160,21 +160,23 @@ def condition(reward: Tensor, on: Tensor, threshold: float = 1.0) -> Tensor:
     return torch.where(on >= threshold, reward, torch.zeros_like(reward))
 
 
-def count_lessons(group_size: int, n_rewards: int) -> tuple[int, int, int]:
+def count_lessons(group_size: int, n_rewards: int, weights: tuple[float, ...] = ()) -> tuple[int, int, int]:
     """How many different lessons (advantages of a group, order aside) all tables of 0/1 rewards give: when rewards are
-    added (GRPO), added without the division by the std, and by GDPO before its step over the batch.
+    added (GRPO), added without the division by the std, and by GDPO before its step over the batch. weights: by default
+    all 1.
 
-    >>> count_lessons(group_size=2, n_rewards=2)
-    (2, 3, 3)
+    >>> count_lessons(group_size=2, n_rewards=2), count_lessons(group_size=2, n_rewards=2, weights=(1, 0.9))
+    ((2, 3, 3), (2, 5, 5))
     """
     rows = list(itertools.product((0.0, 1.0), repeat=n_rewards))
+    weighed = torch.tensor(weights or (1.0,) * n_rewards, dtype=torch.float64)
     found: tuple[set, set, set] = (set(), set(), set())
     for table in itertools.combinations_with_replacement(rows, group_size):
         rewards = torch.tensor(table, dtype=torch.float64)
-        total = rewards.sum(dim=1)
+        total = rewards @ weighed
         advantages = (
             group_advantages(total, group_size, eps=0.0), group_advantages(total, group_size, "none"),
-            group_sums(rewards, group_size, eps=0.0),
+            group_sums(rewards, group_size, weighed, eps=0.0),
         )  # fmt: skip
         for different, values in zip(found, advantages):
             different.add(tuple(sorted(round(value, 6) + 0.0 for value in values.tolist())))  # + 0.0: no -0.0

@@ -13,6 +13,8 @@ and the rest is ``grpo.py``. What to know about it:
 
 * A weight on a raw reward would cancel in eq. 4; on the normalised advantage it counts.
 * A rarer success counts more: one right answer among four gets 1.5 from its reward, two of four 0.87 each.
+* But the std of four rewards of 0 or 1 is 0.50 or 0.58 wherever they differ, so in groups of 4 this is nearly a sum
+  without a std, up to a constant; what fails there is the division by the std of the *sum* (``studies/combine.py``).
 * Equal weights on two opposed rewards still cancel: r1 = (1, 1, 0), r2 = (0, 0, 1) gives A_1 = -A_2 and no lesson,
   although the paper shows this case as one that GDPO saves. Other weights do save it.
 * The last step makes an advantage depend on the rest of the batch: beside dead groups, whose rewards are all equal, a

@@ -400,7 +400,7 @@ def _numbers(labels: list[str]) -> dict[str, float]:
 
 def plot_scatter(runs: dict, path: Path, scatter: list[str], names: dict[str, str]) -> None:
     """The end of each cell of a study in the plane of two columns, with bars from the least to the greatest seed and a
-    line through the cells of each part.
+    line through the cells that share the first half of their key.
     """
     figure, (axis,) = _axes(1, columns=1, width=7.0, height=4.8)
     points = []

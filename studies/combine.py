@@ -4,8 +4,8 @@ GDPO divides each reward by its std in the group. Of G answers with rewards of 0
 
     s = √( k (G - k) / (G (G - 1)) )            G = 4:  0.500 for k = 1 and 3,  0.577 for k = 2
 
-so in groups of 4 GDPO is nearly a sum that is divided by a constant; in larger groups the std of a rare reward is far from that of a
-common one. GRPO divides by the std of the *sum*, which is another thing. Every group that can occur is
+so in groups of 4 GDPO is nearly a sum that is divided by a constant; in larger groups the std of a rare reward is far
+from that of a common one. GRPO divides by the std of the *sum*, which is another thing. Every group that can occur is
 enumerated, with its probability, for answers that are independent of each other, and two figures say how alike the
 advantages are:
 

@@ -239,6 +239,29 @@ def test_how_many_differences_the_study_of_grpo_finds():
     assert [sum("**" in line[column] for line in lines) for column in (4, 6)] == [4, 10]
 
 
+@pytest.mark.parametrize(
+    ("name", "figure", "said"),
+    [
+        ("positions", "bits_per_byte", "their F is 60"),
+        ("lora", "accuracy", "F is 1.6 in greedy"),
+        ("lora", "correct", "5.0 in sampled"),
+        ("norms", "bits_per_byte", "(F 0.1)"),
+    ],
+)
+def test_how_much_a_seed_moves_all_cells(name, figure, said):
+    """F of the seed, beside the cell: what the pages say for and against pairing."""
+    path = ROOT / "docs" / "experiments" / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    cells = list(dict.fromkeys(row["cell"] for row in rows))
+    found = np.full((len(cells), 3), np.nan)
+    for row in rows:
+        found[cells.index(row["cell"]), row["seed"]] = row[figure]
+    (without, more), (s, df) = regression(found, seeds=False), regression(found, seeds=True)
+    F = (without**2 * more - s**2 * df) / (more - df) / s**2
+    assert said in " ".join(path.with_suffix(".md").read_text(encoding="utf-8").split())
+    assert float(re.search(r"\d+(\.\d)?", said)[0]) == pytest.approx(F, abs=0.5 if F > 10 else 0.05)
+
+
 def test_who_ends_above_and_below_the_weak_start():
     """What the page on GDPO says of single seeds."""
     rows = [json.loads(line) for line in (ROOT / "docs/experiments/gdpo.jsonl").read_text().splitlines()]

@@ -13,6 +13,8 @@ and the rest is ``grpo.py``. What to know about it:
 
 * A weight on a raw reward would cancel in eq. 4; on the normalised advantage it counts.
 * A rarer success counts more: one right answer among four gets 1.5 from its reward, two of four 0.87 each.
+* But the std of four rewards of 0 or 1 is 0.50 or 0.58 wherever they differ, so in groups of 4 this is nearly a sum
+  without a std, up to a constant; what fails there is the division by the std of the *sum* (``studies/combine.py``).
 * Equal weights on two opposed rewards still cancel: r1 = (1, 1, 0), r2 = (0, 0, 1) gives A_1 = -A_2 and no lesson,
   although the paper shows this case as one that GDPO saves. Other weights do save it.
 * The last step makes an advantage depend on the rest of the batch: beside dead groups, whose rewards are all equal, a
@@ -160,21 +162,23 @@ def condition(reward: Tensor, on: Tensor, threshold: float = 1.0) -> Tensor:
     return torch.where(on >= threshold, reward, torch.zeros_like(reward))
 
 
-def count_lessons(group_size: int, n_rewards: int) -> tuple[int, int, int]:
+def count_lessons(group_size: int, n_rewards: int, weights: tuple[float, ...] = ()) -> tuple[int, int, int]:
     """How many different lessons (advantages of a group, order aside) all tables of 0/1 rewards give: when rewards are
-    added (GRPO), added without the division by the std, and by GDPO before its step over the batch.
+    added (GRPO), added without the division by the std, and by GDPO before its step over the batch. weights: by default
+    all 1.
 
-    >>> count_lessons(group_size=2, n_rewards=2)
-    (2, 3, 3)
+    >>> count_lessons(group_size=2, n_rewards=2), count_lessons(group_size=2, n_rewards=2, weights=(1, 0.9))
+    ((2, 3, 3), (2, 5, 5))
     """
     rows = list(itertools.product((0.0, 1.0), repeat=n_rewards))
+    weighed = torch.tensor(weights or (1.0,) * n_rewards, dtype=torch.float64)
     found: tuple[set, set, set] = (set(), set(), set())
     for table in itertools.combinations_with_replacement(rows, group_size):
         rewards = torch.tensor(table, dtype=torch.float64)
-        total = rewards.sum(dim=1)
+        total = rewards @ weighed
         advantages = (
             group_advantages(total, group_size, eps=0.0), group_advantages(total, group_size, "none"),
-            group_sums(rewards, group_size, eps=0.0),
+            group_sums(rewards, group_size, weighed, eps=0.0),
         )  # fmt: skip
         for different, values in zip(found, advantages):
             different.add(tuple(sorted(round(value, 6) + 0.0 for value in values.tolist())))  # + 0.0: no -0.0

@@ -14,5 +14,5 @@ cells = [
     "balancing | a bias | n_experts=8 balance=bias",
     "balancing | none | n_experts=8 balance=none",
 ]
-columns = ["bits_per_byte", "bits_per_byte-first", "busiest", "idlest", "parameters", "active", "seconds"]
-curves = ["bits_per_byte-first", "busiest"]
+columns = ["bits_per_byte", "bits_per_byte-reference", "busiest", "idlest", "parameters", "active", "seconds"]
+curves = ["bits_per_byte-reference", "busiest"]

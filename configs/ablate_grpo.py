@@ -51,4 +51,10 @@ cells = [
     "start | 768 examples | group_size=4 start=sft_768",
 ]
 starts = ["sft_48 | n_examples=48", "sft_96 | n_examples=96", "sft_768 | n_examples=768"]
-columns = ["start", "accuracy", "correct", "steps_90", "kl", "entropy", "length", "answers"]
+reference = "group_size=4"
+tuned_seeds = [0]  # the learning rate and the updates were chosen with it
+goal = 0.8
+columns = [
+    "start", "accuracy", "accuracy-reference", "accuracy-mean", "accuracy-mean-reference", "correct", "rollouts", "kl",
+    "entropy", "length", "answers",
+]  # fmt: skip

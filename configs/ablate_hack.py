@@ -8,5 +8,8 @@ cells = [
     "verifier | last number | verifier=last",
     "verifier | any number | verifier=any",
 ]
-columns = ["believed", "correct", "accuracy", "formatted", "finished", "length", "kl"]
+columns = [
+    "believed", "correct", "correct-reference", "accuracy", "accuracy-reference", "accuracy-mean",
+    "accuracy-mean-reference", "formatted", "finished", "length", "kl",
+]  # fmt: skip
 curves = ["correct", "accuracy", "length"]

@@ -12,5 +12,10 @@ cells = [
     "what learns | LoRA, rank 4, from SFT with LoRA | start=rank4 lora_rank=4 lr=1e-3",
 ]
 starts = ["rank4 | lora_rank=4 lr=3e-3"]
-columns = ["start", "accuracy", "correct", "kl", "entropy", "length"]
+paired = True  # the order of the questions moves all cells alike
+goal = 0.8
+columns = [
+    "start", "accuracy", "accuracy-reference", "accuracy-mean", "accuracy-mean-reference", "correct",
+    "correct-reference", "rollouts", "kl", "entropy", "length",
+]  # fmt: skip
 curves = ["accuracy", "correct"]

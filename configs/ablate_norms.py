@@ -10,5 +10,5 @@ cells = [
     "roughly | LayerNorm | norm=layernorm lr=6.4e-2 warmup=0",
     "roughly | RMSNorm, also of queries and keys | norm=rmsnorm qk_norm=True lr=6.4e-2 warmup=0",
 ]
-columns = ["val_loss", "bits_per_byte", "bits_per_byte-first", "parameters", "seconds"]
-curves = ["val_loss", "val_loss-first", "start_gradient@layer", "end_gradient@layer"]
+columns = ["val_loss", "bits_per_byte", "bits_per_byte-reference", "parameters", "seconds"]
+curves = ["val_loss", "val_loss-reference", "start_gradient@layer", "end_gradient@layer"]

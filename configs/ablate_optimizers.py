@@ -13,5 +13,5 @@ cells = [
     "best of each | AdamW, lr 4e-3 | optimizer=adamw lr=4e-3",
     "best of each | Muon, lr 1.6e-2 | optimizer=muon lr=1.6e-2",
 ]
-columns = ["val_loss", "bits_per_byte", "bits_per_byte-first", "seconds", "seconds-first"]
+columns = ["val_loss", "bits_per_byte", "bits_per_byte-reference", "seconds", "seconds-reference"]
 curves = ["val_loss@tokens", "val_loss@seconds"]

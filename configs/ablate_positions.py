@@ -9,5 +9,5 @@ cells = [
     "positions | learned | positions=learned",
     "positions | sinusoidal | positions=sinusoidal",
 ]
-columns = ["bits_per_byte", "bits_per_byte-first", "near", "beyond", "beyond-first", "parameters"]
+columns = ["bits_per_byte", "bits_per_byte-reference", "near", "beyond", "beyond-reference", "parameters"]
 curves = ["val_loss", "loss@position"]

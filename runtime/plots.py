@@ -278,8 +278,8 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     A panel for each part and curve, a line for each cell, the mean over its seeds in a band from the least to the
     greatest; or, with two columns to ``scatter``, see ``plot_scatter``. ``names``: words that are this study's own.
 
-    A curve NAME-first is a difference to the first cell. A curve NAME@x has x on its axis, whose values are means
-    over seeds too, and is drawn as it was measured; one against steps is smoothed if it has many points. Against
+    A curve NAME-reference is a difference to the reference cell. A curve NAME@x has x on its axis, whose values are
+    means over seeds too, and is drawn as it was measured; one against steps is smoothed if it has many points. Against
     positions, a dotted line ends the trained length.
     """
     if scatter:
@@ -291,12 +291,12 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     columns = min(3, len(panels)) if len(curves) == 1 else len(curves)
     figure, axes = _axes(len(panels), columns, width=3.6, height=2.5 if one_legend else 3.0)
     for axis, (part, curve) in zip(axes, panels):
-        plain = curve.removesuffix("-first")
+        plain = curve.removesuffix("-reference")
         what = plain.partition("@")[2]
         if plain != curve:
             axis.axhline(0, color="black", linewidth=0.5)
         for (which, label), rows in runs.items():
-            seeds = [row["curves"][curve] for row in rows if curve in row.get("curves", {})]
+            seeds = _have(rows, curve)
             if which != part or not seeds:
                 continue
             n = min(len(steps) for steps, _ in seeds)  # a value that was no number is left out
@@ -315,8 +315,9 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
             axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(part)
         axis.set_xlabel(what or "step")
-        first = next(label for which, label in runs if which == part)
-        axis.set_ylabel(_curve_label(curve, names, first))
+        mine = {label: rows for (which, label), rows in runs.items() if which == part}
+        reference = next((label for label, rows in mine.items() if not _have(rows, curve)), next(iter(mine)))
+        axis.set_ylabel(_curve_label(curve, names, reference))
         if not one_legend:  # below its own panel, in as many columns as fit
             labels = axis.get_legend_handles_labels()[1]
             fit = max(1, int(3.6 / (0.4 + 0.06 * max(map(len, labels), default=1))))  # inches
@@ -328,17 +329,22 @@ def plot_study(runs: dict, path: Path, curves: list[str], scatter: list[str], na
     _save(figure, path)
 
 
-def _curve_label(curve: str, names: dict[str, str], first: str) -> str:
-    """The words of a study's curve, with its unit; a long one in several lines. first: the label of the part's first
-    cell.
+def _have(rows: list[dict], curve: str) -> list:
+    """The curves of that name; the reference cell has none of its difference to itself."""
+    return [row["curves"][curve] for row in rows if curve in row.get("curves", {})]
 
-    >>> _curve_label("val_loss-first", {}, "dense")
+
+def _curve_label(curve: str, names: dict[str, str], reference: str) -> str:
+    """The words of a study's curve, with its unit; a long one in several lines. reference: the label of the cell that
+    a difference is to.
+
+    >>> _curve_label("val_loss-reference", {}, "dense")
     'validation loss, minus that of\\n“dense” (nats)'
     """
-    plain = curve.removesuffix("-first")
+    plain = curve.removesuffix("-reference")
     words, unit = words_of(plain)
     words = names.get(plain) or names.get(plain.partition("@")[0]) or words
-    words += f", minus that of “{first}”" if plain != curve else ""
+    words += f", minus that of “{reference}”" if plain != curve else ""
     return textwrap.fill(f"{words} ({unit})" if unit else words, 30)
 
 
@@ -394,7 +400,7 @@ def _numbers(labels: list[str]) -> dict[str, float]:
 
 def plot_scatter(runs: dict, path: Path, scatter: list[str], names: dict[str, str]) -> None:
     """The end of each cell of a study in the plane of two columns, with bars from the least to the greatest seed and a
-    line through the cells of each part.
+    line through the cells that share the first half of their key.
     """
     figure, (axis,) = _axes(1, columns=1, width=7.0, height=4.8)
     points = []

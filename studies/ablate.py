@@ -2,21 +2,24 @@
 
 What is each piece of an algorithm worth? One run with it and one without it do not tell: reinforcement learning from
 the same start with another seed ends elsewhere, often by more than the piece is worth. So a study is a list of cells,
-each a setting that differs from the others in one thing, and every cell is run with several seeds. For a figure x of
-its n seeds the table gives the mean and the 95 % interval of the mean (Student 1908)::
+each a setting that differs from the others in one thing, and every cell is run with several seeds.
 
-    mean(x)  ±  t(n - 1) · std(x) / √n                                               std of the sample, t(2) = 4.3
+The table gives the mean over seeds and, in brackets, their standard deviation. What a study finds are *differences*: a
+column NAME-reference has that of each cell to the reference cell of its part, with a 95 % interval from the standard
+deviation of all cells together and with Holm's p over the part (``intervals.py``). Below the table stands the smallest
+difference that such a study finds in 80 % of cases: a smaller one may be there and not be seen. It is given for Holm's
+first step in the largest part, since that is what a single true difference has to pass.
 
-Two cells whose intervals overlap widely have not been told apart. Seeds decide which questions are asked, in which
-order, and the sampling; all cells share one start (another one would be a cell of its own). In pretraining there is no
-start, and the seed also makes the text; there, and wherever a seed weighs more than the cells, the *difference* of two
-cells with the same seed says more than either: a column NAME-first is that to the first cell of the part, its interval
-is that of the differences, and two cells are told apart if it does not hold 0.
+Seeds decide which questions are asked, in which order, and the sampling; all cells share one start (another one would
+be a cell of its own). In pretraining there is no start, and the seed also makes the text, which moves all cells alike:
+there, and where a preset says so (``paired``), differences are taken seed by seed.
 
     python studies/ablate.py configs/ablate_grpo.py            # a study of the book; stops and continues anywhere
     python studies/ablate.py --cells "a | lr=1e-4" "a | lr=3e-4"    # one of your own: part | settings
     python studies/ablate.py --stage pretrain --cells "a | norm=rmsnorm" "a | norm=layernorm"
+    python studies/ablate.py configs/ablate_grpo.py --seeds 10      # more seeds; those that are there are kept
     python studies/ablate.py configs/ablate_grpo.py --page docs/experiments/grpo.md
+    python studies/ablate.py configs/ablate_grpo.py --page docs/experiments/grpo.md --report_only      # runs nothing
 
 ``out/ablate/<name>/`` holds ``results.jsonl`` (a row for each cell and seed, with its curves), ``table.md`` and
 ``plot.png``; ``--page`` writes the table into a page, between two marks, and results and plot beside it.
@@ -43,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand 
 
 import gdpo
 import grpo
+import intervals
 import pretrain
 import probe
 import sft
@@ -50,18 +54,15 @@ from data import encode_prompts
 from lora import load_state
 from rollout import Rollout, answer_greedily, sample_answers, score
 from runtime.checkpoint import need_checkpoint, weights_id, write_text
-from runtime.config import Count, CountOrZero, as_dict, parse, validate
+from runtime.config import Count, CountOrZero, NotNegative, as_dict, parse, validate
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_study, read_metrics
+from runtime.words import words_of
 from stages import load_stage
 from texts import load_prompts
 from transformer import Transformer
 
 STAGES = {"grpo": grpo, "gdpo": gdpo, "pretrain": pretrain}
-T_95 = (  # of 1 to 29 degrees of freedom
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045,
-)  # fmt: skip
 OURS = ("init_from", "out_dir", "seed", "device", "fresh", "data", "data_dir")  # what the study itself decides
 
 
@@ -83,6 +84,15 @@ class Config:
     """What the starts are made from."""
     seeds: Count = 3
     """Runs of each cell. More may be added later."""
+    reference: str = ""
+    """Settings of the cell that the others are compared with, in the parts that have it. Default, and in all other
+    parts: the part's first cell."""
+    tuned_seeds: tuple[int, ...] = ()
+    """Seeds that the settings of the reference cell were chosen with: it is judged by others."""
+    paired: bool = False
+    """Take differences seed by seed, because a seed moves all cells alike. In pretraining always."""
+    goal: NotNegative = 0.8
+    """The greedy accuracy of the column "rollouts"."""
     jobs: CountOrZero = 0
     """Runs at a time, one thread each (0: one for each core)."""
     questions: Count = 512
@@ -90,20 +100,22 @@ class Config:
     length_limit: Count = 26
     """Up to so many tokens an answer is short; counted for every run, whether it is rewarded or not."""
     columns: tuple[str, ...] = ()
-    """Of the table; NAME-first is the difference to the part's first cell, seed by seed. Default: some for the
-    stage."""
+    """Of the table: a figure of the end; NAME-mean of a curve over the run; rollouts, until the curve of accuracy is
+    at the goal; or NAME-reference, the difference to the reference cell. Default: some for the stage."""
     curves: tuple[str, ...] = ()
     """Of the plot: a panel for each part and curve, against steps, or, in pretraining, NAME@tokens or NAME@seconds;
-    and NAME-first as above. Default: accuracy, or val_loss.
+    and NAME-reference as above. Default: accuracy, or val_loss.
     """
     scatter: tuple[str, ...] = ()
-    """Two columns: the plot shows the end of each cell in their plane instead, and a line through each part."""
+    """Two columns: the plot shows the end of each cell in their plane instead, a line through the cells of a label."""
     out: str = ""
     """Where runs and results are written. Default: out/ablate/<name>."""
     page: str = ""
     """Also write the table into this page, between <!-- table --> and <!-- /table -->, and results and plot beside
     it.
     """
+    report_only: bool = False
+    """Run nothing: table and plot from the results that are there, those beside the page if there is one."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,8 +217,8 @@ def folder_of(config: Config, cell: Cell, seed: int) -> Path:
 
 @torch.no_grad()
 def measure(folder: str, start: str, config: Config) -> dict:
-    """The figures of a finished run, all on held-out questions and by the strict verifier; only ``steps_90`` and
-    ``answers`` come from its curves.
+    """The figures of a finished run, all on held-out questions and by the strict verifier; only ``answers`` comes from
+    its curves.
 
     accuracy: of greedy answers, and start: of those before. Of one answer sampled at temperature 1 to each question:
     correct, formatted, short, all three; believed: right in the eyes of the verifier that the run was trained with;
@@ -236,7 +248,7 @@ def measure(folder: str, start: str, config: Config) -> dict:
     for name, which in {"accuracy": model, "start": reference}.items():
         row[name] = answer_greedily(which, tokenizer, ids, golds, max_new)["accuracy"]
     curves = read_metrics(Path(folder) / "metrics.jsonl")
-    return row | {"steps_90": steps_to(*curves["accuracy"]), "answers": sum(curves["answers"][1])}
+    return row | {"answers": sum(curves["answers"][1])}
 
 
 def distributions(model: Transformer, reference: Transformer, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -248,32 +260,28 @@ def distributions(model: Transformer, reference: Transformer, rollout: Rollout) 
     return tuple(torch.zeros(2, len(rollout)).index_add_(1, rows, each))
 
 
-def steps_to(steps: list, values: list, share: float = 0.9) -> float | None:
-    """Where a curve first reaches ``share`` of its whole gain, on the straight lines between its points; None if it
-    gains nothing.
+def steps_to(steps: list, values: list, goal: float) -> float | None:
+    """Where a curve first reaches ``goal``, on the straight lines between its points; None if it does not.
 
-    >>> steps_to([0, 10, 20, 30], [0.5, 0.7, 0.9, 0.9])
-    18.0
+    >>> steps_to([0, 10, 20, 30], [0.5, 0.75, 1.0, 0.8], goal=0.875)
+    15.0
     """
-    goal = values[0] + share * (values[-1] - values[0])
-    if values[-1] <= values[0]:
-        return None
+    if values[0] >= goal:
+        return steps[0]
     for (s0, v0), (s1, v1) in zip(zip(steps, values), zip(steps[1:], values[1:])):
         if v1 >= goal:
-            return round(s0 + (s1 - s0) * (goal - v0) / (v1 - v0), 1)
+            return s0 + (s1 - s0) * (goal - v0) / (v1 - v0)
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and the half width of its 95 % interval; of one value, infinite.
+def curve_mean(steps: list, values: list) -> float:
+    """The mean of a curve over the run: the area below the straight lines between its points, by its length.
 
-    >>> tuple(round(x, 3) for x in interval([0.8, 0.9, 1.0]))
-    (0.9, 0.248)
+    >>> curve_mean([0, 10, 30], [0.5, 0.7, 0.9])
+    0.7333333333333333
     """
-    n = len(values)
-    if n < 2:
-        return values[0], math.inf
-    t = T_95[n - 2] if n - 2 < len(T_95) else 1.96 + 2.4 / (n - 1)  # beyond the table, to within 0.1 %
-    return statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
+    points = list(zip(steps, values))
+    area = sum((s1 - s0) * (v0 + v1) / 2 for (s0, v0), (s1, v1) in zip(points, points[1:]))
+    return area / (steps[-1] - steps[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -328,11 +336,18 @@ def main(config: Config) -> list[dict]:
     """Run what is missing, seed by seed, so that an unfinished study is a study with fewer seeds; return all rows."""
     cells = checked_cells(config)
     root = root_of(config)
+    if config.report_only:
+        path = Path(config.page).with_suffix(".jsonl") if config.page else root / "results.jsonl"
+        if not (rows := read_rows(path)):
+            raise UserError(f"there are no results in {path}")
+        report(config, cells, rows)
+        return rows
     check_same_study(config)
     unique = list({cell.key: cell for cell in cells}.values())
     rows = read_rows(root / "results.jsonl")
     done = {(row["cell"], row["seed"]) for row in rows}
-    missing = [(cell, seed) for seed in range(config.seeds) for cell in unique if (cell.key, seed) not in done]
+    plan = [zip(unique, seeds) for seeds in zip(*(seeds_of(config, cell) for cell in unique))]  # seed by seed
+    missing = [(cell, seed) for some in plan for cell, seed in some if (cell.key, seed) not in done]
     for cell, seed in list(missing):  # measured, but the study was interrupted before it took note
         left = folder_of(config, cell, seed) / "row.json"
         if left.exists():
@@ -364,25 +379,44 @@ def main(config: Config) -> list[dict]:
     return rows
 
 
+def seeds_of(config: Config, cell: Cell) -> list[int]:
+    """The first seeds; of the reference cell, the first that it was not tuned with."""
+    tuned = config.tuned_seeds if cell.key == reference_key(config) else ()
+    return [seed for seed in range(config.seeds + len(tuned)) if seed not in tuned][: config.seeds]
+
+
+def reference_key(config: Config) -> str:
+    settings = read_settings(config.base) | read_settings(config.reference)
+    return Cell("", "", tuple(sorted(settings.items()))).key
+
+
 def checked_cells(config: Config) -> list[Cell]:
     """Refuse what cannot work, before anything runs; the cells."""
     validate(config)
     cells = read_cells(config)
-    if config.stage != "pretrain":
+    if config.reference and reference_key(config) not in {cell.key for cell in cells}:
+        raise UserError(f"reference: no cell has just the settings {config.reference}")
+    if config.tuned_seeds and not config.reference:
+        raise UserError("tuned_seeds are those of the reference: name its settings (--reference)")
+    if config.stage != "pretrain" and not config.report_only:
         need_checkpoint(config.init_from, "python sft.py")
     known_columns, known_curves = names_of(config)
     if config.scatter and len(config.scatter) != 2:
         raise UserError("scatter takes two columns")
     for name in (*columns_of(config), *config.scatter):
-        if name.removesuffix("-first") not in known_columns or (name.endswith("-first") and name in config.scatter):
-            raise UserError(f"there is no column {name}: {', '.join(known_columns)}")
-    if "distinct_advantages" in config.scatter or "distinct_advantages" in set(config.columns) - set(config.curves):
-        raise UserError("distinct_advantages is the mean of a curve: name it in curves and columns")
+        plain = name.removesuffix("-reference")
+        if plain.removesuffix("-mean") not in (known_curves if plain.endswith("-mean") else known_columns):
+            raise UserError(f"there is no column {name}: {', '.join(known_columns)}; -mean of a curve; -reference")
+        if name in config.scatter and (name not in known_columns or name == "rollouts"):
+            raise UserError(f"there is no column {name} to scatter: {', '.join(known_columns)}")
+        curve = "accuracy" if plain == "rollouts" else plain.removesuffix("-mean")
+        if curve != plain and curve not in kept_curves(config):
+            raise UserError(f"the column {name} is read off the curve {curve}: name it in curves too")
     for name in kept_curves(config):
         if name not in known_curves and not (config.stage == "pretrain" and without_axis(name) in known_curves):
             raise UserError(f"there is no curve {name}: {', '.join(known_curves)}")
     for name in config.curves:
-        if name.endswith("-first") and ("@seconds" in name or "@tokens" in name):
+        if name.endswith("-reference") and ("@seconds" in name or "@tokens" in name):
             raise UserError(f"{name}: differences are taken step by step, which is neither at equal time nor tokens")
     if config.page:
         split_page(Path(config.page))
@@ -433,11 +467,11 @@ def read_rows(path: Path) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Table, plot and page
 
-COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run, and one mean over the run
+COLUMNS = {  # of the table: what ``measure`` finds out at the end of a run, and ``rollouts``
     "start": "greedy accuracy before", "accuracy": "greedy accuracy", "correct": "sampled, right",
     "believed": "right, says its verifier", "formatted": "in form", "short": "short", "all": "right and short",
-    "steps_90": "steps to 90 %", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "tokens",
-    "finished": "finished", "answers": "answers sampled", "distinct_advantages": "kept apart, over the run",
+    "rollouts": "rollouts", "kl": "KL (nats an answer)", "entropy": "entropy (nats a token)", "length": "tokens",
+    "finished": "finished", "answers": "answers sampled",
 }  # fmt: skip
 CURVES = (  # what a run logs about itself: rewards are those that it was trained with
     "accuracy", "correct", "formatted", "short", "reward", "length", "entropy", "finished", "flat_groups",
@@ -448,7 +482,7 @@ AS_REWARDED = {  # what runtime/words.py does not know about them
     "short": "short, as rewarded",
 }  # fmt: skip
 DIGITS = {"kl": 2, "busiest": 2, "idlest": 2, "length": 1}  # decimals in the table; of whole numbers none, else 3
-DIGITS |= dict.fromkeys(("steps_90", "answers", "parameters", "active", "seconds"), 0)
+DIGITS |= dict.fromkeys(("rollouts", "answers", "parameters", "active", "seconds"), 0)
 
 
 def names_of(config: Config) -> tuple[dict, tuple]:
@@ -457,8 +491,9 @@ def names_of(config: Config) -> tuple[dict, tuple]:
 
 
 def columns_of(config: Config) -> tuple[str, ...]:
-    text = ("val_loss", "bits_per_byte", "bits_per_byte-first", "parameters", "seconds")
-    policy = ("accuracy", "correct", "steps_90", "kl", "entropy", "length")
+    text = ("val_loss", "bits_per_byte", "bits_per_byte-reference", "parameters", "seconds")
+    curve = ("accuracy-mean", "accuracy-mean-reference", "rollouts") if "accuracy" in kept_curves(config) else ()
+    policy = ("accuracy", "accuracy-reference", *curve, "correct", "kl", "entropy", "length")
     return config.columns or (text if config.stage == "pretrain" else policy)
 
 
@@ -468,7 +503,7 @@ def curves_of(config: Config) -> tuple[str, ...]:
 
 def kept_curves(config: Config) -> list[str]:
     """The curves that a row holds: of a difference, the curve itself."""
-    return list(dict.fromkeys(name.removesuffix("-first") for name in curves_of(config)))
+    return list(dict.fromkeys(name.removesuffix("-reference") for name in curves_of(config)))
 
 
 def without_axis(curve: str) -> str:
@@ -479,84 +514,150 @@ def without_axis(curve: str) -> str:
     return curve.removesuffix("@tokens").removesuffix("@seconds")
 
 
+def title(config: Config, name: str) -> str:
+    """The head of a column."""
+    plain = name.removesuffix("-reference")
+    curve = plain.removesuffix("-mean")
+    words = names_of(config)[0].get(plain) or f"{AS_REWARDED.get(curve) or words_of(curve)[0]}, mean of the curve"
+    words = f"rollouts to {config.goal:g}" if plain == "rollouts" else words
+    return words if plain == name else f"{words}, minus the reference's"
+
+
 def table(config: Config, cells: list[Cell], rows: list[dict]) -> str:
-    """Markdown: a line for each cell, mean ± half width for each column; seeds that have no such figure are left out,
-    and if some are, their number is said."""
-    several = any(cell.part for cell in cells)
-    columns, words = columns_of(config), names_of(config)[0]
-    titles = [words.get(name) or f"{words[name.removesuffix('-first')]}, minus the first's" for name in columns]
-    head = [*(["part"] if several else []), "setting", *titles, "seeds"]
+    """Markdown: a line for each cell, and below it what the differences rest on. A seed that has no such figure is left
+    out, and if some are, their number is said."""
+    several, columns = any(cell.part for cell in cells), columns_of(config)
+    head = [*(["part"] if several else []), "setting", *(title(config, name) for name in columns), "seeds"]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |"]
+    compared = {name: compare(config, cells, rows, name) for name in columns if name.endswith("-reference")}
     for cell in cells:
-        mine = [row for row in rows if row["cell"] == cell.key]
+        mine = rows_of(config, cell, rows)
         if not mine:
             continue
         entries = []
         for name in columns:
-            plain = name.removesuffix("-first")
-            if plain == name:
-                values = [value for row in mine if (value := figure(row, name)) is not None]
+            if name in compared:
+                entries.append(compared[name][0].get(cell, "-"))
             else:
-                values = differences(mine, rows_of_first(cell, cells, rows), plain)
-            entries.append(describe(values, len(mine), DIGITS.get(plain, 3)))
+                values = [value for row in mine if (value := figure(config, row, name)) is not None]
+                entries.append(describe(values, len(mine), digits_of(name)))
         lines.append(
             "| " + " | ".join([*([cell.part] if several else []), cell.label, *entries, str(len(mine))]) + " |"
         )
-    return "\n".join(lines)
+    notes = [note for _, note in compared.values() if note]
+    return "\n".join([*lines, *(["", KEY, *notes] if notes else [])])
 
 
-def figure(row: dict, name: str) -> float | None:
-    """A figure of the end of a run, or the mean of a curve over the run."""
-    _, values = row.get("curves", {}).get(name, ((), ()))
-    return row.get(name, statistics.mean(values) if values else None)
+KEY = (
+    "In brackets: the standard deviation over seeds. ±: the 95 % interval of one difference. p: Holm's, over the "
+    "differences of a part; at most 0.05 in bold.\n"
+)
 
 
-def differences(mine: list[dict], first: list[dict], name: str) -> list[float]:
-    """Of a figure, seed by seed, to the rows of the first cell; none of the first cell to itself."""
-    others = {row["seed"]: figure(row, name) for row in first if row not in mine}
-    pairs = [(figure(row, name), others.get(row["seed"])) for row in mine] if others else []
-    return [value - other for value, other in pairs if value is not None and other is not None]
+def rows_of(config: Config, cell: Cell, rows: list[dict]) -> list[dict]:
+    """Of a cell: all but those of seeds that it was tuned with."""
+    tuned = config.tuned_seeds if cell.key == reference_key(config) else ()
+    return [row for row in rows if row["cell"] == cell.key and row["seed"] not in tuned]
 
 
-def with_differences(rows: list[dict], first: list[dict]) -> list[dict]:
-    """The rows with NAME-first for each of their curves: its distance, point by point, to the first cell's."""
-    others = {row["seed"]: row["curves"] for row in first if row not in rows}
+def digits_of(name: str) -> int:
+    return DIGITS.get(name.removesuffix("-reference").removesuffix("-mean"), 3)
+
+
+def figure(config: Config, row: dict, name: str) -> float | None:
+    """A figure of the end of a run, or one read off its curve."""
+    curve = "accuracy" if name == "rollouts" else name.removesuffix("-mean")
+    if curve == name:
+        return row.get(name)
+    points = row.get("curves", {}).get(curve)
+    if not points or len(points[0]) < 2:
+        return None
+    return steps_to(*points, config.goal) if name == "rollouts" else curve_mean(*points)
+
+
+def compare(config: Config, cells: list[Cell], rows: list[dict], column: str) -> tuple[dict[Cell, str], str]:
+    """The entries of a column NAME-reference by cell, and what they rest on, in a sentence. Paired: of the seeds that
+    all cells have in common."""
+    name, paired = column.removesuffix("-reference"), config.paired or config.stage == "pretrain"
+    found = {}
+    for cell in cells:
+        seeds = {row["seed"]: figure(config, row, name) for row in rows_of(config, cell, rows)}
+        if any(value is not None for value in seeds.values()):
+            found[cell.key] = {seed: seeds[seed] for seed in sorted(seeds) if seeds[seed] is not None}
+    if paired and found:
+        common = set.intersection(*map(set, found.values()))
+        found = {key: {seed: seeds[seed] for seed in sorted(common)} for key, seeds in found.items()}
+    values = {key: list(seeds.values()) for key, seeds in found.items() if seeds}
+    s, df, own = intervals.pooled(list(values.values()), paired)
+    entries, errors, most = {}, [], 0
+    for part in dict.fromkeys(cell.part for cell in cells):
+        reference, ps = reference_of(config, part, cells).key, {}
+        others = [cell for cell in cells if cell.part == part and cell.key != reference and cell.key in values]
+        for cell in others if reference in values else ():
+            error = s * math.sqrt(1 / len(values[cell.key]) + 1 / len(values[reference]))
+            difference = statistics.fmean(values[cell.key]) - statistics.fmean(values[reference])
+            entries[cell] = f"{difference:.{digits_of(name)}f}"
+            if s > 0:
+                ps[cell] = intervals.tail(difference / error, df)
+                entries[cell] += f" ± {intervals.quantile(0.975, df) * error:.{digits_of(name)}f}"
+                errors.append(error)
+        for cell, p in zip(ps, intervals.holm(list(ps.values()))):
+            entries[cell] = f"**{entries[cell]}**" if p <= 0.05 else entries[cell]
+            entries[cell] += f" (p {f'= {p:.3f}' if p >= 0.0005 else '< 0.001'})"
+        most = max(most, len(ps))
+    if not errors:
+        return entries, ""
+    digits, least = digits_of(name), intervals.smallest(max(errors), df, 0.05 / most)
+    shown = [f"{value:.{digits + 1}f}" for value in (s, min(own), max(own))]
+    level = f"5 % / {most}, Holm's first step in the largest part" if most > 1 else "5 %"
+    return entries, (
+        f"* {title(config, name)}: {'paired by seed' if paired else 'independent seeds'}; pooled standard deviation "
+        f"{shown[0]}, {df} degrees of freedom (of single cells: {shown[1]} to {shown[2]}). 80 % of studies like this "
+        f"one find a difference of {least:.{digits}f} (at {level})."
+    )
+
+
+def with_differences(rows: list[dict], reference: list[dict]) -> list[dict]:
+    """The rows with NAME-reference for each of their curves: its distance, point by point, to the reference's."""
+    others = {row["seed"]: row["curves"] for row in reference if row not in rows}
     made = [row | {"curves": dict(row["curves"])} for row in rows]
     for row in made:
         for name, (xs, ys) in list(row["curves"].items()):
             _, other = others.get(row["seed"], {}).get(name, ((), ()))
             if len(other) == len(ys):
-                row["curves"][f"{name}-first"] = [xs, [mine - theirs for mine, theirs in zip(ys, other)]]
+                row["curves"][f"{name}-reference"] = [xs, [mine - theirs for mine, theirs in zip(ys, other)]]
     return made
 
 
-def rows_of_first(cell: Cell, cells: list[Cell], rows: list[dict]) -> list[dict]:
-    """Of the first cell of the same part."""
-    first = next(other.key for other in cells if other.part == cell.part)
-    return [row for row in rows if row["cell"] == first]
+def reference_of(config: Config, part: str, cells: list[Cell]) -> Cell:
+    """The cell of a part that the others are compared with."""
+    mine = [cell for cell in cells if cell.part == part]
+    return next((cell for cell in mine if config.reference and cell.key == reference_key(config)), mine[0])
 
 
 def describe(values: list[float], n: int, digits: int) -> str:
     """
     >>> describe([0.8, 0.9, 1.0], 3, 3), describe([12.0], 2, 0), describe([], 2, 0)
-    ('0.900 ± 0.248', '12 (1 of 2)', '-')
+    ('0.900 (0.100)', '12, 1 of 2', '-')
     """
     if not values:
         return "-"
-    mean, half = interval(values)
-    text = f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if 0 < half < math.inf else "")
-    return text + (f" ({len(values)} of {n})" if len(values) < n else "")
+    spread = f"{statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
+    text = f"{statistics.fmean(values):.{digits}f}" + (f" ({spread})" if float(spread) else "")
+    return text + (f", {len(values)} of {n}" if len(values) < n else "")
 
 
 def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
     """table.md and plot.png in the study's folder; with ``page``, in the page and beside it too."""
     root, text = root_of(config), table(config, cells, rows)
+    root.mkdir(parents=True, exist_ok=True)
     write_text(root / "table.md", text + "\n")
     runs = {}
     for cell in cells:
-        mine = [row for row in rows if row["cell"] == cell.key]
+        mine = rows_of(config, cell, rows)
         if mine:
-            runs[cell.part, cell.label] = with_differences(mine, rows_of_first(cell, cells, rows))
+            key = (cell.label, cell.part) if config.scatter else (cell.part, cell.label)  # a line through each label
+            runs[key] = with_differences(mine, rows_of(config, reference_of(config, cell.part, cells), rows))
     if runs:
         columns, _ = names_of(config)
         names = columns if config.scatter else AS_REWARDED
@@ -566,7 +667,8 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
         page = Path(config.page)
         before, after = split_page(page)
         write_text(page, f"{before}\n{text}\n\n{after}")
-        shutil.copyfile(root / "results.jsonl", page.with_suffix(".jsonl"))
+        if not config.report_only:
+            shutil.copyfile(root / "results.jsonl", page.with_suffix(".jsonl"))
         shutil.copyfile(root / "plot.png", page.with_suffix(".png"))
 
 

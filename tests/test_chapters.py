@@ -26,7 +26,7 @@ ORDER = [
     "verify", "texts", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward",
     "dpo", "kto", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
-STUDIES = ["probe", "ablate", "structure"]
+STUDIES = ["probe", "intervals", "ablate", "combine", "structure"]
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
 CHAPTERS = list(PATHS)
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
@@ -84,6 +84,8 @@ EXAMPLES = {
     "lora": ["merged: W + 2 · B A", "with the adapters off", "trained 9,856 of"],
     "generate": ["top_k 2", "min_p 0.25", "10,000 draws"],
     "engine": ["fast_generate", "128 columns from the start", "equal: True"],
+    "intervals": ["pooled standard deviation 0.0163, 6 degrees", "Holm's 0.048"],
+    "combine": ["| right .08, in form .2, short if right .05 | 4 | 0.811 | 0.998 | 0.520 | 0.140 | 0.139 |"],
     "structure": ["| stage | lines", "| grpo.py |"],
     "verify": ["format 1  correct 1", "format 1  correct 0", "format 0  correct 0"],
     "arithmetic": ["pretraining text", "<think>", "held-out questions", "rejected answers"],

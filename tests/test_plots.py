@@ -272,8 +272,8 @@ def test_a_study_against_another_axis(tmp_path, figures):
          "loss@position": [values, values], "reward": [values, [v % 2 for v in values]]}}
         for k in (1, 3)
     ]  # fmt: skip
-    rows[0]["curves"]["val_loss@seconds-first"] = [[0.0, 1.0], [-1.0, 2.0]]
-    curves = ["val_loss@seconds", "loss@position", "reward", "val_loss@seconds-first"]
+    rows[0]["curves"]["val_loss@seconds-reference"] = [[0.0, 1.0], [-1.0, 2.0]]
+    curves = ["val_loss@seconds", "loss@position", "reward", "val_loss@seconds-reference"]
     plots.plot_study({("", "a"): rows}, tmp_path / "p.png", curves, [], {"reward": "my reward"})
     seconds, position, step, difference = figures[0].axes[:4]
     assert difference.get_ylabel() == "validation loss, minus that of\n“a” (nats)"

@@ -167,7 +167,8 @@ def test_what_a_run_cannot_tell_is_left_out(run, tmp_path):
     rows[last]["val_loss"] = math.nan
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     row, curves = probe.measure(str(tmp_path))
-    assert ablate.figure(row | {"curves": curves}, "val_loss") is None  # not the mean of those before
+    config = ablate.Config(stage="pretrain")
+    assert ablate.figure(config, row | {"curves": curves}, "val_loss") is None  # not the mean of those before
     assert row["beyond"] is None and row["val_loss"] is None and row["bits_per_byte"] > 0
     assert len(curves["loss@position"][0]) == 8 and curves["val_loss"][0] == [3]
 

@@ -330,6 +330,22 @@ class RollingCache(KVCache):
         self.n_seen = self.n_seen[rows]
 
 
+class LearningCache(KVCache):
+    """The same with a gradient, for training on texts that begin alike: nothing is overwritten, so the backward pass
+    finds what the forward pass had.
+    """
+
+    def begin(self, real: Tensor | None, positions: Tensor) -> None:
+        self.padded = self.padded or real is not None  # without asking whether all are: a GPU would have to wait
+        super().begin(real, positions)
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k[layer] is not None:
+            k, v = torch.cat([self.k[layer], k], dim=2), torch.cat([self.v[layer], v], dim=2)
+        self.k[layer], self.v[layer] = k, v
+        return k, v
+
+
 def make_cache(
     n_layers: int, batch: int, max_len: int, window: int | None = None, sinks: int = 0, device=None
 ) -> KVCache:

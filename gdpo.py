@@ -317,7 +317,7 @@ def main(config: Config) -> dict:
         lr = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr)
         updates = []
         for epoch in range(config.epochs):
-            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
+            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed, G):
                 part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
                 statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
                 # If no token of any process has a gradient, momentum must not move the weights by itself.

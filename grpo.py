@@ -106,7 +106,7 @@ from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, context_length, with_start
 from texts import Prompt
-from transformer import Transformer, token_logps
+from transformer import Transformer, shared_logps
 from verify import overlong_penalty
 from watch import (
     Alarm,
@@ -383,11 +383,12 @@ def accumulate_gradients(
     has_gradient = counts.any(dim=1) & can_train(advantages, config)  # (n,)
     bounded = config.loss_type != "cispo"
     sums = UpdateSums(config.clip_low, config.clip_high, config.ratio_level, lower_bound=bounded, reference=in_loss)
-    for rows, width in micro_batches(rollout.mask, has_gradient.nonzero().squeeze(1), config.micro_batch_size):
+    chosen, G = has_gradient.nonzero().squeeze(1), config.group_size
+    for rows, width in micro_batches(rollout.mask, chosen, config.micro_batch_size, G):
         mask, old = counts[rows, :width], old_logps[rows, :width]  # (b, width)
         ref = ref_logps[rows, :width] if in_loss else None
         with run.autocast():
-            logps = token_logps(policy, rollout.tokens[rows, : width + 1], config.temperature, where=mask)
+            logps = shared_logps(policy, rollout.tokens[rows, : width + 1], mask, config.temperature)
         beta, length = config.beta if in_loss else 0.0, config.max_new_tokens
         loss = grpo_loss(
             logps, old, advantages[rows], mask, ref, beta, config.clip_low, config.clip_high, config.loss_type,
@@ -423,9 +424,11 @@ def check(config: Config) -> None:
     validate(config)
     check_lora(config)
     check_shared("prompts_per_step", config.prompts_per_step)
-    answers = config.prompts_per_step * config.group_size // processes.launched()[1]
-    if answers < config.minibatches:
-        raise UserError(f"{answers} answers do not make {config.minibatches} minibatches per process")
+    questions = config.prompts_per_step // processes.launched()[1]
+    if questions < config.minibatches:
+        raise UserError(
+            f"the answers to {questions} questions do not make {config.minibatches} minibatches per process"
+        )
     if config.data == "arith" and (config.arith_warmup or config.arith_fade):
         raise UserError("arith_warmup and arith_fade lead from the embedded task to another one: choose --data")
     if config.arith_warmup >= config.steps and config.data != "arith":
@@ -524,7 +527,7 @@ def main(config: Config) -> dict:
         # 5. Several updates on the same answers. From the second on, ratios differ from 1 and the clip acts.
         lr, updates = learning_rate(step, config.steps, config.lr, config.warmup, config.final_lr), []
         for epoch in range(config.epochs):
-            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed):
+            for rows in minibatches(len(rollout), config.minibatches, step, epoch, config.seed, G):
                 part, ref = rollout.rows(rows), None if ref_logps is None else ref_logps[rows]
                 statistics = accumulate_gradients(run, policy, part, advantages[rows], config, old_logps[rows], ref)
                 # If no token of any process has a gradient, momentum must not move the weights by itself.

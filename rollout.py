@@ -35,7 +35,7 @@ from runtime.rows import describe_held_out, held_out, report_skipped
 from runtime.run import Run
 from texts import Prompt, load_prompts
 from tokenizer import ByteTokenizer, Tokenizer
-from transformer import ModelConfig, Transformer, model_size, token_logps
+from transformer import ModelConfig, Transformer, model_size, shared_logps, token_logps
 from verify import call_reward, correctness_reward, format_reward, lax_correctness_reward, load_rewards
 
 
@@ -392,25 +392,28 @@ def greedy_accuracy(
 # The rows of an update
 
 
-def minibatches(n: int, count: int, step: int, epoch: int, seed: int) -> list[Tensor]:
+def minibatches(n: int, count: int, step: int, epoch: int, seed: int, group: int = 1) -> list[Tensor]:
     """The rows of each of ``count`` minibatches of n answers, reshuffled in every epoch (one minibatch holds all of
-    them, in order); a function of its arguments alone.
+    them, in order); a function of its arguments alone. Each ``group`` of answers, to one prompt, stays together.
     """
     if count == 1:
         return [torch.arange(n)]
     generator = torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1009 + epoch) % 2**63)
-    return list(torch.randperm(n, generator=generator).tensor_split(count))
+    groups = torch.randperm(n // group, generator=generator).tensor_split(count)
+    return [(some[:, None] * group + torch.arange(group)).flatten() for some in groups]
 
 
-def micro_batches(mask: Tensor, rows: Tensor, size: int) -> list[tuple[Tensor, int]]:
+def micro_batches(mask: Tensor, rows: Tensor, size: int, group: int = 1) -> list[tuple[Tensor, int]]:
     """Micro-batches of ``size`` of the given rows, those of similar length together, each with its width: the columns
     after its longest answer are padding and need not be computed. In the embedded task this saves a fifth of the work.
+    The rows of a ``group`` stay side by side, for ``shared_logps``.
 
     mask: (N, T-1), with at least one token in each row; rows: (n,), indices.
     """
     ends = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(dim=1)  # (N,): one past the last token
-    rows = rows[ends[rows].argsort(stable=True)]
-    widths = ends[rows].tolist()  # (n,), rising
+    longest = ends.view(-1, group).amax(dim=1).repeat_interleave(group)  # (N,)
+    rows = rows[longest[rows].argsort(stable=True)]
+    widths = ends[rows].tolist()
     return [(rows[i : i + size], max(widths[i : i + size])) for i in range(0, len(rows), size)]
 
 
@@ -419,14 +422,14 @@ def policy_logps(run: Run, model: Transformer, rollout: Rollout, config, wanted:
     """(N, T-1) log-probabilities of the answers' tokens under ``model``, at the temperature that sampled them, without
     gradient; 0 where the mask is False, and in rows that are not ``wanted``, (N,) boolean.
 
-    config: the stage's, for its ``temperature`` and ``micro_batch_size``.
+    config: the stage's, for its ``temperature``, ``micro_batch_size`` and, if it has one, ``group_size``.
     """
     rows = torch.arange(len(rollout), device=run.device) if wanted is None else wanted.nonzero().squeeze(1)
-    logps = torch.zeros_like(rollout.sampled_logps)
-    for part, width in micro_batches(rollout.mask, rows, config.micro_batch_size):
+    logps, group = torch.zeros_like(rollout.sampled_logps), getattr(config, "group_size", 1)
+    for part, width in micro_batches(rollout.mask, rows, config.micro_batch_size, group):
         tokens, mask = rollout.tokens[part, : width + 1], rollout.mask[part, :width]
         with run.autocast():
-            logps[part, :width] = token_logps(model, tokens, config.temperature, where=mask)
+            logps[part, :width] = shared_logps(model, tokens, mask, config.temperature)
     return logps
 
 

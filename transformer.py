@@ -28,9 +28,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from attention import KVCache, SelfAttention, at_least_float32, may_attend, rope_cos_sin, sinusoidal_positions
+from attention import (
+    KVCache,
+    LearningCache,
+    SelfAttention,
+    at_least_float32,
+    may_attend,
+    rope_cos_sin,
+    sinusoidal_positions,
+)
 from layers import ModelConfig, RMSNorm, make_feed_forward, make_norm  # noqa: F401
 from moe import MoE
 from runtime.linear import Linear, linear  # nn.Linear and F.linear, faster on some CPUs
@@ -270,26 +279,29 @@ def hidden_logps(
     """``token_logps`` from the stream (B, T, D) that ``forward_hidden`` gave, for those who need that for more."""
     hidden = hidden[:, :-1]  # (B, T-1, D)
     targets = tokens[:, 1:]
-    wanted = torch.ones_like(targets, dtype=torch.bool) if where is None else where.bool()
     if where is None:
-        hidden, picked = hidden.flatten(0, 1), targets.flatten()  # (N, D), (N,)
-    else:
-        chosen = wanted.nonzero(as_tuple=True)  # a GPU has to count them: once, not at each use of the mask
-        hidden, picked = hidden[chosen], targets[chosen]
+        logps = picked_logps(model, hidden.flatten(0, 1), targets.flatten(), temperature, max_logits)
+        return logps.view_as(targets)
+    where = where.bool()
+    chosen = where.nonzero(as_tuple=True)  # a GPU has to count them: once, not at each use of the mask
+    logps = picked_logps(model, hidden[chosen], targets[chosen], temperature, max_logits)
+    return torch.zeros(where.shape, dtype=logps.dtype, device=logps.device).masked_scatter(where, logps)
+
+
+def picked_logps(
+    model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0, max_logits: int | None = None
+) -> Tensor:
+    """The log-probability of a target at each of n places of the stream: hidden (n, D), targets (n,) -> (n,)."""
     weight = model.head.weight  # once: an adapter's is made anew at each reading
     logps_of = getattr(model, "compiled_logps", _logps)
     rows = max(1, (max_logits or logits_at_once(weight.device)) // weight.shape[0])
-    if len(picked) <= rows:
-        logps = logps_of(hidden, weight, picked, temperature)  # small enough: keep the logits
-    else:
-        chunks = [
-            checkpoint(logps_of, h, weight, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), picked.split(rows))
-        ]
-        logps = torch.cat(chunks)
-    if where is None:
-        return logps.view_as(targets)
-    return torch.zeros(targets.shape, dtype=logps.dtype, device=logps.device).masked_scatter(wanted, logps)
+    if len(targets) <= rows:
+        return logps_of(hidden, weight, targets, temperature)  # small enough: keep the logits
+    chunks = [
+        checkpoint(logps_of, h, weight, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows))
+    ]
+    return torch.cat(chunks)
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -309,7 +321,41 @@ def _logps(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
 
 def answer_logps(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities of the answers that ``mask`` (N, T-1) marks, and their lengths: (N,) each."""
-    return token_logps(model, tokens, where=mask).sum(dim=1), mask.sum(dim=1)
+    return shared_logps(model, tokens, mask).sum(dim=1), mask.sum(dim=1)
+
+
+def shared_logps(model: Transformer, tokens: Tensor, where: Tensor, temperature: float = 1.0) -> Tensor:
+    """``token_logps`` of rows [prompt | answer | padding], in which each prompt that several rows begin with is read
+    once, as in generation: the answers go on from its keys and values. With groups of four and answers as long as
+    their prompts, that saves three eighths of the tokens.
+
+    tokens: (B, T); where: (B, T-1), 1 on the tokens of the answers; the prompt is what stands before the first of
+    them. Returns (B, T-1), 0 elsewhere.
+    """
+    device, where, T = tokens.device, where.bool(), tokens.shape[1]
+    rows, marks = torch.cat([tokens, where], dim=1).cpu().split([T, T - 1], dim=1)  # a GPU waits here, and only here
+    starts = (marks.argmax(dim=1) + 1).tolist()  # B: the columns of the answers' first tokens
+    ends = (marks * torch.arange(2, T + 1)).amax(dim=1).clamp(min=1).tolist()  # B: and behind their last ones
+    numbers: dict[tuple, int] = {}  # the prompts, in the order in which they are met
+    owner = [numbers.setdefault(tuple(row[:s]), len(numbers)) for row, s in zip(rows.tolist(), starts)]  # B
+    if len(numbers) == len(rows) or model.activation_checkpointing:  # which would write to the cache once more
+        return token_logps(model, tokens, temperature, where)
+
+    prompts = [torch.tensor(prompt) for prompt in numbers]
+    real = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left").to(device)
+    prompts = pad_sequence(prompts, True, padding_side="left").to(device)  # (R, P), as generation has them
+    answers = pad_sequence([row[s:e] for row, s, e in zip(rows, starts, ends)], True).to(device)  # (B, A)
+    wanted = pad_sequence([mark[s - 1 : e - 1] for mark, s, e in zip(marks, starts, ends)], True)  # (B, A)
+    cache = LearningCache(len(model.blocks), len(prompts), prompts.shape[1] + answers.shape[1], device)
+    last = model.forward_hidden(prompts, mask=real, cache=cache)[:, -1:]  # (R, 1, D): it foretells the first tokens
+    owner = torch.tensor(owner, device=device)
+    cache.select(owner)
+    hidden = last[owner]  # (B, 1, D)
+    if answers.shape[1] > 1:
+        hidden = torch.cat([hidden, model.forward_hidden(answers[:, :-1], cache=cache)], dim=1)  # (B, A, D)
+    chosen = tuple(index.to(device) for index in wanted.nonzero(as_tuple=True))
+    logps = picked_logps(model, hidden[chosen], answers[chosen], temperature)
+    return torch.zeros(where.shape, dtype=logps.dtype, device=device).masked_scatter(where, logps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy):  # noqa: F811
         accumulate_gradients(StubRun(), policy, rollout, advantages, config, rollout.sampled_logps)
         found.append(torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]))
     for other in found[1:]:
-        torch.testing.assert_close(found[0], other, rtol=1e-6, atol=1e-9)  # token_logps sums in float32 at least
+        torch.testing.assert_close(found[0], other, rtol=1e-5, atol=1e-7)  # positions turn by float32 cosines
 
 
 def test_rewards_of_answers():

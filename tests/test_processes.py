@@ -175,7 +175,7 @@ def grpo_gradients(rewards: dict) -> list:
         for case in CASES:
             if "mask_truncated" in case and name != "both learn":
                 continue  # nothing would be left
-            config = grpo.Config(temperature=0.7, max_new_tokens=14, **case)
+            config = grpo.Config(temperature=0.7, max_new_tokens=14, group_size=3, **case)
             advantages = group_advantages(values, 3)[share]
             ref = mine.sampled_logps - 0.1 * mine.mask * (mine.tokens[:, 1:] % 3)
             old = mine.sampled_logps + 0.3 * mine.mask * ((mine.tokens[:, 1:] % 5) - 2)  # some ratios are clipped

@@ -18,6 +18,7 @@ from transformer import (
     count_parameters,
     estimate_memory,
     flops_per_token,
+    shared_logps,
     token_logps,
 )
 
@@ -659,3 +660,81 @@ def test_selective_log_softmax_equals_trl():
     tokens = F.pad(TRL["index"], (1, 0))
     close(token_logps(Given(), tokens), TRL["logps"].float(), atol=1e-5)
     close(token_logps(Given(), tokens, 0.7), TRL["logps_T0_7"].float(), atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several answers to one prompt
+
+
+def answers_to_prompts(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, where) of 5 + 3 + 1 answers of 1 to 20 tokens to three prompts of 4, 9 and 13 tokens, in any order."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens, where = torch.randint(1, 60, (9, 40), generator=draw), torch.zeros(9, 39, dtype=torch.bool)
+    for rows, prompt in (([0, 1, 2, 3, 4], 4), ([5, 6, 7], 9), ([8], 13)):
+        for i in rows:
+            length = int(torch.randint(2, 20, (1,), generator=draw)) if i else 1
+            tokens[i, :prompt] = tokens[rows[0], :prompt]
+            where[i, prompt - 1 : prompt - 1 + length] = True
+            tokens[i, prompt + length :] = 0
+    order = torch.randperm(9, generator=draw)
+    return tokens[order], where[order]
+
+
+SHARED_FORMS = [
+    {}, {"n_kv_heads": 1, "qk_norm": True}, {"positions": "learned"}, {"positions": "sinusoidal", "norm": "layernorm"},
+    {"window": 6}, {"window": 6, "sinks": 2}, {"n_experts": 3}, {"tie_embeddings": True, "bias": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", SHARED_FORMS, ids=str)
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_prompt_that_is_read_once_gives_the_same_numbers_and_gradients(form, holes):
+    model = Transformer(ModelConfig(61, 32, 2, 4, max_seq_len=40, **form))
+    with torch.no_grad():  # far from the start, where attention hardly looks at anything
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    tokens, where = answers_to_prompts()
+    if holes:  # tokens inside an answer that do not count, and an answer of which none does
+        first = where.int().argmax(dim=1)
+        where[:5] &= torch.arange(39) % 3 != (first[:5, None] + 1) % 3
+        where[7] = False
+    found = []
+    for logps_of in (shared_logps, lambda *args: token_logps(args[0], args[1], args[3], args[2])):
+        model.zero_grad()
+        logps = logps_of(model, tokens, where, 0.7)
+        (logps * torch.linspace(-1, 1, 39)).sum().backward()
+        found.append([logps.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) and bool((found[0][0][~where] == 0).all())
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-4)
+
+
+def test_a_shared_prompt_goes_through_the_blocks_once():
+    model, seen = Transformer(ModelConfig(61, 32, 1, 4)), []
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape[:2])))
+    tokens, where = answers_to_prompts()
+    shared_logps(model, tokens, where)
+    longest = int(where.sum(dim=1).max())
+    assert seen == [
+        (3, 13),
+        (9, longest - 1),
+    ]  # an answer's last token foretells none
+    seen.clear()
+    shared_logps(model, tokens[[0]], where[[0]])  # nothing to share: the row as it is
+    model.activation_checkpointing = True
+    shared_logps(model, tokens, where)
+    assert seen == [(1, 40), (9, 40)]
+
+
+def test_answers_of_one_token_need_no_second_pass():
+    model, (tokens, where) = Transformer(ModelConfig(61, 32, 2, 4)), answers_to_prompts()
+    first = torch.zeros_like(where).scatter(1, where.int().argmax(dim=1, keepdim=True), True)
+    torch.testing.assert_close(shared_logps(model, tokens, first), token_logps(model, tokens, where=first))
+
+
+def test_a_shared_prompt_in_half_precision():
+    model, (tokens, where) = Transformer(ModelConfig(61, 32, 2, 4)), answers_to_prompts()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = shared_logps(model, tokens, where)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, token_logps(model, tokens, where=where), atol=0.03, rtol=0.03)

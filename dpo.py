@@ -73,7 +73,7 @@ from sft import answers
 from stages import begin, with_start
 from texts import load_prompts
 from tokenizer import Tokenizer
-from transformer import Transformer, answer_logps, model_size, token_logps
+from transformer import Transformer, answer_logps, model_size, shared_logps
 
 # What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO): with those, every
 # method except ORPO teaches the embedded task's policy to tell the answers apart, and it forgets how to give one.
@@ -317,7 +317,7 @@ def validation(run: Run, model: Transformer, rows: PairRows, ref: Tensor, config
     for part in parts_of(list(range(len(rows))), 32):
         tokens, mask, real = rows.batch(part, run.device)
         with run.autocast(), run.eager():
-            logps = token_logps(model, tokens, where=where_needed(config, mask, real))
+            logps = shared_logps(model, tokens, where_needed(config, mask, real))
         part_ref = ref[:, part].to(run.device)
         total += float(pair_loss(config, logps, mask, part_ref, row_tokens)) * len(part)
         sums.update(pair_figures(config, logps, mask, part_ref))
@@ -403,7 +403,7 @@ def main(config: Config) -> dict:
             # (2b, T), chosen above rejected; (2b, T-1), true where the next token is the answer's; (2b, T), no padding
             tokens, mask, real = rows.batch(part, run.device)
             with run.autocast():
-                logps = token_logps(model, tokens, where=where_needed(config, mask, real))  # (2b, T-1)
+                logps = shared_logps(model, tokens, where_needed(config, mask, real))  # (2b, T-1)
             part_ref = ref[:, part].to(run.device)  # (2, b), summed over the answers
             part_loss = pair_loss(config, logps, mask, part_ref, row_tokens)
             share = len(part) / config.batch_size  # parts add up to the mean over the whole batch

@@ -131,7 +131,7 @@ def main(config: Config) -> list[dict]:
     wanted = chosen(config.only, chain)
     exam = evaluate.Config(
         data="arith", n=128 if config.quick else 512, samples=config.samples, ks=(1, 8), seed=config.seed,
-        device=config.device, precision=config.precision,
+        device=config.device, precision=config.precision, batch_size=512,
     )  # fmt: skip
     rows: dict[str, dict] = {}  # of the stages that are finished and examined, in the order of the chain
     for stage in chain:

@@ -85,7 +85,7 @@ from runtime.rows import few
 from runtime.run import Run
 from stages import begin, load_stage, with_start
 from tokenizer import Tokenizer
-from transformer import Transformer, model_size
+from transformer import Transformer, model_size, shared_hidden
 
 DEFAULTS = {"arith": 8192}  # pairs
 
@@ -166,9 +166,13 @@ class RewardModel(nn.Module):
             return (hidden * self.score.weight).sum(dim=1) + self.score.bias
         return self.at_every_token(tokens, mask).gather(1, last_real(mask)[:, None])[:, 0]
 
-    def at_every_token(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """What the head reads at each token of a decoder: (B, T), float32, padded columns without meaning."""
-        hidden = self.backbone.forward_hidden(tokens, mask=None if _right_padded(mask) else mask)  # (B, T, D)
+    def at_every_token(self, tokens: Tensor, mask: Tensor, answers: Tensor | None = None) -> Tensor:
+        """What the head reads at each token of a decoder: (B, T), float32, padded columns without meaning; if
+        ``answers`` (B, T-1) marks the answers' tokens, without meaning before them (``shared_hidden``)."""
+        if answers is not None:
+            hidden = shared_hidden(self.backbone, tokens, answers)  # (B, T, D)
+        else:
+            hidden = self.backbone.forward_hidden(tokens, mask=None if _right_padded(mask) else mask)  # (B, T, D)
         hidden = at_least_float32(hidden).masked_fill(~mask.bool()[:, :, None], 0.0)
         return (hidden * self.score.weight).sum(dim=2) + self.score.bias  # autocast would multiply in 16 bits
 
@@ -441,12 +445,13 @@ def main(config: Config) -> dict:
         batch = processes.my_share(batches[epoch_batch(len(batches), 1, step, config.seed)[0]])
         loss = right = margin = tokens_seen = 0.0
         for part in parts_of(batch, config.micro_batch_size):
-            tokens, _, real = rows.batch(part, run.device)  # (2b, T): the chosen answers above the rejected ones
+            # (2b, T): the chosen answers above the rejected ones; (2b, T-1): true where the next token is the answer's
+            tokens, mask, real = rows.batch(part, run.device)
             with run.autocast():
                 if config.encoder:
                     scored = model(tokens, real)  # (2b,)
                 else:
-                    every = model.at_every_token(tokens, real)  # (2b, T)
+                    every = model.at_every_token(tokens, real, mask)  # (2b, T)
                     scored = every.gather(1, last_real(real)[:, None])[:, 0]  # (2b,)
             chosen, rejected = scored.chunk(2)  # (b,) each
             part_loss = bradley_terry_loss(chosen, rejected, config.margin, config.center)

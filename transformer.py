@@ -279,29 +279,26 @@ def hidden_logps(
     """``token_logps`` from the stream (B, T, D) that ``forward_hidden`` gave, for those who need that for more."""
     hidden = hidden[:, :-1]  # (B, T-1, D)
     targets = tokens[:, 1:]
+    wanted = torch.ones_like(targets, dtype=torch.bool) if where is None else where.bool()
     if where is None:
-        logps = picked_logps(model, hidden.flatten(0, 1), targets.flatten(), temperature, max_logits)
-        return logps.view_as(targets)
-    where = where.bool()
-    chosen = where.nonzero(as_tuple=True)  # a GPU has to count them: once, not at each use of the mask
-    logps = picked_logps(model, hidden[chosen], targets[chosen], temperature, max_logits)
-    return torch.zeros(where.shape, dtype=logps.dtype, device=logps.device).masked_scatter(where, logps)
-
-
-def picked_logps(
-    model: Transformer, hidden: Tensor, targets: Tensor, temperature: float = 1.0, max_logits: int | None = None
-) -> Tensor:
-    """The log-probability of a target at each of n places of the stream: hidden (n, D), targets (n,) -> (n,)."""
+        hidden, picked = hidden.flatten(0, 1), targets.flatten()  # (N, D), (N,)
+    else:
+        chosen = wanted.nonzero(as_tuple=True)  # a GPU has to count them: once, not at each use of the mask
+        hidden, picked = hidden[chosen], targets[chosen]
     weight = model.head.weight  # once: an adapter's is made anew at each reading
     logps_of = getattr(model, "compiled_logps", _logps)
     rows = max(1, (max_logits or logits_at_once(weight.device)) // weight.shape[0])
-    if len(targets) <= rows:
-        return logps_of(hidden, weight, targets, temperature)  # small enough: keep the logits
-    chunks = [
-        checkpoint(logps_of, h, weight, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(rows), targets.split(rows))
-    ]
-    return torch.cat(chunks)
+    if len(picked) <= rows:
+        logps = logps_of(hidden, weight, picked, temperature)  # small enough: keep the logits
+    else:
+        chunks = [
+            checkpoint(logps_of, h, weight, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(rows), picked.split(rows))
+        ]
+        logps = torch.cat(chunks)
+    if where is None:
+        return logps.view_as(targets)
+    return torch.zeros(targets.shape, dtype=logps.dtype, device=logps.device).masked_scatter(wanted, logps)
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -325,37 +322,44 @@ def answer_logps(model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tens
 
 
 def shared_logps(model: Transformer, tokens: Tensor, where: Tensor, temperature: float = 1.0) -> Tensor:
-    """``token_logps`` of rows [prompt | answer | padding], in which each prompt that several rows begin with is read
-    once, as in generation: the answers go on from its keys and values. With groups of four and answers as long as
-    their prompts, that saves three eighths of the tokens.
+    """``token_logps`` of rows [prompt | answer | padding], for the answers that ``where`` (B, T-1) marks, from
+    ``shared_hidden``: (B, T) -> (B, T-1), 0 elsewhere."""
+    return hidden_logps(model, shared_hidden(model, tokens, where), tokens, temperature, where)
 
-    tokens: (B, T); where: (B, T-1), 1 on the tokens of the answers; the prompt is what stands before the first of
-    them. Returns (B, T-1), 0 elsewhere.
+
+def shared_hidden(model: Transformer, tokens: Tensor, where: Tensor) -> Tensor:
+    """``forward_hidden`` of rows [prompt | answer | padding], in which each prompt that several rows begin with is read
+    once, as in generation: the answers go on from its keys and values. With four answers to each, as long as their
+    prompts, that saves three of eight tokens.
+
+    tokens: (B, T); where: (B, T-1), 1 on the tokens of the answers (column t is about token t+1); the prompt is what
+    stands before the first of them. Returns (B, T, D), right for the answers' tokens and the one before them.
     """
-    device, where, T = tokens.device, where.bool(), tokens.shape[1]
+    device, (B, T) = tokens.device, tokens.shape
     rows, marks = torch.cat([tokens, where], dim=1).cpu().split([T, T - 1], dim=1)  # a GPU waits here, and only here
     starts = (marks.argmax(dim=1) + 1).tolist()  # B: the columns of the answers' first tokens
     ends = (marks * torch.arange(2, T + 1)).amax(dim=1).clamp(min=1).tolist()  # B: and behind their last ones
     numbers: dict[tuple, int] = {}  # the prompts, in the order in which they are met
     owner = [numbers.setdefault(tuple(row[:s]), len(numbers)) for row, s in zip(rows.tolist(), starts)]  # B
-    if len(numbers) == len(rows) or model.activation_checkpointing:  # which would write to the cache once more
-        return token_logps(model, tokens, temperature, where)
+    width, longest = max(map(len, numbers)), max(e - s for s, e in zip(starts, ends))  # P, A
+    pays = longest > 0 and len(numbers) < B and len(numbers) * width + B * longest < 0.9 * B * T
+    if not pays or model.activation_checkpointing:  # which would fill the cache a second time
+        return model.forward_hidden(tokens)
 
     prompts = [torch.tensor(prompt) for prompt in numbers]
     real = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left").to(device)
     prompts = pad_sequence(prompts, True, padding_side="left").to(device)  # (R, P), as generation has them
     answers = pad_sequence([row[s:e] for row, s, e in zip(rows, starts, ends)], True).to(device)  # (B, A)
-    wanted = pad_sequence([mark[s - 1 : e - 1] for mark, s, e in zip(marks, starts, ends)], True)  # (B, A)
-    cache = LearningCache(len(model.blocks), len(prompts), prompts.shape[1] + answers.shape[1], device)
-    last = model.forward_hidden(prompts, mask=real, cache=cache)[:, -1:]  # (R, 1, D): it foretells the first tokens
+    cache = LearningCache(len(model.blocks), len(prompts), width + longest, device)
+    last = model.forward_hidden(prompts, mask=real, cache=cache)[:, -1:]  # (R, 1, D)
     owner = torch.tensor(owner, device=device)
     cache.select(owner)
-    hidden = last[owner]  # (B, 1, D)
-    if answers.shape[1] > 1:
-        hidden = torch.cat([hidden, model.forward_hidden(answers[:, :-1], cache=cache)], dim=1)  # (B, A, D)
-    chosen = tuple(index.to(device) for index in wanted.nonzero(as_tuple=True))
-    logps = picked_logps(model, hidden[chosen], answers[chosen], temperature)
-    return torch.zeros(where.shape, dtype=logps.dtype, device=device).masked_scatter(where, logps)
+    hidden = torch.cat([last[owner], model.forward_hidden(answers, cache=cache)], dim=1)  # (B, 1 + A, D)
+
+    starts, ends = torch.tensor(starts), torch.tensor(ends)
+    row, column = (torch.arange(1 + longest) <= (ends - starts)[:, None]).nonzero(as_tuple=True)
+    source, target = ((row.to(device), c.to(device)) for c in (column, column + starts[row] - 1))
+    return hidden.new_zeros(B, T, hidden.shape[2]).index_put(target, hidden[source])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

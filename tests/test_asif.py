@@ -372,7 +372,7 @@ CONFIGS = {  # of a stage: its configuration from (before, folder, the size of a
     dpo: (lambda b, f, n: pairs(dpo, b, f, n_pairs=16, micro_batch_size=n, **RARELY), 4),
     kto: (lambda b, f, n: pairs(kto, b, f, n_pairs=16, micro_batch_size=n, **RARELY), 4),
 }
-WAITS = [(pretrain, 1, 0), (sft, 2, 1), (grpo, 31, 4), (ppo, 27, 4), (dpo, 5, 4), (kto, 7, 6)]
+WAITS = [(pretrain, 1, 0), (sft, 2, 1), (grpo, 34, 7), (ppo, 28, 5), (dpo, 6, 5), (kto, 9, 8)]
 
 
 @pytest.mark.parametrize(("stage", "limit", "more"), but_slow(WAITS, WAITS[0], WAITS[2]))

@@ -324,9 +324,9 @@ def test_the_loss_of_a_step_has_margin_centre_and_the_tokens_share(tmp_path, sft
     """The first step's, from the scores of the weights at the start."""
     seen, every = [], RewardModel.at_every_token
 
-    def noted(self, tokens, real):
+    def noted(self, tokens, real, answers=None):  # what is logged is of prompts that are read once, what is seen not
         seen.append((tokens, real, every(self, tokens, real)))
-        return seen[-1][-1]
+        return every(self, tokens, real, answers)
 
     monkeypatch.setattr(RewardModel, "at_every_token", noted)
     more = {"margin": 0.5, "center": 0.1, "token_weight": 0.3, "n_sums": 0, "normalize_on": 0}

@@ -715,15 +715,13 @@ def test_a_shared_prompt_goes_through_the_blocks_once():
     tokens, where = answers_to_prompts()
     shared_logps(model, tokens, where)
     longest = int(where.sum(dim=1).max())
-    assert seen == [
-        (3, 13),
-        (9, longest - 1),
-    ]  # an answer's last token foretells none
+    assert seen == [(3, 13), (9, longest)]  # three prompts, nine answers
     seen.clear()
     shared_logps(model, tokens[[0]], where[[0]])  # nothing to share: the row as it is
+    shared_logps(model, tokens, torch.ones_like(where))  # one token to share: it does not pay
     model.activation_checkpointing = True
     shared_logps(model, tokens, where)
-    assert seen == [(1, 40), (9, 40)]
+    assert seen == [(1, 40), (9, 40), (9, 40)]
 
 
 def test_answers_of_one_token_need_no_second_pass():

@@ -116,13 +116,17 @@ def synchronize(device: torch.device) -> None:
 
 
 # Dense 16-bit (or, for MPS and unknown cards, measured) peak in floating-point operations per second, from the
-# vendors' data sheets.
+# vendors' data sheets. The first name that a card's name holds counts, so longer ones stand above.
 _PEAKS = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
-    "A10G": 125e12,
+    "A10G": 70e12,
+    "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "4090": 165e12,
     "3090": 71e12,

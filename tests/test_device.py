@@ -11,6 +11,7 @@ import torch
 
 import pretrain
 from runtime import run
+from runtime.device import peak_flops
 
 FAULTS = """
 import resource, sys, torch
@@ -52,3 +53,17 @@ def test_every_run_on_a_cpu_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "pick_device", lambda name, local: torch.device("cpu"))
     run.start(pretrain.Config(out_dir=str(tmp_path / "a"), device="cpu"), "pretrain")
     assert called == [True]
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A10G", 70e12), ("NVIDIA A10", 125e12), ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_exact_card(monkeypatch, name, peak):
+    """The first entry that the name holds is the one that counts: A100 is not A10, L40 is not L4."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == peak

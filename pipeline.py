@@ -163,7 +163,7 @@ def main(config: Config) -> list[dict]:
         times.note(stage, time.perf_counter() - begun, whole or config.fresh)
         if processes.rank() == 0:
             print(f"examined: {in_words(rows[stage.name])}{'; ' + times.left(todo) if todo else ''}", flush=True)
-        processes.barrier()
+        processes.barrier(alone=True)
     report = [rows[stage.name] for stage in chain if stage.name in rows]
     if processes.rank() == 0:
         if not (out / "curves.png").exists():

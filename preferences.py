@@ -254,7 +254,7 @@ def own_pairs(policy: Transformer, tokenizer: Tokenizer, checkpoint: str, seed: 
     if processes.rank() == 0 and not (path.exists() and path.stat().st_mtime >= found.stat().st_mtime):
         prompts = load_prompts("arith", "train", seed=seed)
         write_pairs(path, pairs_of_answers(policy, tokenizer, prompts, checkpoint, seed=seed))
-    processes.barrier()
+    processes.barrier(alone=True)
     return str(path)
 
 

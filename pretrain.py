@@ -221,7 +221,7 @@ def tokens_of(run: Run, config: Config) -> tuple[Tokenizer, TokenFile]:
         tokenizer = train_tokenizer(config.tokenizer, config.vocab_size, *data)
     if run.is_main:
         prepare_tokens(run.folder / "tokens.bin", tokenizer, *data, held_out=held_out(config))
-    processes.barrier()
+    processes.barrier(alone=True)
     file = TokenFile(run.folder / "tokens.bin")
     for split, tokens in file.splits.items():
         if len(tokens) <= config.seq_len:

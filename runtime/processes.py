@@ -18,9 +18,15 @@ from runtime.errors import UserError
 
 _BUCKET = 2**25  # elements of one all-reduce: few large messages, little extra memory
 
+# How long a process waits for the others: when one of them is gone, or stuck, the rest should end too. Where one works
+# alone (it tokenises a corpus, it examines a model) the others wait with ``barrier(alone=True)``.
+TIMEOUT, PATIENCE = datetime.timedelta(minutes=20), datetime.timedelta(days=2)
+_patient = None  # the group with which they do
+
 
 def setup_processes(device_name: str = "auto") -> tuple[int, int, int]:
     """Join the group if ``torchrun`` started us: (rank, world size, local rank). gloo on CPUs, nccl on GPUs."""
+    global _patient
     (rank, world), local = launched(), int(os.environ.get("LOCAL_RANK", "0"))
     if world > 1 and not dist.is_initialized():
         on_gpu = torch.cuda.is_available() and device_name in ("auto", "cuda")
@@ -31,7 +37,8 @@ def setup_processes(device_name: str = "auto") -> tuple[int, int, int]:
             torch.cuda.set_device(local)
         # Counts and rewards may live on the CPU while the model lives on a GPU: each kind of tensor has its way to
         # meet.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=60))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     return rank, world, local
 
 
@@ -55,9 +62,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def barrier() -> None:
+def barrier(alone: bool = False) -> None:
+    """Wait until all processes are here. alone: one of them does something on its own before, however long it takes."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=_patient if alone else None)
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

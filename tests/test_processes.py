@@ -659,3 +659,24 @@ def test_torchrun_starts_the_whole_chain_and_refuses_in_one_line(tmp_path):
         assert done.stdout.count(" done: ") == 1
     refused = torchrun(*base[:2], str(tmp_path / "d"), *base[3:], "--batch_size", "3")
     assert refused.returncode != 0 and "error: batch_size 3 cannot be shared evenly by 2 processes" in refused.stderr
+
+
+WAITING = """
+import datetime, sys, time
+from runtime import processes
+processes.TIMEOUT = datetime.timedelta(seconds=2)
+rank, *_ = processes.setup_processes("cpu")
+if rank == 0:
+    time.sleep(5)
+processes.barrier(alone=sys.argv[1] == "alone")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["alone", "together"])
+def test_who_waits_for_one_that_works_alone_waits_longer(how, tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "waiting.py"), how]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode == 0) == (how == "alone"), done.stderr[-2000:]

@@ -199,7 +199,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where) -> Non
         for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             fits &= len(group["params"]) == len(stored["params"]) and group.keys() == stored.keys()
             fits &= all(type(group[name]) is type(stored[name]) for name in group)
-    except (KeyError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError):
         fits = False
     if not fits:
         raise UserError(f"the optimizer in {where} does not fit the model: the checkpoint is damaged")

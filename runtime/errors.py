@@ -23,6 +23,9 @@ LEAVE: list[Callable[[], None]] = []  # what is done when any UserError ends the
 TOLD: list[Callable[[], str]] = []  # what is said when Ctrl-C ends the program: of a run, what was saved
 
 
+END: list[Callable[[], None]] = []  # what is done last, however the program ends: folders are let go of
+
+
 def close_processes() -> None:
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -76,4 +79,6 @@ def run_main(main) -> None:
         )
         sys.exit(1)
     finally:
+        for end in END:
+            end()
         close_processes()

@@ -15,7 +15,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from runtime.errors import UserError
+from runtime.errors import END, UserError
 
 NAME = ".lock"
 _held: dict[str, IO] = {}  # by folder: this process may run several stages, one after the other in the same folder too
@@ -77,6 +77,14 @@ def release(folder: Path) -> None:
         if _is_still_there(folder, file):
             (folder / NAME).unlink()
         file.close()
+
+
+def release_all() -> None:
+    for name in list(_held):
+        release(Path(name))
+
+
+END.append(release_all)
 
 
 def is_held(folder: Path) -> bool:

@@ -114,11 +114,12 @@ def wrong_states(saved: dict) -> list[dict]:
         saved | {"param_groups": saved["param_groups"][:1]},
         saved | {"param_groups": [saved["param_groups"][0] | {"params": [0, 0]}, *saved["param_groups"][1:]]},
         {"state": None, "param_groups": None},
+        {"state": {}, "param_groups": torch.zeros(3)},
         {},
     ]
 
 
-@pytest.mark.parametrize("n", range(9))
+@pytest.mark.parametrize("n", range(10))
 def test_a_forged_optimizer_is_refused(n):
     """Moments of another shape than their weights let a fused kernel read and write beyond them."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
@@ -127,7 +128,7 @@ def test_a_forged_optimizer_is_refused(n):
     optimizer.step()
     check_optimizer(optimizer, optimizer.state_dict(), "here")
     wrong = wrong_states(optimizer.state_dict())
-    assert len(wrong) == 9
+    assert len(wrong) == 10
     with pytest.raises(UserError, match="does not fit the model"):
         check_optimizer(optimizer, wrong[n], "here")
 
@@ -244,6 +245,14 @@ def test_a_second_run_in_a_folder_is_told_who_is_there(run, tmp_path, fresh):
     assert not lock.is_held(folder)
     pretrain.main(tiny_pretrain(folder, steps=4, fresh=fresh))
     assert (tmp_path / "run.old1").exists() == fresh
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="no locks on this system")
+def test_who_is_refused_leaves_no_lock_behind(run, tmp_path, capsys):
+    folder = copy_of(run, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        run_main(lambda: pretrain.main(tiny_pretrain(folder, steps=4, seed=1)))
+    assert "holds a run with seed" in capsys.readouterr().err and not (folder / ".lock").exists()
 
 
 @pytest.mark.skipif(lock.fcntl is None, reason="no locks on this system")

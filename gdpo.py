@@ -308,7 +308,7 @@ def main(config: Config) -> dict:
         # 3. All the rest is GRPO: the reference, the policy that sampled, and a few updates on the same answers.
         ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
         has_gradient = (advantages != 0) | (config.beta > 0)  # (N,)
-        old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
+        old_logps = policy_logps(run, policy, rollout, config, has_gradient, G)  # (N, T-1), 0 in the other rows
         assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
         if step == 0:
             report_start(run, rollout, rewards, sampled, signal["flat_groups"], asked[0])

@@ -416,7 +416,7 @@ def reference_logps(run: Run, reference: Transformer | None, rollout: Rollout, c
     if reference is None:
         return None
     with adapters_off(reference):
-        return policy_logps(run, reference, rollout, config)
+        return policy_logps(run, reference, rollout, config, group=config.group_size)
 
 
 def check(config: Config) -> None:
@@ -506,7 +506,7 @@ def main(config: Config) -> dict:
         # 2. The reference is who the policy was at the start. With a beta, straying from it costs reward here, or loss.
         ref_logps = reference_logps(run, reference, rollout, config)  # (N, T-1), or None
         if config.beta and config.kl_in == "reward":
-            logps = policy_logps(run, policy, rollout, config)  # not the sampler's: rounding must not look like a KL
+            logps = policy_logps(run, policy, rollout, config, group=G)  # the sampler's rounding is no KL
             rewards["kl"] = (kl_estimate(logps, ref_logps, config.kl) * rollout.mask).sum(dim=1)  # of a whole answer
 
         # 3. Advantages: how much better each answer did than its siblings, which are all on one process.
@@ -518,7 +518,7 @@ def main(config: Config) -> dict:
         # 4. π_old is the policy that sampled, before any update: every ratio of this step is to it. Its
         #    log-probabilities are computed again, as training does it, since the sampler's differ by rounding.
         has_gradient = can_train(advantages, config)  # (N,): the other rows are left out of every update, too
-        old_logps = policy_logps(run, policy, rollout, config, has_gradient)  # (N, T-1), 0 in the other rows
+        old_logps = policy_logps(run, policy, rollout, config, has_gradient, G)  # (N, T-1), 0 in the other rows
         assert_same_policy(run, gap := sampler_gap(rollout, old_logps, has_gradient))
         if step == 0:
             report_start(run, rollout, rewards, sampled, signal["flat_groups"], asked[0])

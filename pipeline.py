@@ -235,8 +235,8 @@ def is_finished(stage: Stage) -> bool:
 
 
 COSTS = {  # seconds with the examination, on two cores of a server CPU (AMD EPYC): what one is to another
-    "pretrain": 95, "sft": 15, "reward": 225, "dpo": 35, "ipo": 35, "kto": 45, "simpo": 30, "orpo": 30,
-    "ppo_reward": 140, "ppo": 130, "grpo": 66, "dr_grpo": 68, "dapo": 95, "gspo": 66, "cispo": 70, "gdpo": 70,
+    "pretrain": 86, "sft": 11, "reward": 175, "dpo": 24, "ipo": 26, "kto": 33, "simpo": 20, "orpo": 21,
+    "ppo_reward": 94, "ppo": 95, "grpo": 38, "dr_grpo": 40, "dapo": 41, "gspo": 41, "cispo": 39, "gdpo": 41,
 }  # fmt: skip
 
 

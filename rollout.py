@@ -418,14 +418,16 @@ def micro_batches(mask: Tensor, rows: Tensor, size: int, group: int = 1) -> list
 
 
 @torch.no_grad()
-def policy_logps(run: Run, model: Transformer, rollout: Rollout, config, wanted: Tensor | None = None) -> Tensor:
+def policy_logps(
+    run: Run, model: Transformer, rollout: Rollout, config, wanted: Tensor | None = None, group: int = 1
+) -> Tensor:
     """(N, T-1) log-probabilities of the answers' tokens under ``model``, at the temperature that sampled them, without
     gradient; 0 where the mask is False, and in rows that are not ``wanted``, (N,) boolean.
 
-    config: the stage's, for its ``temperature``, ``micro_batch_size`` and, if it has one, ``group_size``.
+    config: the stage's, for its ``temperature`` and ``micro_batch_size``; group: answers to a prompt, side by side.
     """
     rows = torch.arange(len(rollout), device=run.device) if wanted is None else wanted.nonzero().squeeze(1)
-    logps, group = torch.zeros_like(rollout.sampled_logps), getattr(config, "group_size", 1)
+    logps = torch.zeros_like(rollout.sampled_logps)
     for part, width in micro_batches(rollout.mask, rows, config.micro_batch_size, group):
         tokens, mask = rollout.tokens[part, : width + 1], rollout.mask[part, :width]
         with run.autocast():

@@ -101,9 +101,12 @@ def shape_in(state: dict, path: str) -> ModelConfig:
         raise UserError(f"{path} describes a model this version does not know: {error}") from None
     weights = state["model"].values()
     largest = max([len(weights), *(size for weight in weights for size in weight.shape)])
+    limits = {"window": 2**24, "sinks": 2**24}  # which no weight is as large as
+    limits |= {"max_seq_len": 2**24} if shape.positions != "learned" else {}
+    limits |= {"d_ff": largest * (shape.n_experts + shape.n_shared_experts)} if shape.n_experts else {}  # shared out
     for name, kind in typing.get_type_hints(ModelConfig).items():
         value = getattr(shape, name)
-        limit = 2**24 if name == "max_seq_len" and shape.positions != "learned" else largest
+        limit = limits.get(name, largest)
         fits = isinstance(value, {float: int | float, tuple[int, ...] | None: tuple | None}.get(kind, kind))
         fits = fits and (kind is not float or 0 < value < math.inf)
         if not fits or (isinstance(value, int) and not 0 <= value <= limit):

@@ -32,6 +32,7 @@ import tiktoken
 
 from runtime.errors import UserError
 
+LONGEST = 2**16  # bytes of a token
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 # Merges never cross these pieces: a word with its leading space, one digit, a run of punctuation, white space.
@@ -94,8 +95,8 @@ class BPETokenizer:
             if not (0 <= a < len(self._bytes) and 0 <= b < len(self._bytes)):
                 raise ValueError(f"tokens {a} and {b} are merged before they are there")
             self._bytes.append(self._bytes[a] + self._bytes[b])
-            if len(self._bytes[-1]) > 2**16:  # each merge may double it: some twenty would fill the memory
-                raise ValueError("a token is longer than 65,536 bytes")
+            if len(self._bytes[-1]) > LONGEST:  # each merge may double it: some thirty would fill the memory
+                raise ValueError(f"a token is longer than {LONGEST:,} bytes")
         self.ranks = {piece: i for i, piece in enumerate(self._bytes)}
         first = len(self._bytes)
         self.specials = {name: first + i for i, name in enumerate(SPECIALS)}
@@ -121,7 +122,7 @@ class BPETokenizer:
         pieces: Counter[str] = Counter()
         for text in texts:
             pieces.update(regex.findall(SPLIT, text))
-        words = [list(_utf8(piece)) for piece in pieces]  # each distinct word once, as ids ...
+        words = [list(_utf8(piece))[:LONGEST] for piece in pieces]  # each distinct word once, as ids ...
         counts = list(pieces.values())  # ... with how often it occurs
         pair_counts: Counter[tuple[int, int]] = Counter()
         found_in: defaultdict[tuple[int, int], set[int]] = defaultdict(set)

@@ -329,37 +329,44 @@ def shared_logps(model: Transformer, tokens: Tensor, where: Tensor, temperature:
 
 def shared_hidden(model: Transformer, tokens: Tensor, where: Tensor) -> Tensor:
     """``forward_hidden`` of rows [prompt | answer | padding], in which each prompt that several rows begin with is read
-    once, as in generation: the answers go on from its keys and values. With four answers to each, as long as their
-    prompts, that saves three of eight tokens.
+    once, as in generation: the answers go on from its keys and values. With R different prompts of P tokens and B
+    answers of A, the blocks compute R·P + B·A tokens and not B·(P + A): with four answers to each, as long as their
+    prompts, five of eight.
 
-    tokens: (B, T); where: (B, T-1), 1 on the tokens of the answers (column t is about token t+1); the prompt is what
-    stands before the first of them. Returns (B, T, D), right for the answers' tokens and the one before them.
+    tokens: (B, T); where: (B, T-1), true on the tokens of the answers (column t is about token t+1); the prompt is what
+    stands before the first of them. Returns (B, T, D), right at the answers' tokens and at the one before them; what
+    stands elsewhere is not to be used.
     """
     device, (B, T) = tokens.device, tokens.shape
-    rows, marks = torch.cat([tokens, where], dim=1).cpu().split([T, T - 1], dim=1)  # a GPU waits here, and only here
-    starts = (marks.argmax(dim=1) + 1).tolist()  # B: the columns of the answers' first tokens
-    ends = (marks * torch.arange(2, T + 1)).amax(dim=1).clamp(min=1).tolist()  # B: and behind their last ones
-    numbers: dict[tuple, int] = {}  # the prompts, in the order in which they are met
-    owner = [numbers.setdefault(tuple(row[:s]), len(numbers)) for row, s in zip(rows.tolist(), starts)]  # B
-    width, longest = max(map(len, numbers)), max(e - s for s, e in zip(starts, ends))  # P, A
-    pays = longest > 0 and len(numbers) < B and len(numbers) * width + B * longest < 0.9 * B * T
-    if not pays or model.activation_checkpointing:  # which would fill the cache a second time
+    # The rows are laid out on the CPU, so that a GPU has to be waited for only here.
+    rows, marks = torch.cat([tokens, where.bool()], dim=1).cpu().split([T, T - 1], dim=1)
+    starts = (marks.argmax(dim=1) + 1).tolist()  # of each answer the first token: mark t is about token t+1
+    ends = (marks * torch.arange(2, T + 1)).amax(dim=1).clamp(min=1).tolist()  # one past the last; no marks: no answer
+    number_of: dict[tuple, int] = {}  # the different prompts, in the order in which they are met
+    prompt_of = [number_of.setdefault(tuple(row[:s]), len(number_of)) for row, s in zip(rows.tolist(), starts)]  # B
+    R, P, A = len(number_of), max(map(len, number_of)), max(e - s for s, e in zip(starts, ends))
+    pays = A > 0 and R < B and R * P + B * A < 0.9 * B * T  # by a tenth, for what two passes cost besides
+    fits = model.config.positions == "rope" or model.config.max_seq_len >= P + A  # with the padding, too
+    if not (pays and fits) or model.activation_checkpointing:  # computing a block again would write its keys again
         return model.forward_hidden(tokens)
 
-    prompts = [torch.tensor(prompt) for prompt in numbers]
+    prompts = [torch.tensor(prompt) for prompt in number_of]
     real = pad_sequence([torch.ones_like(p) for p in prompts], True, padding_side="left").to(device)
     prompts = pad_sequence(prompts, True, padding_side="left").to(device)  # (R, P), as generation has them
     answers = pad_sequence([row[s:e] for row, s, e in zip(rows, starts, ends)], True).to(device)  # (B, A)
-    cache = LearningCache(len(model.blocks), len(prompts), width + longest, device)
-    last = model.forward_hidden(prompts, mask=real, cache=cache)[:, -1:]  # (R, 1, D)
-    owner = torch.tensor(owner, device=device)
-    cache.select(owner)
-    hidden = torch.cat([last[owner], model.forward_hidden(answers, cache=cache)], dim=1)  # (B, 1 + A, D)
+    prompt_of = torch.tensor(prompt_of, device=device)
+    cache = LearningCache(len(model.blocks), R, P + A, device)  # through it the answers' losses reach their prompts
+    last = model.forward_hidden(prompts, mask=real, cache=cache)[:, -1:]  # (R, 1, D): it foretells the first token
+    last = last.index_select(0, prompt_of)  # (B, 1, D); by [prompt_of] a CPU would add gradients in any order
+    cache.select(prompt_of)  # a copy for each answer
+    hidden = torch.cat([last, model.forward_hidden(answers, cache=cache)], dim=1)  # (B, 1 + A, D)
 
+    # Back to the places in the rows: hidden[b, k] belongs to the k-th token of the answer, hidden[b, 0] to the one
+    # before it.
     starts, ends = torch.tensor(starts), torch.tensor(ends)
-    row, column = (torch.arange(1 + longest) <= (ends - starts)[:, None]).nonzero(as_tuple=True)
-    source, target = ((row.to(device), c.to(device)) for c in (column, column + starts[row] - 1))
-    return hidden.new_zeros(B, T, hidden.shape[2]).index_put(target, hidden[source])
+    row, k = (torch.arange(1 + A) <= (ends - starts)[:, None]).nonzero(as_tuple=True)
+    row, k, column = (index.to(device) for index in (row, k, starts[row] - 1 + k))
+    return hidden.new_zeros(B, T, hidden.shape[2]).index_put((row, column), hidden[row, k])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

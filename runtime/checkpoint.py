@@ -197,12 +197,18 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict, where) -> Non
                 else:
                     fits &= value.shape == weight.shape and value.dtype == weight.dtype
         for group, stored in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-            fits &= len(group["params"]) == len(stored["params"]) and group.keys() == stored.keys()
-            fits &= all(type(group[name]) is type(stored[name]) for name in group)
+            fits &= len(group["params"]) == len(stored["params"]) and stored.keys() <= group.keys()
+            fits &= all(_alike(group[name], value) for name, value in stored.items())
     except (LookupError, TypeError, AttributeError, ValueError):
         fits = False
     if not fits:
         raise UserError(f"the optimizer in {where} does not fit the model: the checkpoint is damaged")
+
+
+def _alike(ours, theirs) -> bool:
+    """Of the same kind; a whole number may stand for another."""
+    numbers = (int, float)
+    return type(ours) is type(theirs) or (type(ours) in numbers and type(theirs) in numbers)
 
 
 def load_weights(model, weights: dict, where) -> None:

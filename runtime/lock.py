@@ -4,6 +4,7 @@ The system lets go of the lock when the process that holds it ends, however it e
 files cannot be locked (Windows, some network file systems) nothing is held and nothing is refused.
 """
 
+import contextlib
 import os
 import socket
 import time
@@ -81,7 +82,8 @@ def release(folder: Path) -> None:
 
 def release_all() -> None:
     for name in list(_held):
-        release(Path(name))
+        with contextlib.suppress(OSError):  # the folder, or its disk, is gone
+            release(Path(name))
 
 
 END.append(release_all)

@@ -417,7 +417,9 @@ def pairs(root: Path, case: str, n: int, draw: random.Random, folder: Path) -> d
     return {"count": 1, "refused": len(refused), "wrong": wrong}
 
 
-HOSTILE = ["nan", "inf", "-inf", "1e39", "1e308", "-1", "0", "1e-320", "3e38", "9999999999999999999", "", "x", "-x"]
+NUMBERS = ["nan", "inf", "-inf", "1e39", "1e308", "-1e39", "-1", "0", "1e-320", "3e38", "1e19"]
+COUNTS = ["-1", "0", "1", "2147483648", "9999999999999999999", "1000000007"]
+WORDS = ["", "x", "-x", "a=b", "/", "\n", "\ud800", "x" * 5000, "none", "../..", "1"]
 
 
 def hostile(root: Path, case: str, n: int, draw: random.Random, folder: Path) -> dict:
@@ -426,10 +428,11 @@ def hostile(root: Path, case: str, n: int, draw: random.Random, folder: Path) ->
     stage = stages(root)[case]
     config = stage.config(folder / "run")
     free = {"task", "out_dir", "seed", "device", "track", "data_dir", "profile_steps"}
-    names = [f.name for f in fields(config) if f.name not in free]
-    name, value = draw.choice(names), draw.choice(HOSTILE)
-    small = [f"--{f.name}={plain(getattr(config, f.name))}" for f in fields(config) if differs(config, f)]
-    words = [word for word in small if not word.startswith(f"--{name}=")] + [f"--{name}={value}"]
+    kinds = {f.name: str(typing.get_type_hints(type(config))[f.name]) for f in fields(config) if f.name not in free}
+    name = draw.choice([name for name, kind in kinds.items() if "bool" not in kind])
+    values = NUMBERS if "float" in kinds[name] else COUNTS if "int" in kinds[name] else WORDS
+    words = [word for f in fields(config) if f.name != name for word in as_words(config, f)]
+    words.append(f"--{name}={draw.choice(values)}")
 
     def run():
         small_pictures()
@@ -446,13 +449,14 @@ def hostile(root: Path, case: str, n: int, draw: random.Random, folder: Path) ->
     return {"count": 1, "refused": int(end.code not in (0, None)), "wrong": wrong and f"{words[-1]}: {wrong}"}
 
 
-def plain(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def differs(config, field) -> bool:
+def as_words(config, field) -> list[str]:
+    """How a field is said on the command line; nothing if it has its default."""
     value = getattr(config, field.name)
-    return value != field.default and value not in ((), None)
+    if value == field.default or value is None or value == ():
+        return []
+    if isinstance(value, bool):
+        return [f"--{field.name}" if value else f"--no-{field.name}"]
+    return [f"--{field.name}={' '.join(map(str, value)) if isinstance(value, tuple) else value}"]
 
 
 BIG = 10**4299

@@ -1,5 +1,6 @@
 """A small round of the campaign of faults (campaign.py): trials of each kind, with --slow for each configuration."""
 
+import dataclasses
 import os
 
 import campaign
@@ -35,6 +36,14 @@ def test_killed_ten_times_a_run_ends_as_if_never_stopped(case, root):
     campaign.prepare(root, [case])
     result = campaign.trial(root, "kills", case, 0)
     assert result["count"] == campaign.KILLS and not result["wrong"], result
+
+
+@pytest.mark.parametrize("case", but_slow(campaign.ALL, QUICK, "grpo"))
+def test_a_hostile_setting_is_the_only_thing_wrong_with_its_command(case, root):
+    """What else stands on the command line is what the configuration says."""
+    config = campaign.stages(root)[case].config(root / "run")
+    words = [word for field in dataclasses.fields(config) for word in campaign.as_words(config, field)]
+    assert campaign.parse(type(config), words) == config
 
 
 @pytest.mark.slow

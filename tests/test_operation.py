@@ -25,8 +25,9 @@ from runtime.errors import UserError, run_main
 from runtime.folder import append_sample, cut_back, has_sample
 from runtime.metrics import whole_row
 from runtime.plots import read_metrics
-from stages import load_stage
+from stages import load_stage, shape_in
 from tokenizer import load_tokenizer
+from transformer import ModelConfig, Transformer
 from verify import load_rewards
 
 ROOT = Path(__file__).parent.parent
@@ -147,6 +148,17 @@ def test_a_model_larger_than_its_weights_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [{"d_model": 256, "n_experts": 8}, {"window": 1024, "sinks": 700, "max_seq_len": 4096}, {"max_seq_len": 100_000}],
+    ids=str,
+)
+def test_a_valid_shape_is_not_refused(shape):
+    """Experts share d_ff out among them, and a window is no weight."""
+    model = Transformer(ModelConfig(**({"vocab_size": 300, "d_model": 32, "n_layers": 1} | shape)))
+    assert shape_in({"model": model.state_dict(), "model_config": vars(model.config)}, "x") == model.config
+
+
+@pytest.mark.parametrize(
     "merges",
     [[[256 + i - 1, 256 + i - 1] if i else [0, 0] for i in range(60)], [[0, 300]], [[-1, 0]], [[1]], [["a", 0]], 3],
 )
@@ -190,6 +202,21 @@ def test_a_weight_decay_that_leaves_nothing_is_refused():
     make_optimizers(model, 1e-3, 999.0)
     with pytest.raises(UserError, match="weight_decay 1000 at lr 0.001"):
         make_optimizers(model, 1e-3, 1000.0)
+
+
+def test_a_whole_number_may_stand_for_another_and_a_new_key_be_missing():
+    """A preset's ``weight_decay = 0`` is 0.0 on a command line; another PyTorch may know more of an optimizer."""
+    model = torch.nn.Linear(4, 3)
+    (optimizer,) = make_optimizers(model, 1e-3, 0)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group |= {"weight_decay": float(group["weight_decay"]), "lr": 0}
+        del group["maximize"]
+    check_optimizer(optimizer, saved, "here")
+    optimizer.load_state_dict(saved)
+    saved["param_groups"][0]["lr"] = "0"
+    with pytest.raises(UserError, match="does not fit the model"):
+        check_optimizer(optimizer, saved, "here")
 
 
 def test_a_forged_optimizer_ends_a_resumed_run_in_one_line(run, tmp_path):

@@ -296,3 +296,11 @@ def test_an_empty_answer_still_ends():
 def test_an_unknown_role_is_an_error():
     with pytest.raises(UserError, match="unknown role 'tool'"):
         encode_chat(BYTES, [{"role": "tool", "content": "x"}])
+
+
+def test_no_token_grows_without_end(monkeypatch):
+    """A run of one sign would double its token with every merge; it is learned from as much as a token may hold."""
+    monkeypatch.setattr("tokenizer.LONGEST", 16)
+    learned = BPETokenizer.train(["-" * 400] * 2 + ["ab ab ab ab"], 256 + 8 + len(SPECIALS))
+    assert max(len(learned.token_bytes(i)) for i in range(256, learned.eot_id)) == 16
+    assert learned.decode(learned.encode("-" * 400)) == "-" * 400

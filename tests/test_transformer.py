@@ -736,3 +736,14 @@ def test_a_shared_prompt_in_half_precision():
         ours = shared_logps(model, tokens, where)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, token_logps(model, tokens, where=where), atol=0.03, rtol=0.03)
+
+
+def test_a_prompt_is_not_shared_where_positions_would_end():
+    """The longest prompt and the longest answer of a batch may be too long together, though no row is."""
+    model = Transformer(ModelConfig(61, 32, 2, 4, max_seq_len=64, positions="learned"))
+    tokens, where = torch.randint(1, 60, (4, 62)), torch.zeros(4, 61, dtype=torch.bool)
+    for rows, prompt, lengths in (([0, 1], 50, (12, 10)), ([2, 3], 5, (25, 24))):
+        for i, length in zip(rows, lengths):
+            tokens[i, :prompt] = tokens[rows[0], :prompt]
+            where[i, prompt - 1 : prompt - 1 + length] = True
+    torch.testing.assert_close(shared_logps(model, tokens, where), token_logps(model, tokens, where=where))

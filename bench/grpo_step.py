@@ -120,10 +120,10 @@ class Ours:
         assert int(rollout.mask.sum()) == PROMPTS * GROUP * self.config.max_new_tokens
         reward = lambda: torch.tensor([even(text) for text in rollout.texts])  # noqa: E731
         advantages = grpo.group_advantages(clock.time("reward", reward)().to(self.run.device), GROUP)
-        ref = clock.time("reference", grpo.policy_logps)(self.run, self.reference, rollout, self.config)
+        ref = clock.time("reference", grpo.policy_logps)(self.run, self.reference, rollout, self.config, group=GROUP)
 
         def learn():
-            old = grpo.policy_logps(self.run, self.model, rollout, self.config)
+            old = grpo.policy_logps(self.run, self.model, rollout, self.config, group=GROUP)
             grpo.accumulate_gradients(self.run, self.model, rollout, advantages, self.config, old, ref)
             update(self.run, self.model, self.optimizers, self.config.lr, 1.0)
 

@@ -70,6 +70,8 @@ def update(name: str, way: str):
 
 def growth(name: str, way: str) -> float:
     run = update(name, way)
+    one = torch.randint(1, 500, (1, 8))
+    token_logps(Transformer(SHAPES[name][0]), one).sum().backward()  # what the first backward pass brings in
     before = peak()
     run()
     return peak() - before
@@ -85,6 +87,11 @@ if __name__ == "__main__":
     if options.memory:
         print(growth(*options.memory))
         sys.exit()
+    memory = {  # first, since a process inherits the peak of the one that starts it
+        (name, way): float(subprocess.check_output([sys.executable, __file__, "--memory", name, way]))
+        for name in SHAPES
+        for way in WAYS
+    }
     keep_freed_memory()
     print("| | parameters | answers, prompt + answer | rows / shared, time | rows, MB | shared, MB |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -96,12 +103,6 @@ if __name__ == "__main__":
                 runs[way]()
                 seconds[way].append(time.perf_counter() - start)
         faster = statistics.median(a / b for a, b in zip(seconds["rows"][1:], seconds["shared"][1:]))
-        memory = [
-            float(subprocess.check_output([sys.executable, __file__, "--memory", name, way]))
-            for way in ("rows", "shared")
-        ]
-        size = f"{count_parameters(Transformer(shape)) / 1e6:.1f} M"
-        print(
-            f"| {name} | {size} | {prompts} × {group}, {prompt} + {answer} | {faster:.2f} | {memory[0]:,.0f} "
-            f"| {memory[1]:,.0f} |"
-        )
+        size, peaks = count_parameters(Transformer(shape)) / 1e6, [f"{memory[name, way]:,.0f}" for way in WAYS]
+        lengths = f"{prompts} × {group}, {prompt} + {answer}"
+        print(f"| {name} | {size:.1f} M | {lengths} | {faster:.2f} | {' | '.join(peaks)} |")

@@ -355,7 +355,8 @@ class Run:
         loss is none, or call a run finished none of whose last steps could change anything."""
         saved = max(self.saved_step + 1, self.state["step"] if self.state else 0)
         kept = f"; the checkpoint of step {saved} is whole" if saved else ""
-        if not torch.stack([torch.isfinite(p).all() for p in model.parameters()]).all():
+        finite = [torch.isfinite(p).all() for p in model.parameters()]  # a GPU is asked once
+        if finite and not torch.stack(finite).all():
             raise UserError(f"after step {step + 1} the weights are no numbers any more: lower --lr{kept}")
         if not math.isfinite(self.val_loss):
             raise UserError(f"after step {step + 1} the held-out loss is no number any more: lower --lr{kept}")

@@ -419,7 +419,7 @@ def pairs(root: Path, case: str, n: int, draw: random.Random, folder: Path) -> d
 
 NUMBERS = ["nan", "inf", "-inf", "1e39", "1e308", "-1e39", "-1", "0", "1e-320", "3e38", "1e19"]
 COUNTS = ["-1", "0", "1", "2147483648", "9999999999999999999", "1000000007"]
-WORDS = ["", "x", "-x", "a=b", "/", "\n", "\ud800", "x" * 5000, "none", "../..", "1"]
+WORDS = ["", "x", "-x", "a=b", "/", "\n", "\udcff", "x" * 5000, "none", "../..", "1"]
 
 
 def hostile(root: Path, case: str, n: int, draw: random.Random, folder: Path) -> dict:
@@ -591,7 +591,7 @@ def work(root: Path, todo: list[tuple], workers: int) -> None:
             with open(root / "results.jsonl", "a") as file:
                 file.write(json.dumps(result) + "\n")
             state = result["wrong"][:300] or "well"
-            print(f"{part}, {case}, {n}: {state}", flush=True)
+            print(ascii(f"{part}, {case}, {n}: {state}"), flush=True)
 
     children = []
     for worker in range(workers):

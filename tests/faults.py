@@ -51,7 +51,8 @@ class Child:
         try:
             with open(os.devnull, "r+") as nowhere:
                 os.dup2(nowhere.fileno(), 0), os.dup2(nowhere.fileno(), 1), os.dup2(self.log.fileno(), 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
             code = status_of(deed)
         finally:
             with contextlib.suppress(Exception):

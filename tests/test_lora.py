@@ -709,8 +709,8 @@ def test_grpo_keeps_no_second_model_and_its_reference_is_the_start(base, tmp_pat
     monkeypatch.setattr(grpo, "copy", SimpleNamespace(deepcopy=no_copy))
     seen, real = [], grpo.policy_logps
 
-    def policy_logps(run, model, rollout, config, wanted=None):
-        found = real(run, model, rollout, config, wanted)
+    def policy_logps(run, model, rollout, config, wanted=None, group=1):
+        found = real(run, model, rollout, config, wanted, group)
         if any(layer.off for layer in lora_layers(model).values()):
             seen.append((rollout, found))
         return found

@@ -65,7 +65,7 @@ def test_every_command_names_a_script_a_preset_and_fields_that_exist(page):
         stem = module[1] if module else script[1].removeprefix("studies/")
         if stem.startswith("examples/"):
             known = set()
-        elif stem.startswith("bench/"):
+        elif stem.startswith(("bench/", "tests/")):
             given = (ROOT / f"{script[1]}.py").read_text(encoding="utf-8")
             known = set(re.findall(r'"--(\w+)"', given))
         else:

@@ -146,7 +146,7 @@ class Config(TrainConfig):
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: for the matrices inside the blocks."""
     lr: NotNegative = 2e-3
-    final_lr: NotNegative = 0.0
+    final_lr: Annotated[float, AtLeast(0, below=100)] = 0.0
     warmup: CountOrZero = 50
     weight_decay: NotNegative = 0.1
     eval_every: Count = 100

@@ -78,6 +78,7 @@ class ModelConfig:
             (positions == "rope" and d // heads % 2, f"rope turns pairs: the head width {d // heads} must be even"),
             (experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
             (experts and not 1 <= k <= experts, f"{k} of {experts} experts cannot be chosen for a token"),
+            (self.n_layers > 10_000, f"n_layers {self.n_layers}: at most 10,000 blocks"),
             (self.d_ff < 1, f"d_ff {self.d_ff}: a feed-forward layer is at least 1 wide"),
             (experts and self.d_expert < 1, "an expert is at least 1 wide"),
             (layers == (), "expert_layers names no block: leave n_experts out"),

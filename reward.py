@@ -128,7 +128,7 @@ class Config(TrainConfig):
     """The optimizer. muon: of the matrices inside the blocks."""
     lr: NotNegative = 2e-3
     """Peak learning rate; with adamw a tenth of it is a better start."""
-    final_lr: NotNegative = 0.0
+    final_lr: Annotated[float, AtLeast(0, below=100)] = 0.0
     warmup: CountOrZero = 20
     weight_decay: NotNegative = 0.01
     eval_every: Count = 200

@@ -161,7 +161,7 @@ class TrainConfig(RunConfig):
 
     lr: NotNegative = 1e-3
     """Peak learning rate."""
-    final_lr: NotNegative = 0.1
+    final_lr: Annotated[float, AtLeast(0, below=100)] = 0.1
     """Final learning rate, as a fraction of the peak."""
     warmup: CountOrZero = 10
     """Linear warm-up of the learning rate, in steps."""

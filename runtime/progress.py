@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 def printable(text: str) -> str:
     r"""A model may write any bytes, and some of them steer a terminal: those, and marks that turn the direction of
-    text around, are shown as escapes. Line ends and tabs stay.
+    text around, are shown as escapes, and so is half of a surrogate pair. Line ends and tabs stay.
 
     >>> printable("a\x1b[2Jb\r\n")
     'a\\x1b[2Jb\\r\n'
     """
-    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    steering = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(steering, lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

@@ -25,6 +25,7 @@ from runtime.errors import UserError, run_main
 from runtime.folder import append_sample, cut_back, has_sample
 from runtime.metrics import whole_row
 from runtime.plots import read_metrics
+from runtime.progress import printable
 from stages import load_stage, shape_in
 from tokenizer import load_tokenizer
 from transformer import ModelConfig, Transformer
@@ -454,3 +455,8 @@ def test_the_script_says_it_too(run, tmp_path):
     command = [sys.executable, "evaluate.py", str(folder), "--device", "cpu", "--n", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "damaged" in done.stderr
+
+
+def test_half_of_a_surrogate_pair_can_be_printed():
+    """As a word of the command line may hold it that is no UTF-8."""
+    assert printable("a\udcffb\x1b[2J") == r"a\udcffb\x1b[2J"

@@ -652,7 +652,7 @@ def test_torchrun_starts_the_whole_chain_and_refuses_in_one_line(tmp_path):
     base = ["pretrain.py", "--out_dir", str(tmp_path / "a"), *SMALL, "--steps", "4", "--batch_size", "4", *common]
     fine = ["sft.py", "--out_dir", str(tmp_path / "b"), "--init_from", str(tmp_path / "a"), "--n_examples", "16"]
     last = ["grpo.py", "--out_dir", str(tmp_path / "c"), "--init_from", str(tmp_path / "b"), "--steps", "2"]
-    last += ["--prompts_per_step", "2", "--group_size", "4", "--n_prompts", "8", "--eval_prompts", "4", *common[:2]]
+    last += ["--prompts_per_step", "4", "--group_size", "4", "--n_prompts", "8", "--eval_prompts", "4", *common[:2]]
     for command in (base, [*fine, "--epochs", "1", *common], last):
         done = torchrun(*command)
         assert done.returncode == 0, done.stderr

@@ -38,7 +38,7 @@ import matplotlib.pyplot as plt
 import torch
 import torch._dynamo  # noqa: F401 - the first optimizer imports it: once here, not in each process
 from faults import Child, End, Writes, in_child
-from tiny import MEASURED_BY_A_CLOCK, rows_of, same, tiny_pretrain, tiny_sft
+from tiny import MEASURED_BY_A_CLOCK, content, rows_of, same, tiny_pretrain, tiny_sft
 
 import dpo
 import encoder
@@ -286,15 +286,6 @@ def disks(root: Path, case: str, n: int, draw: random.Random, folder: Path) -> d
         end = in_child(lambda: running(stage, folder / "run", Writes()), 120)
         wrong = differences(folder / "run", root / "whole" / case) if end.code == 0 else end.said[-300:]
     return {"count": 1, "kind": kind, "refused": int(first.code == 1), "wrong": wrong and f"{kind}: {wrong}"}
-
-
-def content(value):
-    """Every tensor and number of a state, as something that can be compared."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: content(one) for key, one in value.items()}
-    return [content(one) for one in value] if isinstance(value, (list, tuple)) else repr(value)
 
 
 def flips(root: Path, case: str, n: int, draw: random.Random, folder: Path) -> dict:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_pretrain, tiny_sft
+from tiny import content, tiny_pretrain, tiny_sft
 
 import pretrain
 import sft
@@ -53,18 +53,9 @@ def copy_of(run: Path, folder: Path) -> Path:
 # What a checkpoint holds
 
 
-def numbers_in(value):
-    """Every tensor and number of a state, as something that can be compared."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(value, dict):
-        return {key: numbers_in(one) for key, one in value.items()}
-    return [numbers_in(one) for one in value] if isinstance(value, (list, tuple)) else repr(value)
-
-
 def test_no_flipped_bit_changes_a_number(run, tmp_path):
     """Each is refused in one line, or changes nothing that is read (a bit of the padding, or of a date)."""
-    whole, want, refused = (run / "ckpt.pt").read_bytes(), numbers_in(load_checkpoint(run)), 0
+    whole, want, refused = (run / "ckpt.pt").read_bytes(), content(load_checkpoint(run)), 0
     draw = random.Random(0)
     for _ in range(60):
         damaged = bytearray(whole)
@@ -72,7 +63,7 @@ def test_no_flipped_bit_changes_a_number(run, tmp_path):
         path = tmp_path / "ckpt.pt"
         path.write_bytes(damaged)
         try:
-            assert numbers_in(load_checkpoint(path)) == want
+            assert content(load_checkpoint(path)) == want
         except UserError as error:
             refused += 1
             assert len(str(error).splitlines()) == 1 and "damaged" in str(error)
@@ -341,7 +332,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
     assert not list((tmp_path / "run").glob(".*.tmp")) and load_checkpoint(tmp_path / "run")["step"] == 2
     pretrain.main(config)
     one, two = (load_checkpoint(tmp_path / name) for name in ("whole", "run"))
-    assert numbers_in(one["model"]) == numbers_in(two["model"])
+    assert content(one["model"]) == content(two["model"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -127,3 +127,12 @@ def same(a, b, where="checkpoint") -> None:
             same(x, y, f"{where}[{i}]")
     else:
         assert a == b, where
+
+
+def content(value):
+    """Every tensor and number of a state, as something that can be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: content(one) for key, one in value.items()}
+    return [content(one) for one in value] if isinstance(value, (list, tuple)) else repr(value)

@@ -8,7 +8,9 @@
 * Bits per byte: how well the model still predicts text. Alignment is paid for here.
 * For instructions without a right answer: the perplexity of the reference answers, and ROUGE-L of the model's own
   (Lin 2004).
-* For preferences: how often a reward model, or the implicit reward of a policy, ranks a pair as the judge did.
+* For preferences: how often a reward model, or the implicit reward of a policy, ranks a pair as the judge did. Of the
+  embedded task's, also how well it chooses among a policy's own answers to one question, which is what it is for.
+* For the embedded task: the accuracy outside of what training asks, on larger numbers and on longer questions.
 
 Beside every accuracy stand the share of answers that were cut off and of those from which no answer could be read: a
 model that does not end, or does not keep the form, is not a model that cannot count.
@@ -35,10 +37,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from arithmetic import OUTSIDE
 from data import bits_per_byte, encode_prompts, pack
 from lora import load_state
 from preferences import SOURCES, encode_pairs, load_pairs
-from reward import load_reward_model, scores
+from reward import load_reward_model, real_tokens, scores
 from rollout import (
     answer_greedily,
     check_reward,
@@ -72,8 +75,9 @@ class Config:
     (.jsonl) or a dataset of the hub (org/name), the columns say which it is: chosen and rejected (pairs); answer
     (questions); completion, output or an assistant's message (references); text.
     """
-    split: Literal["test", "validation"] = "test"
-    """Which of your own rows: test, all of them; validation, every 50th, on which no stage trains."""
+    split: Literal["test", "validation", "larger", "longer"] = "test"
+    """Which of your own rows: test, all of them; validation, every 50th, on which no stage trains. Of arith also larger
+    and longer, the parts outside of what training asks (arithmetic.py), which test measures too."""
     columns: tuple[str, ...] = ()
     """The columns of your own rows that have other names, as meaning=column, for example answer=final."""
     reward: str = "verifier"
@@ -85,11 +89,13 @@ class Config:
     n: Count = 512
     """Questions, references or documents."""
     max_new_tokens: CountOrZero = 0
-    """An answer that does not end by then is cut off (0: 48 for arith, else 256, and never more than the context
+    """An answer that does not end by then is cut off (0: 64 for arith, else 256, and never more than the context
     allows).
     """
     samples: CountOrZero = 0
-    """The number of answers to sample for each question, for pass@k and the majority vote (0: none)."""
+    """The number of answers to sample for a question, for pass@k and the majority vote (0: none)."""
+    sampled: Count = 512
+    """How many of the questions, the first ones, are answered by sampling, too."""
     ks: Annotated[tuple[int, ...], AtLeast(1)] = (1, 4, 16)
     """The k of pass@k; those above ``samples`` are left out."""
     temperature: Positive = 1.0
@@ -173,8 +179,7 @@ def rouge_l(answer: str, reference: str) -> float:
 @torch.no_grad()
 def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
     """Greedy accuracy with its interval, cut-off and unreadable answers; with ``samples``, pass@k and majority vote."""
-    max_new = config.max_new_tokens or (48 if config.data == "arith" else 256)
-    max_new = min(max_new, model.config.max_seq_len // 2)
+    max_new = longest_answer(model, config)
     prompts = load_prompts(config.data, config.split, config.data_dir, n=config.n, rename=config.columns)
     if not has_own_rewards(config):
         prompts = to_verify(prompts, config.data)
@@ -185,10 +190,28 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
         return measure_rewards(model, tokenizer, ids, prompts, max_new, config)
     n, golds = len(ids), [prompt.gold for prompt in prompts]
     figures = answer_greedily(model, tokenizer, ids, golds, max_new, config.batch_size, show=True)
-    passes, majority = {k: 0.0 for k in config.ks if k <= config.samples}, 0
+    low, high = wilson_interval(round(figures["accuracy"] * n), n)
+    result = {"accuracy": figures.pop("accuracy"), "low": low, "high": high, "n": n} | figures
+    if config.samples:
+        few = slice(0, config.sampled)
+        result |= measure_samples(model, tokenizer, ids[few], golds[few], max_new, config)
+    return result
+
+
+def longest_answer(model: Transformer, config: Config) -> int:
+    """An answer's most tokens."""
+    most = config.max_new_tokens or (64 if config.data == "arith" else 256)
+    return min(most, model.config.max_seq_len // 2)
+
+
+def measure_samples(
+    model: Transformer, tokenizer: Tokenizer, ids: list, golds: Sequence, max_new: int, config: Config
+) -> dict:
+    """pass@k and the majority vote of sampled answers to n encoded questions."""
+    n, passes, majority = len(ids), {k: 0.0 for k in config.ks if k <= config.samples}, 0
     order = sorted(range(n), key=lambda i: len(ids[i]))  # prompts of like length together: less padding
     per_batch = max(1, config.batch_size // max(1, config.samples))
-    for first in tqdm(range(0, n, per_batch), desc="sampling", leave=False) if config.samples else ():
+    for first in tqdm(range(0, n, per_batch), desc="sampling", leave=False):
         batch = order[first : first + per_batch]
         rollout = sample_answers(
             model, tokenizer, [ids[i] for i in batch], config.samples, max_new, config.temperature, config.seed + first,
@@ -203,12 +226,18 @@ def measure_answers(model: Transformer, tokenizer: Tokenizer, config: Config) ->
             its = slice(j * config.samples, (j + 1) * config.samples)  # the answers to this question
             read = [read_answer(t, golds[i]) if ok else None for t, ok in zip(rollout.texts[its], done[its])]
             majority += is_right(majority_vote(read), golds[i])
-    low, high = wilson_interval(round(figures["accuracy"] * n), n)
-    result = {"accuracy": figures.pop("accuracy"), "low": low, "high": high, "n": n} | figures
-    result |= {f"pass@{k}": value for k, value in passes.items()}
-    if config.samples:
-        result[f"maj@{config.samples}"] = majority / n
-    return result
+    return {f"pass@{k}": value for k, value in passes.items()} | {f"maj@{config.samples}": majority / n}
+
+
+def measure_outside(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
+    """Greedy accuracy on ``n`` questions of each part of the embedded task that lies outside of what training asks."""
+    found, max_new = {}, longest_answer(model, config)
+    for part in OUTSIDE:
+        prompts = load_prompts("arith", part, n=config.n)
+        ids, prompts = encode_prompts(prompts, tokenizer, model.config.max_seq_len - max_new)
+        golds = [prompt.gold for prompt in prompts]
+        found[part] = answer_greedily(model, tokenizer, ids, golds, max_new, config.batch_size, show=True)["accuracy"]
+    return found
 
 
 def measure_rewards(
@@ -321,6 +350,35 @@ def measure_pairs(path: str, config: Config) -> dict:
     return {"accuracy": right / n, "low": low, "high": high, "n": n}
 
 
+@torch.no_grad()
+def measure_choice(path: str, config: Config) -> dict:
+    """How well a reward model chooses among sampled answers of the policy that it was trained for, to ``sampled``
+    questions of the embedded task. "AUC": how often a right answer scores higher than a wrong one to the same question
+    (a tie counts half), the mean over questions with both. "best@k": how often the answer that scores highest is right.
+    """
+    device, state = pick_device(config.device), load_state(path)
+    judge, tokenizer, _ = load_reward_model(path, device)
+    policy, _, _ = load_stage(state["config"]["init_from"], device=device)
+    max_new, k = longest_answer(policy, config), config.samples
+    prompts = load_prompts("arith", config.split, n=min(config.n, config.sampled))
+    ids, prompts = encode_prompts(prompts, tokenizer, policy.config.max_seq_len - max_new)
+    areas, best = [], 0
+    per_batch = max(1, config.batch_size // k)
+    for first in tqdm(range(0, len(ids), per_batch), desc="choosing", leave=False):
+        some = slice(first, first + per_batch)
+        rollout = sample_answers(policy, tokenizer, ids[some], k, max_new, config.temperature, config.seed + first)
+        golds = [prompt.gold for prompt in prompts[some] for _ in range(k)]
+        right = score(rollout.texts, golds, rollout.finished)[0].view(-1, k).bool()
+        scored = judge(rollout.tokens, real_tokens(rollout.tokens, rollout.mask)).view(-1, k)
+        for values, good in zip(scored, right):
+            best += int(good[values.argmax()])
+            if good.any() and not good.all():
+                difference = values[good][:, None] - values[~good]
+                areas.append(float((difference.sign() + 1).mean() / 2))
+    found = {f"best@{k}": best / len(ids)}
+    return {"AUC": sum(areas) / len(areas)} | found if areas else found
+
+
 def kind_of(config: Config) -> str:
     """What the data asks of a model: "answers", "references", "pairs" or "text"."""
     name = config.data
@@ -361,10 +419,15 @@ def measure(path: str, config: Config) -> dict:
     row = {"stage": state["stage"], "path": str(path), "step": state["step"], "data": config.data}
     if state["stage"] == "reward" or kind == "pairs":
         with autocast(device, pick_precision(config.precision, device)):
-            return row | measure_pairs(path, config)
+            row |= measure_pairs(path, config)
+            if state["stage"] == "reward" and config.data == "arith" and config.samples:
+                row |= measure_choice(path, config)
+            return row
     model, tokenizer, _ = load_stage(path, device=device)
     measures = {"answers": measure_answers, "references": measure_references, "text": measure_text}
     with autocast(device, pick_precision(config.precision, device)):
+        if config.data == "arith" and config.split == "test":
+            row |= measure_outside(model, tokenizer, config)
         row |= measures[kind](model, tokenizer, config)
         if config.data == "arith":
             row |= measure_text(model, tokenizer, config)
@@ -374,6 +437,8 @@ def measure(path: str, config: Config) -> dict:
 def need_all(paths: Sequence[str], config: Config) -> None:
     """Refuse, before anything is measured, data that nobody knows and checkpoints that are not there."""
     check_reward(config)
+    if config.split in OUTSIDE and config.data != "arith":
+        raise UserError(f"--split {config.split} is a part of the embedded task: --data arith")
     for path in paths:
         need_checkpoint(path)
     kind_of(config)

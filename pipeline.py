@@ -2,6 +2,7 @@
 
     python pipeline.py                       # the embedded task, on a laptop
     python pipeline.py --only grpo           # a first look: what GRPO needs, and how three models answer
+    python pipeline.py --all                 # with the relatives: IPO, SimPO, ORPO, Dr. GRPO, DAPO, GSPO, CISPO, ...
     python pipeline.py --quick               # the same path with next to no training: it runs, it does not learn
     python pipeline.py --seed 1 --out out/seed1
 
@@ -47,7 +48,10 @@ class Config:
     seed: int = 0
     """The seed of everything: data, weights, sampling."""
     only: tuple[str, ...] = ()
-    """Stages to run, by name (dr_grpo) or label ("Dr. GRPO"), with those that they start from. Default: all."""
+    """Stages to run, by name (dr_grpo) or label ("Dr. GRPO"), with those that they start from. Default: Base, SFT, the
+    reward model, DPO, KTO, PPO, GRPO and GDPO."""
+    all: bool = False
+    """Their relatives too: IPO, SimPO, ORPO, PPO on the reward model, Dr. GRPO, DAPO, GSPO and CISPO."""
     quick: bool = False
     """Next to no training: shows that everything runs, and no learning."""
     device: str = "auto"
@@ -61,7 +65,8 @@ class Config:
     fresh: bool = False
     """Start again although the folders hold runs: those are moved aside, not deleted."""
     samples: int = 8
-    """Answers sampled to each held-out question, for pass@k and the majority vote."""
+    """Answers sampled to each of 512 held-out questions, for pass@k, the majority vote and the reward model's choice.
+    """
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class Stage:
     main: Callable[[Any], dict]
     config: Any
     curves: tuple[str, ...]
+    relative: bool = False  # only with --all, or if it is named
 
 
 def stages(config: Config) -> list[Stage]:
@@ -94,12 +100,12 @@ def stages(config: Config) -> list[Stage]:
 
     def pairs(method: str, label: str) -> Stage:
         chosen = dpo.Config(**settings(method, "sft", "pairs", method=method))
-        return Stage(method, label, dpo.main, chosen, ("val_accuracy", "val_questions"))
+        return Stage(method, label, dpo.main, chosen, ("val_accuracy", "val_questions"), method != "dpo")
 
     def relative(name: str, label: str, preset: str) -> Stage:
         fields = read_preset(grpo.Config, str(Path(__file__).parent / "configs" / preset))
         chosen = grpo.Config(**fields | settings(name, "sft", "grpo"))
-        return Stage(name, label, grpo.main, chosen, (*policy, "flat_groups"))
+        return Stage(name, label, grpo.main, chosen, (*policy, "flat_groups"), True)
 
     base, tuned, judge = (settings(*one) for one in (("pretrain",), ("sft", "pretrain"), ("reward", "sft")))
     judged = settings("ppo_reward", "sft", "ppo", reward=str(out / "reward"), beta=0.05)
@@ -113,7 +119,7 @@ def stages(config: Config) -> list[Stage]:
         Stage("kto", "KTO", kto.main, kto.Config(**settings("kto", "sft", "pairs")), ("val_accuracy", "val_questions")),
         pairs("simpo", "SimPO"),
         pairs("orpo", "ORPO"),
-        Stage("ppo_reward", "PPO, reward model", ppo.main, ppo.Config(**judged), ("score", *policy)),
+        Stage("ppo_reward", "PPO, reward model", ppo.main, ppo.Config(**judged), ("score", *policy), True),
         Stage("ppo", "PPO, verifier", ppo.main, ppo.Config(**verified), policy),
         Stage("grpo", "GRPO", grpo.main, grpo.Config(**grouped), (*policy, "flat_groups")),
         relative("dr_grpo", "Dr. GRPO", "grpo_dr.py"),
@@ -128,9 +134,9 @@ def main(config: Config) -> list[dict]:
     """Run what is not finished yet; return the rows of the report card."""
     config = dataclasses.replace(config, out=config.out or ("out/arith_quick" if config.quick else "out/arith"))
     started, out, chain = time.perf_counter(), Path(config.out), stages(config)
-    wanted = chosen(config.only, chain)
+    wanted = chosen(config.only, chain, config.all)
     exam = evaluate.Config(
-        data="arith", n=128 if config.quick else 512, samples=config.samples, ks=(1, 8), seed=config.seed,
+        data="arith", n=128 if config.quick else 2048, samples=config.samples, ks=(1, 8), seed=config.seed,
         device=config.device, precision=config.precision, batch_size=512,
     )  # fmt: skip
     rows: dict[str, dict] = {}  # of the stages that are finished and examined, in the order of the chain
@@ -183,9 +189,9 @@ QUICK = (
 )
 
 
-def chosen(only: tuple[str, ...], chain: list[Stage]) -> list[Stage]:
-    """The stages to run, in the order of the chain: the named ones and those that they start from; all, if none is
-    named. UserError for a name that no stage has.
+def chosen(only: tuple[str, ...], chain: list[Stage], relatives: bool = False) -> list[Stage]:
+    """The stages to run, in the order of the chain: the named ones and those that they start from; if none is named,
+    all, of the relatives only if they are wanted. UserError for a name that no stage has.
     """
     names = {key.lower(): stage.name for stage in chain for key in (stage.name, stage.label)}
     only = tuple(name for part in only for name in ([part] if part.lower() in names else part.split(",")) if name)
@@ -196,7 +202,8 @@ def chosen(only: tuple[str, ...], chain: list[Stage]) -> list[Stage]:
         near = difflib.get_close_matches(missing[0].lower(), names, n=1, cutoff=0.5)
         hint = f"did you mean {names[near[0]]}? There are " if near else "there are "
         raise UserError(f"--only {missing[0]}: no such stage; {hint}{', '.join(by_name)}")
-    waiting, needed = [names[name.lower()] for name in only] or list(by_name), set()
+    unnamed = [stage.name for stage in chain if relatives or not stage.relative]
+    waiting, needed = [names[name.lower()] for name in only] or unnamed, set()
     while waiting:
         name = waiting.pop()
         needed.add(name)
@@ -312,7 +319,7 @@ def finish(config: Config, wanted: list[Stage], rows: dict[str, dict], minutes: 
 
 
 # One that the fine-tuned model of seed 0 gets wrong; with other seeds it may be right.
-QUESTION, ANSWER = "Tom has 4 boxes with 6 apples in each and 7 more apples. How many apples does Tom have?", 31
+QUESTION, ANSWER = "Tom has 4 boxes with 6 apples in each. Mia gives Tom 7 more. How many apples does Tom have now?", 31
 
 
 def answered(folder: Path, stage: Stage, device: str) -> str:
@@ -353,8 +360,10 @@ def examined(folder: Path, label: str, exam: evaluate.Config) -> dict:
 def note(config: Config, exam: evaluate.Config) -> str:
     return (
         f"Greedy accuracy on {exam.n} held-out questions of the embedded task, with 95 % Wilson intervals (of the "
-        "reward model: how often it prefers the better of two answers to one); "
-        f"pass@k and majority vote from {exam.samples} answers at temperature {exam.temperature:g}; "
+        "reward model: how often it prefers the better of two answers to one); larger and longer: on as many questions "
+        "outside of what training asks, of larger numbers and of a step more; "
+        f"pass@k and majority vote from {exam.samples} answers to {exam.sampled} questions at temperature "
+        f"{exam.temperature:g}, and of the reward model, how well it chooses among such answers of SFT; "
         f"bits per byte of held-out pretraining text. Seed {config.seed}." + (f" {QUICK}" if config.quick else "")
     )
 

@@ -54,7 +54,7 @@ class RolloutConfig(TrainConfig):
     """Use at most this many prompts (None: 4096 of arith, all of the others)."""
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    steps: Count = 45
+    steps: Count = 120
     """Training steps; each samples one batch of answers."""
     max_new_tokens: Count = 48
     """An answer that has not ended after this many tokens is cut off."""

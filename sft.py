@@ -60,7 +60,7 @@ class Config(LoRARunConfig):
     """The conversations: arith, gsm8k, alpaca, dolly, hh-harmless, a file of rows (.jsonl: messages, or prompt and
     completion), a dataset of the hub (org/name), or several joined by "+"."""
     n_examples: CountOrNone = None
-    """Use at most this many conversations of each source (None: 192 of arith, all of the others)."""
+    """Use at most this many conversations of each source (None: 384 of arith, all of the others)."""
     init_from: str = ""
     """The pretrained model: a run's folder or a checkpoint. Default: out/<task>/pretrain."""
     seq_len: Annotated[int, AtLeast(2)] = 256

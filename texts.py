@@ -102,13 +102,13 @@ def load_chats(
     """Conversations of one or several sources, ``"gsm8k+dolly+my_chats.jsonl"``, as lists of messages that end with
     the assistant's.
 
-    arith: ``n`` problems of the embedded task (192; for validation 256). The others have no validation split of their
+    arith: ``n`` problems of the embedded task (384; for validation 256). The others have no validation split of their
     own here: every 50th row is kept for it. Of a user's data the split "whole" is all. ``n`` limits each source.
     """
     chats, skipped = [], Counter()
     for name in sources(names):
         if name == "arith":
-            part, most = ("train", 192) if split == "train" else ("validation", 256)
+            part, most = ("train", 384) if split == "train" else ("validation", 256)
             found = arithmetic.problems(n or most, f"{seed} sft", part)
             chats += [arithmetic.chat(problem) for problem in found]
             continue

@@ -147,7 +147,7 @@ def main() -> None:
             title: {kind: ([row["tokens"] for row in mine], [of(row) for row in mine]) for kind, mine in lines.items()}
             for title, of in panels.items()
         },
-        out / "stream.png", "tokens read", logarithmic=True,
+        out / "stream.png", "tokens read", logarithmic="y",
     )  # fmt: skip
     print(f"{table(rows)}\n{out / 'stream.md'}, {out / 'stream.png'}")
 

@@ -242,8 +242,8 @@ def short_names(folders: Sequence[str | Path]) -> dict[str, Path]:
     return names
 
 
-def plot_lines(panels: dict[str, dict[str, tuple[list, list]]], path: Path, x: str, logarithmic: bool = False) -> None:
-    """A panel for each title: the lines {label: (xs, ys)} over a common kind of x."""
+def plot_lines(panels: dict[str, dict[str, tuple[list, list]]], path: Path, x: str, logarithmic: str = "") -> None:
+    """A panel for each title: the lines {label: (xs, ys)} over a common kind of x; "x" or "y" may be logarithmic."""
     figure, axes = _axes(len(panels), columns=min(3, len(panels)))
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     for axis, (title, lines) in zip(axes, panels.items()):
@@ -252,7 +252,25 @@ def plot_lines(panels: dict[str, dict[str, tuple[list, list]]], path: Path, x: s
         axis.set_title(title)
         axis.set_xlabel(x)
         if logarithmic:
-            axis.set_yscale("log")
+            axis.set(**{f"{logarithmic}scale": "log"})
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
+def plot_points(panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, x: str, y: str) -> None:
+    """A panel for each title: the points (x, y) of each label, a colour for each of all labels."""
+    figure, axes = _axes(len(panels), columns=min(2, len(panels)), width=4.4, height=3.0)
+    labels = list(dict.fromkeys(label for points in panels.values() for label in points))
+    for axis, (title, points) in zip(axes, panels.items()):
+        for label, mine in points.items():
+            style = _line_style(labels.index(label))
+            axis.plot(
+                [p[0] for p in mine], [p[1] for p in mine], "os^Dv"[labels.index(label) % 5], label=label,
+                color=style["color"], markersize=3, alpha=0.7,
+            )  # fmt: skip
+        axis.set_title(title)
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
     _legend_below(figure, axes)
     _save(figure, path)
 
@@ -492,11 +510,29 @@ def read_report(path: Path) -> list[dict]:
     return rows
 
 
-def plot_report(rows: list[dict], path: Path) -> None:
-    """The accuracy of each stage of a report card with its 95 % interval: by family, and in each family in the order
-    of the book, because most differences there are smaller than the intervals. A line marks the base model, a line and
-    a band the fine-tuned one, from which the others start.
+def of_several(reports: list[list[dict]]) -> list[dict]:
+    """The rows of one report; of several, for each stage that all have, the mean accuracy with the least and the
+    greatest as its low and high, and "each" of them.
+
+    >>> of_several([[{"stage": "SFT", "accuracy": 0.5}], [{"stage": "SFT", "accuracy": 0.75}]])
+    [{'stage': 'SFT', 'accuracy': 0.625, 'low': 0.5, 'high': 0.75, 'each': [0.5, 0.75]}]
     """
+    if len(reports) == 1:
+        return reports[0]
+    found, rows = [{row["stage"]: row["accuracy"] for row in rows} for rows in reports], []
+    for stage in (name for name in found[0] if all(name in one for one in found)):
+        each = [one[stage] for one in found]
+        mean = sum(each) / len(each)
+        rows.append({"stage": stage, "accuracy": mean, "low": min(each), "high": max(each), "each": each})
+    return rows
+
+
+def plot_report(reports: list[list[dict]], path: Path) -> None:
+    """The accuracy of each stage of a report card with its 95 % interval, or, of several cards, the mean with all of
+    them: by family, and in each family in the order of the book, because most differences there are smaller than the
+    intervals. A line marks the base model, a line and a band the fine-tuned one, from which the others start.
+    """
+    rows = of_several(reports)
     families: dict[str, list[dict]] = {family: [] for family in (*FAMILIES, "others")}
     for row in rows:
         families[family_of(row["stage"])].append(row)
@@ -518,6 +554,7 @@ def plot_report(rows: list[dict], path: Path) -> None:
                 [row["accuracy"]], [y], xerr=reach, fmt="D" if of_pairs else "o", color=colour, capsize=3,
                 markersize=5, markerfacecolor="white" if of_pairs else colour,
             )  # fmt: skip
+            axis.plot(row.get("each", []), [y] * len(row.get("each", [])), "|", color=colour, markersize=9, zorder=1)
             for x, text, shade in (
                 (1.06, f"{row['accuracy']:.3f}", "black"),
                 (1.17, f"{row['low']:.3f} to {row['high']:.3f}", GREY),
@@ -539,9 +576,10 @@ def plot_report(rows: list[dict], path: Path) -> None:
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(y - 0.5, -0.6)
     axis.set_xlim(-0.02, 1.02)
-    asked = {row["n"] for row in rows if "n" in row}
-    questions = f"{asked.pop()} held-out questions" if len(asked) == 1 else "held-out questions"
-    axis.set_xlabel(f"greedy accuracy on {questions}, with its 95 % interval; dashed: SFT, dotted: base")
+    asked = {row["n"] for rows in reports for row in rows if "n" in row}
+    questions = f"{asked.pop():,} held-out questions" if len(asked) == 1 else "held-out questions"
+    what = f"mean and each of {len(reports)} starts" if len(reports) > 1 else "with its 95 % interval"
+    axis.set_xlabel(f"greedy accuracy on {questions}, {what}; dashed: SFT, dotted: base")
     axis.grid(visible=False, axis="y")
     _save(figure, path)
 
@@ -554,8 +592,9 @@ def plot_report(rows: list[dict], path: Path) -> None:
 class Config:
     runs: tuple[str, ...] = ()
     """Folders of runs, a panel for each."""
-    report: str = ""
-    """Instead of runs: a report.json, whose accuracies are drawn with their intervals."""
+    report: tuple[str, ...] = ()
+    """Instead of runs: a report.json, whose accuracies are drawn with their intervals; several, of several seeds, are
+    drawn as one picture."""
     curves: tuple[str, ...] = ("loss",)
     """Metrics that share a panel; docs/metrics.md explains them."""
     write: str = "curves.png"
@@ -588,7 +627,7 @@ def main() -> None:
     """
     config = parse(Config)
     if config.report:
-        plot_report(read_report(Path(config.report)), Path(config.write))
+        plot_report([read_report(Path(report)) for report in config.report], Path(config.write))
         print(config.write)
         return
     series = read_runs(config.runs, "--runs out/arith/ppo out/arith/grpo")

@@ -52,6 +52,7 @@ import probe
 import sft
 from data import encode_prompts
 from lora import load_state
+from pages import frame, write_table
 from rollout import Rollout, answer_greedily, sample_answers, score
 from runtime.checkpoint import need_checkpoint, weights_id, write_text
 from runtime.config import Count, CountOrZero, NotNegative, as_dict, parse, validate
@@ -419,7 +420,7 @@ def checked_cells(config: Config) -> list[Cell]:
         if name.endswith("-reference") and ("@seconds" in name or "@tokens" in name):
             raise UserError(f"{name}: differences are taken step by step, which is neither at equal time nor tokens")
     if config.page:
-        split_page(Path(config.page))
+        frame(Path(config.page))
     return cells
 
 
@@ -665,22 +666,10 @@ def report(config: Config, cells: list[Cell], rows: list[dict]) -> None:
     print(f"{text}\n\n{root / 'results.jsonl'}, {root / 'table.md'}, {root / 'plot.png'}")
     if config.page and runs:
         page = Path(config.page)
-        before, after = split_page(page)
-        write_text(page, f"{before}\n{text}\n\n{after}")
+        write_table(page, text)
         if not config.report_only:
             shutil.copyfile(root / "results.jsonl", page.with_suffix(".jsonl"))
         shutil.copyfile(root / "plot.png", page.with_suffix(".png"))
-
-
-def split_page(page: Path) -> tuple[str, str]:
-    """A page up to the mark before its table, and from the mark behind it."""
-    if not page.exists():
-        raise UserError(f"there is no page {page}")
-    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- table -->\n")
-    _, end, after = rest.partition("<!-- /table -->")
-    if not mark or not end:
-        raise UserError(f"{page} has no place for a table: <!-- table --> and <!-- /table --> on lines of their own")
-    return before + mark, end + after
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ from texts import load_prompts
 from transformer import Transformer
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs" / "experiments").glob("*.md"))
+PAGES = [
+    p for p in sorted((ROOT / "docs" / "experiments").glob("*.md")) if (ROOT / f"configs/ablate_{p.stem}.py").exists()
+]
 BASE = "steps=2 prompts_per_step=4 eval_every=1 eval_prompts=8 n_prompts=32"
 
 

@@ -1,18 +1,65 @@
 import re
 from collections import Counter
 from fractions import Fraction
+from itertools import product
 
 import pytest
 
-from arithmetic import QUESTIONS, documents, preference_pairs, problems, solution, split_of, sum_pairs
+from arithmetic import (
+    LARGER,
+    MOST,
+    OUTSIDE,
+    documents,
+    preference_pairs,
+    problems,
+    solution,
+    split_of,
+    sum_pairs,
+    worked,
+)
 from verify import correctness_reward, extract_answer, format_reward
 
 TRAIN, VALIDATION, TEST = problems(3000, seed=0), problems(1000, 0, "validation"), problems(1000, 0, "test")
 HELD = VALIDATION + TEST
+FAR = {part: problems(1000, 0, part) for part in OUTSIDE}
+STARTS = {"have": 0, "groups": 1, "share": 1, "both": 2}  # and the steps that they take
 
 
 def test_all_kinds_occur_in_every_split():
-    assert {p.kind for p in TRAIN} == {p.kind for p in VALIDATION} == {p.kind for p in TEST} == set(QUESTIONS)
+    kinds = {
+        " ".join([start, *events])
+        for start, taken in STARTS.items()
+        for n in range(4 - taken)
+        for events in product(("gain", "lose"), repeat=n)
+    } - {"have"}
+    assert {p.kind for p in TRAIN} == {p.kind for p in VALIDATION} == {p.kind for p in TEST} == kinds
+    assert len(kinds) == 31
+
+
+def test_the_exam_asks_many_problems_and_no_kind_fills_it():
+    exam = problems(2048, "test", "test")
+    assert len({(p.kind, p.numbers) for p in exam}) > 1000
+    assert max(Counter(p.kind for p in exam).values()) < 0.15 * 2048
+    assert 0.45 < sum(len(p.steps) == 2 for p in exam) / 2048 < 0.55
+
+
+def test_what_lies_outside_is_outside():
+    """A story of "larger" begins with more things than training ever names; a question of "longer" takes a step more.
+    Neither in the questions that are asked, nor in the text that is read, but for plain sums."""
+    in_training = TRAIN + problems(4096, "0 rl") + HELD
+    assert max(len(p.steps) for p in in_training) == 3
+    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]  # noqa: E731
+    assert max(n for p in in_training for n in numbers(p.question + " ".join(p.steps))) == MOST < LARGER[0]
+    stories = [text for text in documents(6000, seed="0 train") if "=" not in text or "We know" in text]
+    assert max(n for text in stories for n in numbers(text)) <= MOST
+    assert max(text.count("=") for text in stories) == 3
+    for p in FAR["larger"]:
+        assert p.kind.startswith("have ") and LARGER[0] <= p.numbers[0] <= LARGER[1] and len(p.steps) < 4
+        assert max(numbers(" ".join(p.steps))) < 100
+    sums = [n for text in documents(6000, seed="0 train") if "=" in text and "We" not in text for n in numbers(text)]
+    assert max(sums) == 99
+    for p in FAR["longer"]:
+        assert len(p.steps) == 4 and max(numbers(p.question + " ".join(p.steps))) <= MOST
 
 
 @pytest.mark.parametrize("one, other", [(TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)])
@@ -22,7 +69,9 @@ def test_no_two_splits_share_a_question_or_its_numbers(one, other):
 
 
 def test_an_eighth_is_held_out_half_of_it_for_the_test():
-    worlds = Counter(split_of("gain_lose", (a, b, c)) for a in range(2, 31) for b in range(2, 20) for c in range(2, 20))
+    worlds = Counter(
+        split_of("have gain lose", (a, b, c)) for a in range(2, 31) for b in range(2, 20) for c in range(2, 20)
+    )
     share = {split: count / worlds.total() for split, count in worlds.items()}
     assert abs(share["train"] - 7 / 8) < 0.02 and abs(share["validation"] - share["test"]) < 0.02
 
@@ -53,17 +102,28 @@ def test_steps_are_true_and_lead_to_the_answer(problem):
     assert correctness_reward(solution(problem), problem.answer) == 1.0
 
 
-@pytest.mark.parametrize("problem", TRAIN[:200], ids=lambda p: f"{p.kind}{p.numbers}")
+@pytest.mark.parametrize("problem", TRAIN[:300] + FAR["longer"][:50], ids=lambda p: f"{p.kind}{p.numbers}")
 def test_the_answer_is_that_of_the_story_worked_out_anew(problem):
-    n = problem.numbers
-    expected = {
-        "gain": lambda: n[0] + n[1], "lose": lambda: n[0] - n[1],
-        "gain_lose": lambda: n[0] + n[1] - n[2], "lose_gain": lambda: n[0] - n[1] + n[2],
-        "groups": lambda: n[0] * n[1], "groups_gain": lambda: n[0] * n[1] + n[2],
-        "share": lambda: n[0] // n[1], "share_gain": lambda: n[0] // n[1] + n[2], "both": lambda: n[0] + n[0] + n[1],
-    }[problem.kind]()  # fmt: skip
-    assert problem.answer == expected
-    assert sorted(map(int, re.findall(r"\d+", problem.question))) == sorted(n)
+    """From its words alone."""
+    told = problem.question
+    first, *rest = re.findall(r"[^.?]+[.?]", told)
+    a, *b = map(int, re.findall(r"\d+", first))
+    if re.search(r" more (\w+ )?than ", told):  # "B has 6 more pens than A. A has 7.", in either order
+        both = f"{first} {rest.pop(0)}"
+        more = int(re.search(r"(\d+) more", both)[1])
+        less = next(int(n) for n in re.findall(r"has (\d+)\b(?! more)", both))
+        have = less + (less + more)
+    elif " in each" in first:
+        have = a * b[0]
+    elif "equally" in first:
+        have = max(a, *b) // min(a, *b)
+    else:
+        have = a
+    for event in rest[:-1]:
+        (n,) = map(int, re.findall(r"\d+", event))
+        have += n if re.search(r"gives .* more|finds? |buys? ", event) else -n
+    assert problem.answer == have, told
+    assert sorted(map(int, re.findall(r"\d+", told))) == sorted(problem.numbers)
 
 
 def test_stories_tell_the_truth():
@@ -121,13 +181,14 @@ def test_a_wrong_sum_is_one_wrong_digit_and_is_carried_through():
         told, right = str(values[i]), problem.steps[i].split("=")[1]
         assert written[i].split("=")[0] == problem.steps[i].split("=")[0]
         assert len(told) == len(right) and sum(a != b for a, b in zip(told, right)) == 1
-        if i == 0 and len(written) == 2:
-            a, sign, b = re.fullmatch(r"(\d+)([-+*/])(\d+)=\d+", problem.steps[1]).groups()
-            assert right == (b if problem.kind == "both" else a)
-            assert written[1].split("=")[0] == (f"{a}{sign}{told}" if problem.kind == "both" else f"{told}{sign}{b}")
+        if i + 1 < len(written):  # the next step reads what was written; in "both" the second one's second number is it
+            a, sign, b = re.fullmatch(r"(\d+)([-+*/])(\d+)=\d+", problem.steps[i + 1]).groups()
+            second = problem.kind.startswith("both") and i == 0
+            assert right == (b if second else a)
+            assert written[i + 1].split("=")[0] == (f"{a}{sign}{told}" if second else f"{told}{sign}{b}")
         assert pair["rejected"].endswith(f"</think><answer>{values[-1]}</answer>") and values[-1] >= 0
         places[i, len(written)] += 1
-    assert min(places[key] for key in ((0, 1), (0, 2), (1, 2))) > 100
+    assert min(places[key] for key in ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))) >= 40
 
 
 def test_pairs_of_plain_sums():
@@ -146,25 +207,30 @@ def is_true(step: str) -> bool:
     return a == b * value if sign == "/" else {"+": a + b, "-": a - b, "*": a * b}[sign] == value
 
 
-def test_numbers_stay_small():
-    assert max(max(p.numbers) for p in TRAIN) < 100 and max(p.answer for p in TRAIN) < 100
-
-
 def test_stories_do_not_tell_a_held_out_sum():
-    """Neither one event nor two in a row that are a question of two steps."""
+    """Neither one event nor two or three in a row, which would make a question of as many steps."""
     told = Counter()
-    for text in documents(3000, seed="0 train"):
+    for text in documents(6000, seed="0 train"):
         if " Now " not in text:
             continue
-        have, before = int(re.search(r"(?:with|had) (\d+)", text)[1]), None
+        have, before = int(re.search(r"(?:with|had) (\d+)", text)[1]), []
         for event, now in re.findall(r"([^.]*)\. Now \w+ had (\d+)", text):
             n = int(re.search(r"\d+", event)[0])
             kind = "gain" if event.endswith("more") else "lose"
             assert have + (n if kind == "gain" else -n) == int(now)
-            assert split_of(kind, (have, n)) == "train"
-            if before and before[0] != kind:
-                assert split_of(f"{before[0]}_{kind}", (*before[1], n)) == "train", text
-                told["two"] += 1
-            before, have = (kind, (have, n)), int(now)
-            told["one"] += 1
-    assert told["one"] > 1000 and told["two"] > 200
+            before.append((have, kind, n))
+            for i in range(len(before)):
+                events = " ".join(["have", *(kind for _, kind, _ in before[i:])])
+                assert split_of(events, (before[i][0], *(n for _, _, n in before[i:]))) == "train", text
+                told[len(before) - i] += 1
+            have = int(now)
+    assert told[1] > 2000 and told[2] > 500 and told[3] > 100
+
+
+def test_a_slip_is_carried_on_and_no_other_step_changes():
+    slip = lambda i, value: value + 1 if i == 1 else value  # noqa: E731
+    assert worked("groups gain lose", (3, 4, 5, 6)) == ["3*4=12", "12+5=17", "17-6=11"]
+    assert worked("groups gain lose", (3, 4, 5, 6), slip) == ["3*4=12", "12+5=18", "18-6=12"]
+    assert worked("both", (3, 4), slip) == ["3+4=7", "3+7=11"]
+    assert worked("both", (2, 3), lambda i, value: 0 if i == 0 else value) == ["2+3=0", "2+0=2"]
+    assert worked("share lose", (12, 4, 2), slip) == ["12/4=3", "3-2=2"]

@@ -124,7 +124,7 @@ ON = {"device": "cuda", "precision": "bf16"}
 def before(tmp_path_factory):
     """What the stages start from, made on the CPU."""
     root = tmp_path_factory.mktemp("before")
-    pretrain.main(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=128))
+    pretrain.main(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=256))
     sft.main(tiny_sft(root / "sft", root / "pretrain", seq_len=128, n_examples=8, epochs=1.0))
     reward.main(tiny_reward(root / "reward", root, device="cpu"))
     return root

@@ -26,11 +26,15 @@ ORDER = [
     "verify", "texts", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward",
     "dpo", "kto", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
-STUDIES = ["probe", "intervals", "ablate", "combine", "structure"]
+STUDIES = [
+    "probe", "intervals", "pages", "ablate", "combine", "structure", "card", "sharpen", "overoptimise", "entropy",
+    "spurious", "rank", "exhibits", "museum",
+]  # fmt: skip
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
 CHAPTERS = list(PATHS)
 STAGES = [name for name in CHAPTERS if hasattr(importlib.import_module(name), "Config")]
-CONCEPTS = [name for name in CHAPTERS if name not in STAGES]
+PARTS = ["pages", "card", "exhibits"]  # of studies: nothing to run by themselves
+CONCEPTS = [name for name in CHAPTERS if name not in STAGES + PARTS]
 PRESETS = sorted((ROOT / "configs").glob("*.py"))
 
 

@@ -15,7 +15,7 @@ import pretrain
 from data import encode_prompts
 from evaluate import majority_vote, pass_at_k, rouge_l, wilson_interval
 from texts import load_prompts
-from tokenizer import encode_chat
+from tokenizer import ByteTokenizer, encode_chat
 from transformer import token_logps
 
 
@@ -187,3 +187,72 @@ def test_two_runs_of_one_stage_go_by_their_folders(monkeypatch, capsys):
     evaluate.main()
     printed = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
     assert printed == ["sft", "b/dpo", "c/dpo"]
+
+
+def test_the_choice_of_a_reward_model_by_hand(monkeypatch):
+    """Three questions of four answers. The first: right ones score 3 and 1, wrong ones 2 and 1, so of four comparisons
+    two are won and one is a tie, 2.5 / 4, and the best is right. The second: both wrong ones are ahead, 0 / 4. The
+    third has no wrong answer: no area, and its best is right."""
+    golds = [p.gold for p in load_prompts("arith", "test", n=3)]
+    scores = torch.tensor([[3.0, 1.0, 2.0, 1.0], [0.0, 0.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0]])
+    right = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    written = lambda gold, ok: f"<think>1+1=2</think><answer>{gold if ok else gold + 1}</answer>"  # noqa: E731
+    texts = [[written(gold, ok) for ok in row] for gold, row in zip(golds, right.tolist())]
+    asked = []
+
+    def sample(model, tokenizer, prompts, n, max_new, temperature, seed, **_):
+        first = len(asked)
+        asked.extend(prompts)
+        some = [text for row in texts[first : len(asked)] for text in row]
+        rows = torch.arange(first * n, len(asked) * n)[:, None]
+        return SimpleNamespace(texts=some, finished=torch.ones(len(some), dtype=torch.bool), tokens=rows, mask=rows)
+
+    policy = SimpleNamespace(config=SimpleNamespace(max_seq_len=256))
+    tokenizer = ByteTokenizer()
+    judge = lambda tokens, real: scores.flatten()[tokens[:, 0]]  # noqa: E731
+    for name, stand_in in {
+        "load_state": lambda path: {"config": {"init_from": "sft"}},
+        "load_reward_model": lambda path, device: (judge, tokenizer, None),
+        "load_stage": lambda path, device: (policy, tokenizer, None),
+        "sample_answers": sample,
+        "real_tokens": lambda tokens, mask: mask,
+    }.items():
+        monkeypatch.setattr(evaluate, name, stand_in)
+    config = evaluate.Config(n=512, sampled=3, samples=4, batch_size=8, device="cpu")  # two questions, then one
+    found = evaluate.measure_choice("reward", config)
+    assert found == {"AUC": pytest.approx((2.5 / 4 + 0) / 2), "best@4": pytest.approx(2 / 3)}
+    assert len(asked) == 3
+
+
+def test_samples_are_of_the_first_questions_and_greedy_answers_of_all(base, monkeypatch):
+    asked, sample = {}, evaluate.measure_samples
+    monkeypatch.setattr(
+        evaluate,
+        "measure_samples",
+        lambda m, t, ids, golds, *more: asked.update(n=len(ids)) or sample(m, t, ids, golds, *more),
+    )
+    row = evaluate.measure(str(base), evaluate.Config(n=20, samples=2, ks=(1,), sampled=6, device="cpu"))
+    assert row["n"] == 20 and asked == {"n": 6} and "pass@1" in row
+
+
+def test_the_parts_outside_of_training_are_measured_with_the_test(base, monkeypatch):
+    """Each on its own questions, and with split = larger those alone."""
+    rights = {"test": 0.5, "larger": 0.25, "longer": 0.0}
+    of_question = {p.messages[0]["content"]: part for part in rights for p in load_prompts("arith", part, n=8)}
+    tokenizer = evaluate.load_stage(str(base))[1]
+
+    def greedy(model, tokenizer_, ids, golds, *_, **__):
+        parts = {of_question[question] for question in of_question if encode(question) in ids}
+        (part,) = parts
+        return {"accuracy": rights[part], "cut_off": 0.0, "unreadable": 0.0, "tokens": 1.0}
+
+    def encode(question):
+        return encode_chat(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)[0]
+
+    monkeypatch.setattr(evaluate, "answer_greedily", greedy)
+    row = evaluate.measure(str(base), evaluate.Config(n=8, device="cpu"))
+    assert (row["accuracy"], row["larger"], row["longer"]) == (0.5, 0.25, 0.0)
+    row = evaluate.measure(str(base), evaluate.Config(n=8, split="larger", device="cpu"))
+    assert row["accuracy"] == 0.25 and "longer" not in row
+    with pytest.raises(evaluate.UserError, match="embedded task"):
+        evaluate.need_all([str(base)], evaluate.Config(data="gsm8k", split="longer"))

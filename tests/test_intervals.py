@@ -14,7 +14,9 @@ import gdpo
 from intervals import holm, pooled, quantile, smallest, tail
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs" / "experiments").glob("*.md"))
+PAGES = [
+    p for p in sorted((ROOT / "docs" / "experiments").glob("*.md")) if (ROOT / f"configs/ablate_{p.stem}.py").exists()
+]
 
 STUDENT = {  # degrees of freedom: t at 0.975, 0.9, 0.995, from the usual printed tables
     1: (12.706, 3.078, 63.657), 2: (4.303, 1.886, 9.925), 3: (3.182, 1.638, 5.841), 4: (2.776, 1.533, 4.604),

@@ -753,7 +753,7 @@ def test_a_classifier_is_validated_on_what_was_named(tmp_path):
     config = encoder.Config(data="arith", eval_data=write(tmp_path / "l.jsonl", rows))
     for split in ("validation", "test"):
         assert len(encoder.labelled_texts(config, split, T, 64, False)) == 8
-    with pytest.raises(ValueError, match="train, validation or test"):
+    with pytest.raises(ValueError, match="train, validation, test, larger or longer"):
         encoder.arithmetic.problems(1, 0, "whole")
 
 

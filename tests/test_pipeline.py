@@ -56,7 +56,7 @@ def out(tmp_path_factory):
 
 
 def config(out) -> pipeline.Config:
-    return pipeline.Config(out=str(out), device="cpu", compile="off", samples=2, quick=True)
+    return pipeline.Config(out=str(out), device="cpu", compile="off", samples=2, quick=True, all=True)
 
 
 NAMES = [stage.name for stage in REAL_STAGES(pipeline.Config())]
@@ -82,6 +82,9 @@ def test_one_call_runs_the_chain_and_writes_the_report_card(out, ran):
         assert 0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 and row["n"] == 8
         if row["stage"] != "Reward model":  # it writes no text
             assert row["bits_per_byte"] > 0 and "pass@1" in row and "maj@2" in row
+            assert 0 <= row["larger"] <= 1 and 0 <= row["longer"] <= 1
+        else:
+            assert 0 <= row["best@2"] <= 1
     report = (out / "report.md").read_text()
     assert all(f"| {row['stage']} |" in report for row in rows) and "Wilson" in report
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
@@ -228,7 +231,9 @@ def names_of(*only: str) -> list[str]:
 
 
 def test_only_takes_names_and_labels_and_adds_what_they_start_from():
-    assert names_of() == NAMES
+    assert names_of() == ["pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo", "gdpo"]
+    every = pipeline.chosen((), REAL_STAGES(pipeline.Config(out="o")), relatives=True)
+    assert [stage.name for stage in every] == NAMES and len(NAMES) == 16
     assert names_of("grpo") == ["pretrain", "sft", "grpo"] and names_of("pretrain") == ["pretrain"]
     assert names_of("ppo_reward") == ["pretrain", "sft", "reward", "ppo_reward"]
     assert names_of("Dr. GRPO", "dpo") == ["pretrain", "sft", "dpo", "dr_grpo"]

@@ -256,8 +256,25 @@ def test_a_report_card_as_a_picture(tmp_path, monkeypatch, capsys, figures):
     assert ends == [pytest.approx(pair) for pair in ([0, 0.007], [0.618, 0.7], [0.88, 0.93], [0.4, 0.6])]
     texts = {text.get_text() for text in axis.texts}
     assert {"0.660", "0.618 to 0.700", "before alignment", "GRPO and its relatives", "others"} <= texts
-    verticals = [line.get_xdata()[0] for line in axis.lines if line.get_xdata()[0] == line.get_xdata()[-1]]
+    verticals = [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1]
     assert {0.0, 0.66} <= set(verticals)
+
+
+def test_several_report_cards_as_one_picture(tmp_path, monkeypatch, figures):
+    """Each stage's mean, its range, and a mark for each start; a stage that one start lacks is left out."""
+    reports = [tmp_path / "a.json", tmp_path / "b.json"]
+    for report, accuracies in zip(reports, ({"SFT": 0.6, "GRPO": 0.9, "KTO": 0.5}, {"SFT": 0.7, "GRPO": 0.8})):
+        rows = [{"stage": s, "accuracy": a, "low": 0.0, "high": 1.0, "n": 2048} for s, a in accuracies.items()]
+        report.write_text(json.dumps(rows))
+    command(monkeypatch, "--report", *reports, "--write", tmp_path / "p.png")
+    axis = figures[0].axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["SFT", "GRPO"]
+    assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == pytest.approx([0.65, 0.85])
+    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in axis.containers]
+    assert ends == [pytest.approx([0.6, 0.7]), pytest.approx([0.8, 0.9])]
+    marks = [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "|" and len(line.get_xdata()) == 2]
+    assert [0.6, 0.7] in marks and [0.9, 0.8] in marks
+    assert "2,048 held-out questions, mean and each of 2 starts" in axis.get_xlabel()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path, base, changes):
 
 
 def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
-    config = tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3)
+    config = tiny_sft(tmp_path, base, epochs=8.0, lr=5e-3, eval_every=5)
     figures = sft.main(config)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -110,7 +110,7 @@ def test_fine_tuning_learns_and_remembers_where_it_came_from(tmp_path, base):
     assert "reference:" in (tmp_path / "samples.txt").read_text()
     packed = pack(load_chats("arith", "train", "", config.seed, 24), load_stage(str(base))[1], config.seq_len)
     steps = math.ceil(8 * len(packed) / 4)
-    assert [row["step"] for row in rows if "val_loss" in row] == sorted({*range(3, steps, 3), steps}) and steps % 3
+    assert [row["step"] for row in rows if "val_loss" in row] == sorted({*range(5, steps, 5), steps}) and steps % 5
     for step, row in enumerate(row for row in rows if "loss" in row):
         learned = packed.loss_mask[epoch_batch(len(packed), 4, step, config.seed), 1:].sum()
         assert row["share_learned"] == pytest.approx(float(learned) / (4 * config.seq_len))

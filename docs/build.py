@@ -3,6 +3,8 @@
     pip install -e ".[docs]" && python docs/build.py            # into site/, in seconds
     python docs/build.py --serve                                # and look at it: http://127.0.0.1:8000
     python docs/build.py --out DIR
+    python docs/build.py --draw                                 # the drawings of docs/ anew, from the code
+    python docs/build.py --lines                                # mend the numbers of lines in links like grpo.py#L12
 
 The site is plain files. It also opens from a folder, without a server: search, formulas and drawings need none.
 ``docs/making/`` has the parts: ``chapters.py`` cuts a source, ``prose.py`` reads its docstrings, ``formulas.py`` makes
@@ -13,6 +15,8 @@ import argparse
 import functools
 import http.server
 import json
+import os
+import re
 import shutil
 import sys
 import tempfile
@@ -105,12 +109,53 @@ def serve(out: Path, port: int) -> None:
         server.serve_forever()
 
 
+def draw(book: Book) -> dict[str, str]:
+    """The drawings by their paths."""
+    from making import drawings
+
+    return {"docs/files.svg": drawings.files(book), "docs/stages.svg": drawings.stages()}
+
+
+LINE_LINK = re.compile(r"\[`([^`]+)`\]\(([\w./]+\.py)#L(\d+)\)")
+
+
+def with_lines(root: Path, page: str) -> str:
+    """A page whose links to lines have the numbers of today: of the definition, or of the line with these words.
+    UserError for words that no line has.
+    """
+
+    def mend(match) -> str:
+        words, target = match[1], match[2]
+        path = root / os.path.dirname(page) / target
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        wanted = re.compile(rf"^\s*(def|class) {words}\b") if words.isidentifier() else re.compile(re.escape(words))
+        found = next((n for n, line in enumerate(lines, start=1) if wanted.search(line)), None)
+        if found is None:
+            raise UserError(f"{page} links to {words!r} in {target}, and no line has it")
+        return f"[`{words}`]({target}#L{found})"
+
+    return LINE_LINK.sub(mend, (root / page).read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the site of the book.")
     parser.add_argument("--out", default="site", help="the folder of the site (default: site)")
     parser.add_argument("--serve", action="store_true", help="show it on this machine when it is made")
     parser.add_argument("--port", type=int, default=8000, help="the port of --serve (default: 8000)")
+    parser.add_argument("--draw", action="store_true", help="only draw the pictures of docs/ anew")
+    parser.add_argument("--lines", action="store_true", help="only mend the numbers of lines in the links of docs/")
     options = parser.parse_args()
+    if options.draw or options.lines:
+        from runtime.checkpoint import write_text  # loads PyTorch, which a build does not need
+
+        book = read_book(ROOT)
+        texts = draw(book) if options.draw else {}
+        texts |= {page: with_lines(ROOT, page) for page in book.pages} if options.lines else {}
+        for path, text in texts.items():
+            if not (ROOT / path).exists() or (ROOT / path).read_text(encoding="utf-8") != text:
+                write_text(ROOT / path, text)
+                print(path)
+        return
     begun, out = time.perf_counter(), Path(options.out)
     pages = build(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6

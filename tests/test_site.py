@@ -16,12 +16,13 @@ from test_chapters import ORDER, SOURCES, blocks_of, docstrings
 
 import build
 import walk
-from making import formulas, highlight
+from making import drawings, formulas, highlight
 from making.book import read_book
 from making.chapters import Section, cut
 from making.prose import blocks, inline
 from making.render import markdown_page, plain, source_page
 from runtime.errors import UserError
+from runtime.words import WORDS
 
 ROOT = Path(__file__).parent.parent
 EVERY = sorted(path for folder in (".", "runtime", "studies", "configs", "tests", "bench", "docs", "docs/making")
@@ -313,6 +314,72 @@ def test_markdown_is_read_as_github_reads_it(book):
     page = markdown_page(book, "docs/metrics.md")
     assert '<code id="flat_groups">flat_groups</code>' in page.body and 'id="every-stage"' in page.body
     assert 'href="../runtime/words.html"' in page.body
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages that are made from the code, or speak of its lines
+
+
+def test_every_link_to_a_line_leads_to_what_it_names(book):
+    for page in book.pages:
+        assert build.with_lines(ROOT, page) == book.pages[page], f"{page}: python docs/build.py --lines mends it"
+    assert len(build.LINE_LINK.findall(book.pages["docs/cheatsheet.md"])) >= 25
+
+
+def test_a_line_that_has_moved_is_mended_and_one_that_is_gone_is_refused(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n\n\ndef f():\n    return x / 2\n")
+    (tmp_path / "b.md").write_text("[`f`](a.py#L1), [`x / 2`](a.py#L9)\n")
+    assert build.with_lines(tmp_path, "b.md") == "[`f`](a.py#L4), [`x / 2`](a.py#L5)\n"
+    (tmp_path / "b.md").write_text("[`g`](a.py#L4)\n")
+    with pytest.raises(UserError, match="b.md links to 'g' in a.py, and no line has it"):
+        build.with_lines(tmp_path, "b.md")
+
+
+def test_every_loss_is_on_the_cheat_sheet(book):
+    named = {words for words, _, _ in build.LINE_LINK.findall(book.pages["docs/cheatsheet.md"])}
+    losses = {name for path in book.order for name in book.sources[path].names if name.endswith("_loss")}
+    assert len(losses) >= 13 and losses - {"pair_loss"} <= named  # pair_loss chooses one of them
+
+
+def test_the_drawings_show_what_the_code_says(book):
+    for path, text in build.draw(book).items():
+        assert (ROOT / path).read_text(encoding="utf-8") == text, f"{path}: python docs/build.py --draw"
+
+
+def test_a_chapter_stands_below_those_that_it_builds_on(book):
+    graph = drawings.uses(book)
+    assert graph["gdpo.py"] >= {"grpo.py", "rollout.py"} and graph["tokenizer.py"] == set()
+    depth = {name: i for i, row in enumerate(drawings.layers(graph)) for name in row}
+    assert set(depth) == set(book.order)
+    assert all(depth[other] < depth[name] for name, used in graph.items() for other in used)
+    assert drawings.needed({"a": set(), "b": {"a"}, "c": {"a", "b"}}) == {"a": set(), "b": {"a"}, "c": {"b"}}
+
+
+def test_the_glossary_is_in_order_and_names_every_method(book):
+    terms = re.findall(r"^\* \*\*(.+?)\*\*: ", book.pages["docs/glossary.md"], re.M)
+    assert len(terms) >= 75 and [term.lower() for term in terms] == sorted(term.lower() for term in terms)
+    words = " ".join(terms)
+    for name in (
+        "DPO",
+        "IPO",
+        "SimPO",
+        "ORPO",
+        "KTO",
+        "PPO",
+        "GRPO",
+        "Dr. GRPO",
+        "DAPO",
+        "GSPO",
+        "CISPO",
+        "GDPO",
+        "GAE",
+    ):
+        assert name in words
+
+
+def test_every_figure_of_a_run_is_explained_on_the_site(site):
+    page = Reader((site / "docs" / "metrics.html").read_text(encoding="utf-8"))
+    assert {name for name in WORDS if "@" not in name} <= set(page.ids)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -306,13 +306,15 @@ def markdown_page(book: Book, path: str) -> Page:
                     child.attrSet("src", book.resolve(path, target))
                     child.attrSet("loading", "lazy")
     inside = _Inside(names)
-    parser.renderer.rules |= {"code_inline": inside.code, "code_block": inside.block, "fence": inside.block}
+    parser.renderer.rules |= {
+        "text": inside.text, "code_inline": inside.code, "code_block": inside.block, "fence": inside.block
+    }  # fmt: skip
     html = parser.renderer.render(tokens, parser.options, {})
     if marked:
         seen: set[str] = set()
         html = re.sub(r"<tr>\s*<td>(.*?)</td>", lambda match: _mark_cell(match, seen), html, flags=re.S)
         html = re.sub(r"<li>\s*(?:<p>)?<strong>(.*?)</strong>", _mark_term, html, flags=re.S)
-    html = html.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    html = html.replace("<table>\n", '<div class="table"><table>\n').replace("</table>\n", "</table></div>\n")
     page.body = html
     page.entries = _entries(html)
     return page
@@ -330,7 +332,10 @@ class _Inside:
     """How code is shown in Markdown: the same way as in docstrings."""
 
     def __init__(self, names: Resolver):
-        self.names, self.linked = names, False
+        self.names = names
+
+    def text(self, tokens, i, options, env) -> str:
+        return formulas.subscripts(tokens[i].content)
 
     def code(self, tokens, i, options, env) -> str:
         depth = sum({"link_open": 1, "link_close": -1}.get(token.type, 0) for token in tokens[:i])

@@ -113,7 +113,11 @@ def draw(book: Book) -> dict[str, str]:
     """The drawings by their paths."""
     from making import drawings
 
-    return {"docs/files.svg": drawings.files(book), "docs/stages.svg": drawings.stages()}
+    return {
+        "docs/files.svg": drawings.files(book),
+        "docs/stages.svg": drawings.stages(),
+        "docs/foundations/family.svg": drawings.family(),
+    }
 
 
 LINE_LINK = re.compile(r"\[`([^`]+)`\]\(([\w./]+\.py)#L(\d+)\)")

@@ -2,7 +2,9 @@
 needs another machine."""
 
 import ast
+import doctest
 import html
+import itertools
 import json
 import re
 import subprocess
@@ -12,9 +14,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 from test_chapters import ORDER, SOURCES, blocks_of, docstrings
 
 import build
+import figures
 import walk
 from making import drawings, formulas, highlight
 from making.book import read_book
@@ -176,6 +180,8 @@ CASES = {
     "a / (b + c)": "<mfrac><mrow><mi>a</mi></mrow><mrow><mi>b</mi><mo>+</mo><mi>c</mi></mrow></mfrac>",
     "√(a + b)": "<msqrt><mi>a</mi><mo>+</mo><mi>b</mi></msqrt>",
     "√d_head": "<msqrt><msub><mi>d</mi><mrow><mi>head</mi></mrow></msub></msqrt>",
+    "a ‖ b": "<mi>a</mi><mo>‖</mo><mi>b</mi>",
+    "‖a‖": "<mrow><mo>‖</mo><mi>a</mi><mo>‖</mo></mrow>",
     "-a": '<mo form="prefix">−</mo><mi>a</mi>',
     "V_{t+1}": "<msub><mi>V</mi><mrow><mi>t</mi><mo>+</mo><mn>1</mn></mrow></msub>",
     "a b / c d + e": '<mfrac><mrow><mi>a</mi><mspace width="0.3em"/><mi>b</mi></mrow><mrow><mi>c</mi>'
@@ -380,6 +386,57 @@ def test_the_glossary_is_in_order_and_names_every_method(book):
 def test_every_figure_of_a_run_is_explained_on_the_site(site):
     page = Reader((site / "docs" / "metrics.html").read_text(encoding="utf-8"))
     assert {name for name in WORDS if "@" not in name} <= set(page.ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Foundations
+
+FOUNDATIONS = sorted((ROOT / "docs" / "foundations").glob("*.md"))
+
+
+def examples(path: Path) -> doctest.DocTest:
+    """What a page shows typed into Python, as one session."""
+    text = re.sub(r"^```.*$", "", path.read_text(encoding="utf-8"), flags=re.M)  # a fence is no answer
+    return doctest.DocTestParser().get_doctest(text, {}, path.stem, str(path), 0)
+
+
+@pytest.mark.parametrize("path", FOUNDATIONS, ids=lambda path: path.stem)
+def test_the_examples_of_the_foundations_are_true(path):
+    torch.set_printoptions(profile="default")
+    session = examples(path)
+    assert path.stem == "README" or len(session.examples) >= 3
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session).failed == 0
+
+
+def test_an_example_that_is_wrong_is_noticed(tmp_path):
+    page = (ROOT / "docs" / "foundations" / "policy.md").read_text(encoding="utf-8")
+    (tmp_path / "wrong.md").write_text(page.replace("-1.1502", "-1.1503"), encoding="utf-8")
+    assert doctest.DocTestRunner().run(examples(tmp_path / "wrong.md"), out=lambda text: None).failed == 1
+
+
+def test_every_foundation_has_its_figure_and_the_command_that_draws_it(book):
+    pages = [
+        path for path in book.in_order("docs/foundations") if path.split("/")[-1] not in ("README.md", "exercises.md")
+    ]
+    assert [path.split("/")[-1][:-3] for path in pages] == list(figures.FIGURES)
+    for path in pages:
+        name = path.split("/")[-1][:-3]
+        assert f"]({name}.png)" in book.pages[path] and f"python docs/figures.py {name}" in book.pages[path]
+    for path, after in itertools.pairwise([*pages, "docs/foundations/exercises.md"]):
+        assert book.pages[path].rstrip().splitlines()[-1].startswith(f"Next: [{book.title(after)}](")
+
+
+def test_every_exercise_has_a_solution(book):
+    page = book.pages["docs/foundations/exercises.md"]
+    numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", page, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 12
+    assert page.count("<summary>Solution</summary>") == page.count("```python") == len(numbers)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_is_drawn(name, tmp_path):
+    figures.FIGURES[name](tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 """
 
 from html import escape
-from itertools import pairwise
 
 from making.book import Book
 
@@ -169,15 +168,28 @@ def stages() -> str:
     )
 
 
-def family(steps: list[tuple[str, str, str]]) -> str:
-    """A chain of methods from top to bottom: (name, file, what the step to the next changes)."""
+STEPS = [  # method, file, and what the step to the next one changes
+    ("REINFORCE", "", "subtract what was to be expected:\nthe same gradient on average, far less noise"),
+    (
+        "with a baseline",
+        "",
+        "a critic foresees the reward at every token;\na clipped ratio: an answer serves several updates",
+    ),
+    ("PPO", "ppo.py", "no critic: the baseline is the mean of\nseveral answers to the same question"),
+    ("GRPO", "grpo.py", "several rewards: each is compared on its own,\nthen the comparisons are added"),
+    ("GDPO", "gdpo.py", ""),
+]
+
+
+def family() -> str:
+    """The chain from REINFORCE to GDPO, from top to bottom."""
     wide, tall, gap, x = 150, 40, 84, 16
     parts = []
-    for i, ((name, path, change), (_, _, _)) in enumerate(pairwise([*steps, ("", "", "")])):
+    for i, (name, path, change) in enumerate(STEPS):
         y = 12 + i * gap
-        if i + 1 < len(steps):
+        if change:
             parts.append(arrow(x + wide / 2, y + tall, x + wide / 2, y + gap))
             for n, line in enumerate(change.split("\n")):
                 parts.append(words(x + wide / 2 + 18, y + tall + 19 + 16 * n, line, f"{SANS}; font-size: 12.5px"))
-        parts.append(box(x, y, wide, tall, name, path, f"../../{path}" if path.endswith(".py") else ""))
-    return svg(760, 24 + (len(steps) - 1) * gap + tall, parts, "What each method changes about the one before")
+        parts.append(box(x, y, wide, tall, name, path or "(on this page)", f"../../{path}" if path else ""))
+    return svg(480, 24 + (len(STEPS) - 1) * gap + tall, parts, "What each method changes about the one before")

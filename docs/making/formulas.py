@@ -23,6 +23,7 @@ TOKEN = re.compile(
     | (?P<sup>[²³ᵀ])
     | (?P<open>[(\[{{])
     | (?P<close>[)\]}}])
+    | (?P<between>(?<=\s)‖(?=\s))
     | (?P<other>\.\.\.|//|.)""",
     re.X,
 )
@@ -92,7 +93,7 @@ def words(text: str) -> str:
 def subscripts(text: str) -> str:
     """Words as HTML, with the subscripts of the variables among them: π_ref, A_i."""
     text = escape(text, quote=False)
-    pattern = rf"(?<![\w`/])([A-Za-z{GREEK}])_(?:\{{([^}}]*)\}}|([A-Za-z0-9]+(?:,[a-z0-9])*))(?!\w)"
+    pattern = rf"(?<![\w`/])([A-Za-z{GREEK}Σ])_(?:\{{([^}}]*)\}}|([A-Za-z0-9]+(?:,[a-z0-9])*))(?!\w)"
     return re.sub(pattern, lambda m: f"<i>{m[1]}</i><sub>{m[2] or m[3]}</sub>", text)
 
 
@@ -153,7 +154,7 @@ def _parse(tokens: list, closing: bool = False) -> list:
 def _factor(tokens: list):
     """The next operator, as (sign, space before), or factor, as [html, space before, is a bracket's inside]."""
     kind, text, spaced = tokens.pop(0)
-    if kind == "other" and (text in OPERATORS or text in "/^"):
+    if kind == "between" or kind == "other" and (text in OPERATORS or text in "/^"):
         return (text, spaced)
     inside = None
     if kind == "open":

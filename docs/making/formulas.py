@@ -71,11 +71,13 @@ def block(lines: list[str]) -> str:
             rows.append('<tr class="gap"></tr>')
             continue
         left, right, note = cells(line[margin:])
-        name = words(left) if re.fullmatch(r"[A-Za-z@]{2}[\w@ -]*", left) else math(left)
+        name = words(left) if re.fullmatch(r"[A-Za-z@]{2}[\w@ -]*", left) else math(left, display=True)
         both = f'<td class="lhs">{name}</td><td class="rhs">{math(right, display=True)}</td>'
         if not left and not is_mathematics(right):
             both = f'<td class="words" colspan="2">{words(right)}</td>'
-        rows.append(f'<tr>{both}<td class="note">{math(note) if is_mathematics(note) else words(note)}</td></tr>')
+        rows.append(
+            f'<tr>{both}<td class="note">{math(note, display=True) if is_mathematics(note) else words(note)}</td></tr>'
+        )
     return f'<div class="formulas"><table>{"".join(rows)}</table></div>'
 
 

@@ -43,6 +43,7 @@ def slug(heading: str) -> str:
 def plain(html: str) -> str:
     """The words of a piece of HTML."""
     html = re.sub(r"<(svg|button)\b.*?</\1>", " ", html, flags=re.S)
+    html = re.sub(r'<math[^>]* title="([^"]*)">.*?</math>', r" \1 ", html, flags=re.S)  # as it is written
     html = re.sub(r"</(p|li|td|th|h\d|pre|tr|div|code)>|<br>", lambda m: m[0] + " ", html)
     return " ".join(unescape(re.sub(r"<[^>]+>", "", html)).split())
 
@@ -118,8 +119,21 @@ def source_page(book: Book, source: Source) -> Page:
     html = [_head(book, source, names)]
     for section in source.sections:
         html.append(_section(section, source, pieces, names, page, seen))
-    page.body = "\n".join(part for part in html if part)
+    page.body = "\n".join(part for part in html if part).replace(INSIDE, _inside(page), 1)
     return page
+
+
+INSIDE = "<!-- what is in this file -->"
+
+
+def _inside(page: Page) -> str:
+    """The contents again, beside the head of the file, where there is room."""
+    if len(page.contents) < 3:
+        return ""
+    links = [
+        f'<li class="at{level}"><a href="#{mark}">{escape(words)}</a></li>' for level, mark, words in page.contents
+    ]
+    return f'<nav class="inside" aria-label="In this file"><ul>{"".join(links)}</ul></nav>'
 
 
 def _section(section: Section, source: Source, pieces: Pieces, names: Resolver, page: Page, seen: set[str]) -> str:
@@ -143,7 +157,7 @@ def _section(section: Section, source: Source, pieces: Pieces, names: Resolver, 
     if section.kind == "module":
         listing = _code(section.code, source, pieces)
         about = f'<details class="imports"><summary>The imports</summary>{listing}</details>' if listing else ""
-        return f'<section class="module"><div class="wide prose">{prose}</div>{about}</section>'
+        return f'<section class="module head"><div class="wide prose">{prose}{about}</div>{INSIDE}</section>'
     if section.kind == "fields":
         return _table(section, source, pieces, names, page)
     listing = _code(section.code, source, pieces)
@@ -367,7 +381,8 @@ def _drawing(book: Book, page: str, target: str, words: str) -> str:
         whole = os.path.normpath(os.path.join(folder, match[1])).replace(os.sep, "/")
         return f'href="{book.relative(page, book.address(whole))}"'
 
-    drawn = re.sub(r"<\?xml.*?\?>\s*", "", drawn)
+    width = re.search(r'viewBox="0 0 (\d+)', drawn)
+    drawn = drawn.replace("<svg ", f'<svg style="min-width: {min(int(width[1]), 620)}px" ', 1)
     drawn = re.sub(r'href="([^"#:]+\.(?:py|md))"', link, drawn)
     return f'<div class="drawing" role="img" aria-label="{escape(words)}">{drawn}</div>'
 

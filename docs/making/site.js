@@ -117,8 +117,9 @@ function score(entry, terms) {
   return total * entry.w;
 }
 function excerpt(entry, terms) {
-  const first = Math.min(...terms.map((term) => entry.lt.indexOf(term)).filter((at) => at >= 0), entry.t.length);
-  const from = Math.max(0, entry.t.lastIndexOf(" ", Math.max(0, first - 50)));
+  const places = terms.map((term) => entry.lt.indexOf(term)).filter((at) => at >= 0);
+  const first = places.length ? Math.min(...places) : 0;
+  const from = first > 50 ? entry.t.lastIndexOf(" ", first - 50) + 1 : 0;
   let text = escapeHTML((from ? "… " : "") + entry.t.slice(from, from + 190));
   for (const term of terms) {
     const safe = escapeHTML(term).replace(/[.*+?^${}()|[\]\\]/g, "\\$&");

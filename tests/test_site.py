@@ -163,6 +163,11 @@ def test_examples_show_what_is_typed_and_what_is_answered():
     assert page.count('class="p"') == 2 and page.count('class="o"') == 2
 
 
+def test_a_block_after_a_list_is_not_of_its_last_item():
+    page = blocks("* one\n  more\n* two::\n\n      a = b / c\n\n    python a.py\n", nowhere)
+    assert re.search(r"<li>one more</li><li>two:.*<mfrac>.*</li></ul>\n<pre class=\"shell\">", page, re.S)
+
+
 def test_commands_can_be_copied_without_their_comments():
     shown = highlight.shell_html(["python a.py --x 1   # why", "python b.py \\", "    --y 2", "metrics.jsonl"])
     assert re.findall(r'data-copy="([^"]*)"', shown) == ["python a.py --x 1", "python b.py --y 2"]
@@ -220,6 +225,11 @@ def test_a_line_of_a_formula_has_a_left_side_and_a_note():
     assert formulas.cells("r_t = -β k      at every token") == ("r_t", "= -β k", "at every token")
     assert formulas.cells("      + score    at the end") == ("", "+ score", "at the end")
     assert formulas.cells("L = mean of   a b   of those") == ("L", "= mean of  a b", "of those")
+    kinds = {"ρ_t = π(t) / π_old(t)": True, "L = - mean log softmax(logits)[label]": True, "Bradley-Terry": False,
+             "M = 0 where attention is allowed": False, "k when all are equal": False}  # fmt: skip
+    assert {note: formulas.is_mathematics(note) for note in kinds} == kinds
+    page = formulas.block(["r = -β k      at every token", "      + score    at the end"])
+    assert page.count('class="rhs"') == 2 and "score</mi>" in page
 
 
 # ----------------------------------------------------------------------------------------------------------------------

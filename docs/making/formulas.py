@@ -73,7 +73,7 @@ def block(lines: list[str]) -> str:
         left, right, note = cells(line[margin:])
         name = words(left) if re.fullmatch(r"[A-Za-z@]{2}[\w@ -]*", left) else math(left, display=True)
         both = f'<td class="lhs">{name}</td><td class="rhs">{math(right, display=True)}</td>'
-        if not left and not is_mathematics(right):
+        if not left and not is_mathematics(right) and right[0] not in OPERATORS:
             both = f'<td class="words" colspan="2">{words(right)}</td>'
         rows.append(
             f'<tr>{both}<td class="note">{math(note, display=True) if is_mathematics(note) else words(note)}</td></tr>'
@@ -83,7 +83,8 @@ def block(lines: list[str]) -> str:
 
 def is_mathematics(cell: str) -> bool:
     """Whether a cell is a formula and not a sentence about one."""
-    plain = [word for word in re.findall(r"(?<![\w_])[a-z]{2,}(?![\w(_])", cell) if word not in UPRIGHT]
+    outside = re.sub(r"(?<=[\w)])[(\[][^()\[\]]*[)\]]", "(", cell)  # without the arguments of functions
+    plain = [word for word in re.findall(r"(?<!\w)[A-Za-z]{2,}(?![\w(_])", outside) if word not in UPRIGHT]
     return bool(cell) and len(plain) <= (2 if re.match(r"[=←]", cell) else 0) and bool(OPERATORS & set(cell))
 
 

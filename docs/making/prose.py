@@ -83,7 +83,7 @@ def _blocks(lines: list[str], names: Names) -> list[str]:
             items = []
             while at < len(lines) and lines[at].startswith("* "):
                 end = at + 1
-                while end < len(lines) and (not lines[end].strip() or lines[end].startswith("  ")):
+                while end < len(lines) and _belongs(lines, end):
                     end += 1
                 inner = [lines[at][2:], *(one[2:] for one in lines[at + 1 : end])]
                 items.append(f"<li>{_tight(_blocks(inner, names))}</li>")
@@ -102,6 +102,15 @@ def _blocks(lines: list[str], names: Names) -> list[str]:
             html.append(f"<p>{inline(re.sub('::$', ':', words), names)}</p>")
         at = end
     return html
+
+
+def _belongs(lines: list[str], at: int) -> bool:
+    """Whether a line goes on with the item of a list above it: by two spaces; a block of the item has six, and one of
+    four after a blank line belongs to the text around the list."""
+    if not lines[at].strip():
+        return at + 1 < len(lines) and bool(lines[at + 1].strip()) and _belongs(lines, at + 1)
+    space = _indent(lines[at])
+    return space >= 2 and (space not in (4, 5) or bool(lines[at - 1].strip()))
 
 
 def _tight(parts: list[str]) -> str:

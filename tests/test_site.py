@@ -292,6 +292,17 @@ def test_chapters_and_pages_know_of_each_other(site):
     assert "../../grpo.html" in Reader((site / "docs/experiments/grpo.html").read_text(encoding="utf-8")).links
 
 
+def test_every_study_is_linked_with_a_chapter(book):
+    pages = [path for path in book.pages if path.startswith("docs/experiments/")]
+    assert len(pages) >= 10
+    for page in pages:
+        chapters = book.named[page] & set(book.order)
+        assert chapters, page
+        for chapter in chapters:
+            link = book.relative(chapter, book.address(page))
+            assert f'href="{link}"' in source_page(book, book.sources[chapter]).body
+
+
 def test_the_index_knows_functions_fields_and_figures(site):
     text = (site / "_site" / "index.js").read_text(encoding="utf-8")
     entries = json.loads(text.removeprefix("window.BOOK=").rstrip(";\n"))

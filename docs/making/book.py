@@ -83,6 +83,16 @@ class Book:
                         found.setdefault(name, []).append((source.module, name))
         return {name: places[0] for name, places in found.items() if len(places) == 1}
 
+    @functools.cached_property
+    def named(self) -> dict[str, set[str]]:
+        """Of each page the sources that it links to, or names in its text and its commands."""
+        found = {}
+        for page, text in self.pages.items():
+            links = re.findall(r"\]\(([\w./]+\.py)", text)
+            found[page] = {os.path.normpath(os.path.join(os.path.dirname(page), path)) for path in links}
+            found[page] |= set(re.findall(r"(?<![\w/.(])(?:\w+/)*\w+\.py(?!\w)", text))
+        return found
+
     def title(self, path: str) -> str:
         """What a page is called in the navigation."""
         if path in self.pages:

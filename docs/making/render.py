@@ -269,7 +269,6 @@ def _relations(book: Book, source: Source) -> list[tuple[str, list[str]]]:
         return []
     stem = source.path.rpartition("/")[2].removesuffix(".py")
     presets = [path for path in book.sources if re.match(rf"configs/{stem}(_|\.)", path)]
-    named = re.compile(rf"(?<![\w/.]){re.escape(source.path)}(?!\w)")
     found = {
         "builds on": [path for path in book.order if path != source.path and _imports(book, source, path)],
         "used by": [
@@ -277,7 +276,7 @@ def _relations(book: Book, source: Source) -> list[tuple[str, list[str]]]:
         ],
         "presets": presets,
         "tests": [path for path in (f"tests/test_{stem}.py",) if path in book.sources],
-        "pages": [p for p, text in book.pages.items() if named.search(text) and not p.endswith("README.md")],
+        "pages": [p for p in book.pages if source.path in book.named[p] and not p.endswith("README.md")],
     }
     return [(title, paths) for title, paths in found.items() if paths]
 

@@ -32,6 +32,7 @@ from runtime.errors import UserError, run_main
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTHS = {"wide": (1280, 900), "phone": (390, 844)}
+PATIENCE = 300  # seconds for one answer of the browser, on a machine that does much else
 SHOWN = (
     "index", "grpo", "dpo", "tokenizer", "docs/results", "docs/metrics", "docs/experiments/grpo", "docs/cheatsheet",
     "docs/glossary", "docs/map", "docs/foundations/index", "docs/foundations/kl", "docs/foundations/family",
@@ -119,7 +120,7 @@ class Browser:
         if self.session:
             message["sessionId"] = self.session
         os.write(self.write_fd, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while True:
             answer = self._message(deadline)
             if answer.get("id") == self.number:
@@ -132,7 +133,7 @@ class Browser:
         """Go there and wait until everything is loaded."""
         self.events.clear()
         self.call("Page.navigate", url=address)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._message(deadline))
 

@@ -1,0 +1,1 @@
+"""What makes the site of the book out of its sources and pages."""

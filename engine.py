@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from attention import KVCache, rope_cos_sin
+from attention import KVCache
 from generate import cache_for, check_prompts, filter_logits, generate, left_pad, prefill
 from runtime.device import can_compile
 from transformer import ModelConfig, Transformer
@@ -148,7 +148,7 @@ class Decoder:
         token, going = self.token[:rows], self.going[:rows]
         cache.real.index_fill_(1, cache.column, True)
         far = cache.real.shape[1] > 4096  # as in ``forward_hidden``
-        rope = rope_cos_sin(cache.n_seen, model.config.head_dim, model.config.rope_theta, far=far)
+        rope = model.rotation(cache.n_seen, far=far)
         mask = cache.real[:, None, None, :]  # (n, 1, 1, W)
         x = model.embed(token[:, None])  # (n, 1, D)
         for block, layer in zip(model.blocks, cache.layers):

@@ -142,7 +142,7 @@ class Speaker:
     def drawn(self, ids: list[int], probs: bool = False) -> Iterator:
         """The tokens that are drawn after ids, with their probabilities if asked for."""
         knobs = {name: getattr(self.config, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-        last = -1 if self.endless and self.config.raw else self.tokenizer.eot_id  # -1: no token is the last
+        last = -1 if self.endless and self.config.raw else self.tokenizer.end_ids  # -1: no token is the last
         n = min(self.config.max_new_tokens, self.context - len(ids))
         device = self.model.head.weight.device
         with autocast(device, pick_precision("auto", device)):
@@ -292,7 +292,9 @@ def continue_text(speaker: Speaker) -> None:
         text = speaker.config.prompt or input("text: ")
     except EOFError:
         return
-    ids = speaker.tokenizer.encode(text) or [speaker.tokenizer.eot_id]
+    tokenizer = speaker.tokenizer
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [*ids, *tokenizer.encode(text)] or [tokenizer.document_id]
     if len(ids) >= speaker.context:
         raise UserError(f"the text has {len(ids)} tokens; the model's context holds {speaker.context}")
     print(text, end="", flush=True)

@@ -229,15 +229,15 @@ def measure_rewards(
 @torch.no_grad()
 def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
     """Bits per byte of the first ``n`` validation documents, each on its own; long ones in pieces of the context's
-    length.
+    length, at most 2,048 tokens.
     """
-    device, length = model.head.weight.device, model.config.max_seq_len
+    device, length = model.head.weight.device, min(model.config.max_seq_len, 2048)
     pieces, n_bytes = [], 0
     part = "whole" if config.split == "test" else "validation"  # of the named ones, their validation split
     for text in islice(text_documents(config.data, part, config.data_dir, rename=config.columns), config.n):
         if isinstance(text, str) and text.strip():
-            end = tokenizer.eot_id  # where a document begins, the last one ended
-            ids = [end, *tokenizer.encode(text), end]
+            end = tokenizer.document_id  # where a document begins, the last one ended
+            ids = [end if tokenizer.bos_id is None else tokenizer.bos_id, *tokenizer.encode(text), end]
             pieces += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
             n_bytes += len(text.encode("utf-8", errors="replace"))
     if not pieces:
@@ -261,7 +261,7 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
     device = model.head.weight.device
     part = "whole" if config.split == "test" else "validation"  # of the named ones, the rows kept from training
     chats = load_chats(config.data, part, config.data_dir, n=config.n, rename=config.columns)
-    rows = pack(chats, tokenizer, model.config.max_seq_len)
+    rows = pack(chats, tokenizer, min(model.config.max_seq_len, 2048))  # published models read far more than these
     nats = count = 0.0
     for first in tqdm(range(0, len(rows), 16), desc="references", leave=False):
         tokens, mask, segments = (x.to(device) for x in rows.batch(range(first, min(first + 16, len(rows)))))

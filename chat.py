@@ -22,12 +22,12 @@ import tyro
 
 from generate import stream, stream_with_probs
 from runtime.config import parse
-from runtime.device import autocast, pick_device, pick_precision
+from runtime.device import PRECISIONS, autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.progress import printable
 from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
-from transformer import Transformer, count_parameters
+from transformer import Transformer, count_parameters, for_inference
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,8 @@ class Speaker:
 
 def make_speaker(config: Config, model: Transformer, tokenizer: Tokenizer) -> Speaker:
     """Give the model its window, if it is to have one. UserError: it does not fit into the context."""
-    model.eval()
+    device = model.head.weight.device
+    for_inference(model.eval(), PRECISIONS[pick_precision("auto", device)])
     if config.window is not None:
         model.config = dataclasses.replace(model.config, window=config.window, sinks=config.sinks)
     # Rotary positions go on behind the longest text of training, and in a short window no distance is longer than

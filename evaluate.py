@@ -52,13 +52,13 @@ from rollout import (
 )
 from runtime.checkpoint import find_checkpoint, need_checkpoint, weights_id, write_text
 from runtime.config import Above, AtLeast, Count, CountOrZero, Positive, parse
-from runtime.device import autocast, pick_device, pick_precision
+from runtime.device import PRECISIONS, autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.rows import is_file, is_own, own_rows, sources
 from stages import EMBEDDED, load_stage
 from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, messages_of, text_documents
 from tokenizer import Tokenizer, encode_chat
-from transformer import Transformer, answer_logps, token_logps
+from transformer import Transformer, answer_logps, for_inference, token_logps
 from verify import is_right, read_answer
 
 
@@ -291,6 +291,7 @@ def measure_pairs(path: str, config: Config) -> dict:
     and models without a reference).
     """
     device, state = pick_device(config.device), load_state(path)
+    precision = PRECISIONS[pick_precision(config.precision, device)]
     length = state["config"].get("max_length") or state["model_config"]["max_seq_len"]
     pairs = load_pairs(config.data, config.split, config.data_dir, n=config.n, rename=config.columns)
     if state["stage"] == "reward":
@@ -299,11 +300,13 @@ def measure_pairs(path: str, config: Config) -> dict:
         chosen, rejected = scores(model, rows)
     else:
         model, tokenizer, _ = load_stage(path, device=device)
+        for_inference(model, precision)
         rows = encode_pairs(pairs, tokenizer, length)
         reference = None
         if state["stage"] in ("dpo", "ipo", "kto", "ppo", "grpo", "gdpo"):
             start = state["lineage"][-1]
             reference, _, theirs = load_stage(start["path"], device=device)
+            for_inference(reference, precision)
             if weights_id(theirs) != start["weights"]:
                 raise UserError(f"{start['path']} has other weights than when {path} started from it")
         found = torch.empty(2, len(rows))
@@ -363,6 +366,7 @@ def measure(path: str, config: Config) -> dict:
         with autocast(device, pick_precision(config.precision, device)):
             return row | measure_pairs(path, config)
     model, tokenizer, _ = load_stage(path, device=device)
+    for_inference(model, PRECISIONS[pick_precision(config.precision, device)])
     measures = {"answers": measure_answers, "references": measure_references, "text": measure_text}
     with autocast(device, pick_precision(config.precision, device)):
         row |= measures[kind](model, tokenizer, config)

@@ -20,6 +20,7 @@ logits of a large batch.
 Run ``python transformer.py`` for the sizes of the book's models.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -374,6 +375,37 @@ def shared_hidden(model: Transformer, tokens: Tensor, where: Tensor) -> Tensor:
     row, k = (torch.arange(1 + A) <= (ends - starts)[:, None]).nonzero(as_tuple=True)
     row, k, column = (index.to(device) for index in (row, k, starts[row] - 1 + k))
     return hidden.new_zeros(B, T, hidden.shape[2]).index_put((row, column), hidden[row, k])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that do not learn
+
+
+def thin_weights(model: Transformer, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """The weights that products in ``dtype`` can have in that precision, without gradient: of the linear layers, but
+    for routers, which choose in float32, and a head that is the embedding too. Autocast rounds a weight at each use, so
+    that the model says the same, digit for digit, from half the memory and without the rounding. None in float32."""
+    if dtype == torch.float32:
+        return {}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith("router")}
+    return {
+        f"{name}.weight": nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+        for name, module in linears.items() if module.weight is not model.embed.weight
+    }  # fmt: skip
+
+
+def frozen_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """What the model is now, for good: a reference. dtype: of its run's products; see ``thin_weights``."""
+    thin = {id(model.get_parameter(name)): weight for name, weight in thin_weights(model, dtype).items()}
+    return copy.deepcopy(model, thin).requires_grad_(False)  # the memo: what was copied already
+
+
+def for_inference(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model itself, no longer to be trained; dtype as above."""
+    for name, weight in thin_weights(model.requires_grad_(False), dtype).items():
+        layer, _, last = name.rpartition(".")
+        setattr(model.get_submodule(layer), last, weight)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,25 @@
 
 import dataclasses
 import json
+import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import but_slow, tiny_pretrain
+from tiny import but_slow, tiny_pretrain, tiny_sft
 
+import dpo
+import evaluate
+import gdpo
+import grpo
+import kto
+import ppo
 import pretrain
 import pretrained
+import reward
+import sft
 from attention import RopeScaling
 from families import family_of, from_gpt2, shape_from, their_name, to_gpt2, weights_for, weights_from
 from generate import generate
@@ -19,7 +29,7 @@ from pretrained import export_model, import_model
 from runtime.errors import UserError
 from runtime.published import halves_from_neighbours, read_published
 from stages import load_stage
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, encode_chat
 from transformer import Transformer
 
 transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[bench]"')
@@ -533,3 +543,167 @@ def test_gguf_is_read(family, fields, tmp_path):
     assert tokenizer.encode("ab 12<tool>") == [256, 32, ord("1"), ord("2"), 260]
     assert tokenizer.end_ids == (258,) and tokenizer.pad_id not in (258, 259)
     assert tokenizer.form.assistant == ("<|im_start|>assistant\n", "<|im_end|>", "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Every stage
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory, vocabulary):
+    """Two tiny published models, imported: Qwen2 with ChatML, its end and a second one, and Llama 3.2."""
+    root = tmp_path_factory.mktemp("published")
+    for name in ("qwen2", "llama 3.2"):
+        files = dict(vocabulary)
+        tokenizer = json.loads(files["tokenizer.json"])
+        for one, new in zip(
+            tokenizer["added_tokens"], ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<x>")
+        ):
+            one["content"] = new
+        vocabulary_ids = tokenizer["model"]["vocab"]
+        tokenizer["model"]["vocab"] = {k: i for k, i in vocabulary_ids.items() if i < 256}
+        tokenizer["model"]["vocab"] |= {one["content"]: one["id"] for one in tokenizer["added_tokens"]}
+        files["tokenizer.json"] = json.dumps(tokenizer)
+        files["tokenizer_config.json"] = json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+        files["generation_config.json"] = json.dumps({"eos_token_id": [259, 256]})
+        files["chat_template.jinja"] = (
+            "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+            " + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+            "{% endif %}"
+        )
+        kind, fields = MODELS[name]
+        config = getattr(transformers, f"{kind}Config")(**fields | {"max_position_embeddings": 256})
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        saved(model.to(torch.bfloat16), root / f"{name} published", files)
+        import_model(str(root / f"{name} published"), str(root / name))
+    return root
+
+
+SHORT = {"eval_every": 1, "log_every": 1, "device": "cpu"}
+PAIRS = {"data": "arith", "n_pairs": 8, "batch_size": 4, "epochs": 0.5, "max_length": 256} | SHORT
+ANSWERS = {"max_new_tokens": 6, "eval_prompts": 4, "n_prompts": 16, "steps": 1, "prompts_per_step": 2} | SHORT
+
+
+def same_in_transformers(run, folder, auto=transformers.AutoModelForCausalLM) -> None:
+    """The exported policy's greedy answer is that of the run."""
+    export_model(str(run), str(folder))
+    theirs, words = auto.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    ours, tokenizer, _ = load_stage(str(run))
+    messages = [{"role": "user", "content": "Tom has 3 apples. How many?"}]
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=True)[0]
+    asked = words.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert asked == ids
+    new, mask, _ = generate(ours, [ids], 20, temperature=0, eot_id=tokenizer.end_ids)
+    written = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
+    assert written.tolist() == new[mask].tolist()
+
+
+def test_fine_tuning_and_grpo_start_from_a_published_model_and_go_out_again(published, tmp_path):
+    """Also with adapters, which go out merged."""
+    sft.main(tiny_sft(tmp_path / "sft", published / "qwen2", seq_len=256, epochs=0.1))
+    lora = {"beta": 0.1, "lora_rank": 2, "lr": 1e-2, "init_from": str(tmp_path / "sft")}
+    grpo.main(grpo.Config(out_dir=str(tmp_path / "grpo"), **ANSWERS, **lora))
+    for stage in ("sft", "grpo"):
+        same_in_transformers(tmp_path / stage, tmp_path / f"{stage} out")
+    card = (tmp_path / "grpo out" / "README.md").read_text()
+    assert "# grpo" in card and "| imported | 0 |" in card and "| sft | " in card and "forge a role" in card
+
+
+@pytest.mark.slow
+def test_every_stage_starts_from_a_published_model_and_goes_out_again(published, tmp_path):
+    """SFT, DPO, KTO, GRPO, GDPO, a reward model and PPO; also with adapters."""
+    start = {"init_from": str(published / "qwen2")}
+    sft.main(tiny_sft(tmp_path / "sft", published / "qwen2", seq_len=256, epochs=0.4))
+    dpo.main(dpo.Config(out_dir=str(tmp_path / "dpo"), **start, **PAIRS))
+    kto.main(kto.Config(out_dir=str(tmp_path / "kto"), **start, **PAIRS))
+    reward.main(
+        reward.Config(out_dir=str(tmp_path / "reward"), **start, **PAIRS, n_sums=0, normalize_on=4, max_new_tokens=6)
+    )
+    ppo.main(ppo.Config(out_dir=str(tmp_path / "ppo"), reward=str(tmp_path / "reward"), **start, **ANSWERS))
+    grpo.main(grpo.Config(out_dir=str(tmp_path / "grpo"), **start, **ANSWERS, beta=0.1, lora_rank=2, lr=1e-2))
+    gdpo.main(gdpo.Config(out_dir=str(tmp_path / "gdpo"), **start, **ANSWERS))
+    for stage in ("sft", "dpo", "kto", "ppo", "grpo", "gdpo"):
+        same_in_transformers(tmp_path / stage, tmp_path / f"{stage} out")
+    rows = evaluate.measure(str(tmp_path / "grpo"), evaluate.Config(n=2, max_new_tokens=4, device="cpu"))
+    assert rows["stage"] == "grpo" and rows["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize("name", but_slow(["qwen2", "llama 3.2"], "qwen2"))
+def test_a_reward_model_scores_the_same_in_transformers(name, published, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    start = {"init_from": str(published / name), "out_dir": str(run)}
+    reward.main(reward.Config(**start, **PAIRS, n_sums=0, normalize_on=4, max_new_tokens=6))
+    export_model(str(run), str(out))
+    theirs, about = transformers.AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, tokenizer, state = reward.load_reward_model(str(run))
+    tokens = torch.randint(0, 250, (3, 30))
+    mask = torch.ones_like(tokens)
+    mask[1, 20:] = mask[2, 7:] = 0
+    tokens[mask == 0] = tokenizer.pad_id
+    with torch.no_grad():
+        scores = theirs(tokens, attention_mask=mask).logits[:, 0] + state["model"]["score.bias"]
+        torch.testing.assert_close(scores, ours(tokens, mask), atol=1e-4, rtol=1e-4)
+    assert f"plus {float(state['model']['score.bias']):.6g}" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+def test_adapters_alone_are_peft_s(kind, published, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    run, out = tmp_path / "sft", tmp_path / "out"
+    adapted = {"lora_rank": 3, "lr": 3e-2, "lora_targets": ("*_proj",)} | kind
+    sft.main(tiny_sft(run, published / "qwen2", seq_len=256, epochs=0.4, **adapted))
+    export_model(str(run / "adapters.pt"), str(out))
+    base = transformers.AutoModelForCausalLM.from_pretrained(published / "qwen2 published", dtype=torch.float32)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(published / "qwen2 published") and config["r"] == 3
+    tokens = torch.randint(0, 250, (2, 30))
+    with torch.no_grad():
+        before = base(tokens).logits
+        after = peft.PeftModel.from_pretrained(base, out)(tokens).logits
+        assert logits_differ(before, after) > 1e-2
+        assert logits_differ(load_stage(str(run))[0](tokens), after) < 1e-4
+
+
+def test_adapters_that_have_no_place_are_refused(published, tmp_path):
+    adapted = {"lora_rank": 1, "lora_targets": ("q_proj",)}
+    sft.main(tiny_sft(tmp_path / "sft", published / "qwen2", seq_len=256, epochs=0.2, **adapted))
+    state = torch.load(tmp_path / "sft" / "adapters.pt", weights_only=True)
+    state["adapters"]["blocks.0.mlp.experts.0.up_proj.A"] = torch.zeros(1)
+    torch.save(state, tmp_path / "adapters.pt")
+    with pytest.raises(UserError, match="no place for these adapters: export the run"):
+        export_model(str(tmp_path / "adapters.pt"), str(tmp_path / "out"))
+
+
+def test_the_commands(published, tmp_path, monkeypatch, capsys):
+    command = lambda *words: monkeypatch.setattr("sys.argv", ["pretrained.py", *map(str, words)])  # noqa: E731
+    command("import", published / "qwen2 published", tmp_path / "run")
+    pretrained.main()
+    said = capsys.readouterr().out
+    assert "qwen2, " in said and "in bfloat16" in said and "end <|im_end|> <|endoftext|>, padding <|pad|>" in said
+    command("export", tmp_path / "run", tmp_path / "out", "--dtype", "float16")
+    pretrained.main()
+    assert "model.safetensors, tokenizer.json" in capsys.readouterr().out
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+    command("import", tmp_path / "run")
+    with pytest.raises(UserError, match="pretrained.py import SOURCE OUT"):
+        pretrained.main()
+
+
+STORIES = Path(os.environ.get("ALIGNBOOK_DATA", "")) / "models" / "stories260K" / "stories260K.bin"
+
+
+@pytest.mark.skipif(not STORIES.is_file(), reason="ALIGNBOOK_DATA names no folder with models/stories260K")
+def test_stories260k_tells_its_story(tmp_path):
+    state = import_model(str(STORIES), str(tmp_path / "run"))
+    model, tokenizer, _ = load_stage(str(tmp_path / "run"))
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 260_032
+        == sum(value.numel() for name, value in state["model"].items() if name != "head.weight")
+    )
+    ids = [tokenizer.bos_id, *tokenizer.encode("Once upon a time")]
+    new = generate(model, [ids], 40, temperature=0, eot_id=tokenizer.end_ids)[0][0]
+    told = "there was a little girl named Lily. She loved to play outside in the park."
+    assert told in tokenizer.decode(new.tolist())

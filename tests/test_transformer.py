@@ -20,6 +20,8 @@ from transformer import (
     count_parameters,
     estimate_memory,
     flops_per_token,
+    for_inference,
+    frozen_copy,
     shared_logps,
     token_logps,
 )
@@ -803,3 +805,29 @@ def test_a_prompt_is_not_shared_where_positions_would_end():
             tokens[i, :prompt] = tokens[rows[0], :prompt]
             where[i, prompt - 1 : prompt - 1 + length] = True
     torch.testing.assert_close(shared_logps(model, tokens, where), token_logps(model, tokens, where=where))
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"tie_embeddings": True}, {"bias": True, "qk_norm": True}, {"n_experts": 3}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_copy_in_sixteen_bits_says_the_same(form, dtype):
+    """Digit for digit, where products are in those bits anyway; routers and a tied head keep theirs."""
+    model, tokens = small(**form), torch.randint(23, (2, 12))
+    copied = frozen_copy(model, dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        expected = token_logps(model, tokens)
+        assert token_logps(copied, tokens).equal(expected)
+        assert not token_logps(model, tokens.flip(1)).equal(expected)
+        assert token_logps(for_inference(copy.deepcopy(model), dtype), tokens).equal(expected)
+    thin = {name for name, p in copied.named_parameters() if p.dtype == dtype}
+    assert "blocks.0.attn.q_proj.weight" in thin and not any("router" in name or "norm" in name for name in thin)
+    assert ("head.weight" in thin) != model.config.tie_embeddings and copied.embed.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_frozen_copy_in_float32_is_a_copy():
+    model = small()
+    copied = frozen_copy(model, torch.float32)
+    assert all(p.equal(q) and p is not q for p, q in zip(model.parameters(), copied.parameters()))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from families import family_of, from_gpt2, shape_from, their_name, to_gpt2, weig
 from generate import generate
 from layers import ModelConfig
 from pretrained import export_model, import_model
+from runtime.config import read_preset
 from runtime.errors import UserError
 from runtime.published import halves_from_neighbours, read_published
 from stages import load_stage
@@ -36,6 +38,7 @@ transformers = pytest.importorskip("transformers", reason='needs transformers: p
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 271  # more rows than the tokenizer of 261 has tokens
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 8,
@@ -689,6 +692,67 @@ def test_the_commands(published, tmp_path, monkeypatch, capsys):
     command("import", tmp_path / "run")
     with pytest.raises(UserError, match="pretrained.py import SOURCE OUT"):
         pretrained.main()
+
+
+PUBLISHED = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if re.search("smollm2|qwen", path.stem))
+
+
+def mirror(folder: Path) -> Path:
+    """A few rows of the datasets that the presets name, in their own columns."""
+
+    def write(name, rows):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows * 60))
+
+    said = lambda who, text: {"role": who, "content": text}  # noqa: E731
+    pair = {
+        kind: [said("user", "Hi?"), said("assistant", text)]
+        for kind, text in {"chosen": "Yes.", "rejected": "No"}.items()
+    }
+    write("openai__gsm8k/main/train.jsonl", [{"question": "2+3?", "answer": "2+3=5\n#### 5"}])
+    write("ChilleD__SVAMP/train.jsonl", [{"Body": "Tom has 2.", "Question": "How many?", "Answer": "2.0"}])
+    for split in ("train_prefs", "test_prefs"):
+        write(f"HuggingFaceH4__ultrafeedback_binarized/{split}.jsonl", [{"prompt": "Hi?", **pair}])
+    dolly = {"instruction": "Say hi.", "context": "", "response": "Hi."}
+    write("databricks__databricks-dolly-15k/train.jsonl", [dolly])
+    for name in ("train", "held_out"):
+        write(f"sums/{name}.jsonl", [{"messages": [said("user", "What is 2 + 3?")], "answer": 5}])
+    return folder
+
+
+@pytest.mark.parametrize("name", but_slow(PUBLISHED, "grpo_smollm2_sums", "dpo_qwen05b_ultrafeedback"))
+def test_a_preset_runs_on_a_tiny_model_of_its_family(name, published, tmp_path, monkeypatch):
+    stage = {"grpo": grpo, "dpo": dpo, "sft": sft}[name.partition("_")[0]]
+    given = read_preset(stage.Config, str(ROOT / "configs" / f"{name}.py"))
+    assert given["init_from"] == f"out/{given['task']}/start"
+    small = {
+        "init_from": str(published / ("qwen2" if "qwen" in name else "llama 3.2")),
+        "out_dir": str(tmp_path / "run"),
+    }
+    small |= {"data_dir": str(mirror(tmp_path)), "device": "cpu", "batch_size": 2, "micro_batch_size": 2, "epochs": 0.1}
+    small |= {
+        "steps": 1,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_new_tokens": 4,
+        "eval_prompts": 2,
+        "eval_pairs": 2,
+    }
+    small |= {
+        "n_pairs": 8,
+        "n_examples": 8,
+        "seq_len": 128,
+        "max_length": 128,
+        "lora_rank": min(2, given.get("lora_rank", 0)),
+    }
+    known = {field.name: field for field in dataclasses.fields(stage.Config)}
+    small = {
+        key: int(value) if key == "epochs" and stage is grpo else value for key, value in small.items() if key in known
+    }
+    small |= {"epochs": 1} if stage is grpo else {}
+    monkeypatch.chdir(mirror(tmp_path))  # the sums' files
+    stage.main(stage.Config(**given | small))
+    assert (tmp_path / "run" / "ckpt.pt").exists()
 
 
 STORIES = Path(os.environ.get("ALIGNBOOK_DATA", "")) / "models" / "stories260K" / "stories260K.bin"

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from runtime.checkpoint import write_atomically, write_text
 from runtime.errors import UserError
@@ -214,7 +215,7 @@ def read_gguf(path: Path) -> PublishedModel:
         raise UserError(f"{path} holds {what}: of GGUF files llama, qwen2 and qwen3 are read, without experts")
     config = gguf_config(facts, family, path)
     tensors = {}
-    for one in reader.tensors:
+    for one in tqdm(reader.tensors, desc="reading", unit=" weights", mininterval=1.0, leave=False):
         block, _, rest = one.name.removeprefix("blk.").partition(".")
         inner, _, kind = rest.rpartition(".")
         name = GGUF_NAMES.get(one.name)

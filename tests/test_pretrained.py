@@ -705,10 +705,7 @@ def mirror(folder: Path) -> Path:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows * 60))
 
     said = lambda who, text: {"role": who, "content": text}  # noqa: E731
-    pair = {
-        kind: [said("user", "Hi?"), said("assistant", text)]
-        for kind, text in {"chosen": "Yes.", "rejected": "No"}.items()
-    }
+    pair = {kind: [said("user", "Hi?"), said("assistant", kind)] for kind in ("chosen", "rejected")}
     write("openai__gsm8k/main/train.jsonl", [{"question": "2+3?", "answer": "2+3=5\n#### 5"}])
     write("ChilleD__SVAMP/train.jsonl", [{"Body": "Tom has 2.", "Question": "How many?", "Answer": "2.0"}])
     for split in ("train_prefs", "test_prefs"):
@@ -725,31 +722,14 @@ def test_a_preset_runs_on_a_tiny_model_of_its_family(name, published, tmp_path, 
     stage = {"grpo": grpo, "dpo": dpo, "sft": sft}[name.partition("_")[0]]
     given = read_preset(stage.Config, str(ROOT / "configs" / f"{name}.py"))
     assert given["init_from"] == f"out/{given['task']}/start"
+    family = "qwen2" if "qwen" in name else "llama 3.2"
     small = {
-        "init_from": str(published / ("qwen2" if "qwen" in name else "llama 3.2")),
-        "out_dir": str(tmp_path / "run"),
-    }
-    small |= {"data_dir": str(mirror(tmp_path)), "device": "cpu", "batch_size": 2, "micro_batch_size": 2, "epochs": 0.1}
-    small |= {
-        "steps": 1,
-        "prompts_per_step": 2,
-        "group_size": 2,
-        "max_new_tokens": 4,
-        "eval_prompts": 2,
-        "eval_pairs": 2,
-    }
-    small |= {
-        "n_pairs": 8,
-        "n_examples": 8,
-        "seq_len": 128,
-        "max_length": 128,
-        "lora_rank": min(2, given.get("lora_rank", 0)),
-    }
-    known = {field.name: field for field in dataclasses.fields(stage.Config)}
-    small = {
-        key: int(value) if key == "epochs" and stage is grpo else value for key, value in small.items() if key in known
-    }
-    small |= {"epochs": 1} if stage is grpo else {}
+        "init_from": str(published / family), "out_dir": str(tmp_path / "run"), "data_dir": str(mirror(tmp_path)),
+        "device": "cpu", "micro_batch_size": 2, "steps": 1, "prompts_per_step": 2, "group_size": 2, "eval_prompts": 2,
+        "max_new_tokens": 4, "batch_size": 2, "n_pairs": 8, "n_examples": 8, "eval_pairs": 2, "seq_len": 128,
+        "max_length": 128, "lora_rank": min(2, given.get("lora_rank", 0)), "epochs": 1 if stage is grpo else 0.1,
+    }  # fmt: skip
+    small = {field.name: small[field.name] for field in dataclasses.fields(stage.Config) if field.name in small}
     monkeypatch.chdir(mirror(tmp_path))  # the sums' files
     stage.main(stage.Config(**given | small))
     assert (tmp_path / "run" / "ckpt.pt").exists()

@@ -17,6 +17,7 @@ Run ``python attention.py`` for a worked example with three tokens.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -137,9 +138,37 @@ def sinusoidal_positions(t: int, d: int) -> Tensor:
     return table
 
 
-def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0, far: bool = False) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and its successors read texts longer than those they were pretrained on (Grattafiori et al. 2024;
+    the rule is in Meta's code). A pair of coordinates that turns once within few tokens tells neighbours apart, and
+    stays as it is. One that has not even turned once in ``original`` tokens would meet angles that it has never seen,
+    so it turns ``factor`` times slower. Between ``high`` and ``low`` turns in the original context, a mixture::
+
+        s = clamp((turns - low) / (high - low), 0, 1)        f ← f · (s + (1 - s) / factor)
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int  # the context of pretraining, in tokens
+
+    def __post_init__(self):
+        if not (1 <= self.factor < math.inf and 0 < self.low < self.high < math.inf and self.original >= 1):
+            raise ValueError(f"{self}: factor and original start at 1, and 0 < low < high")
+
+    def slowed(self, frequencies: Tensor) -> Tensor:
+        """Radians a token, of each pair, in the same precision."""
+        turns = frequencies * (self.original / (2 * math.pi))
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+def rope_cos_sin(
+    positions: Tensor, head_dim: int, theta: float = 10000.0, far: bool = False, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of ``p · θ^(-2i/d)`` for i = 0 .. d/2 - 1 (Su et al. 2021): integers (...) -> two float32 (...,
-    head_dim/2).
+    head_dim/2). scaling: what slows these frequencies down.
 
     Never in bfloat16, where position 257 would be 256. Float32 serves the lengths of training; far out it is off (by
     0.001 to 0.003 at position 50,000, and a long stream would slowly lose its distances), so ``far`` takes the angles
@@ -147,6 +176,8 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float = 10000.0, far: 
     """
     exact = torch.float64 if far and positions.device.type != "mps" else torch.float32
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim)
+    if scaling is not None:
+        frequencies = scaling.slowed(frequencies)
     angles = positions[..., None].to(exact) * frequencies
     return angles.cos().float(), angles.sin().float()
 
@@ -360,8 +391,8 @@ def make_cache(
 
 
 class SelfAttention(nn.Module):
-    """Many heads side by side, each with its own projection to d_head = d_model / n_heads, their outputs joined and
-    mixed.
+    """Many heads side by side, each with its own projection to d_head, by default d_model / n_heads, their outputs
+    joined and mixed.
 
     With n_kv_heads < n_heads, n_heads / n_kv_heads query heads share one key/value head: the cache shrinks by that
     factor. ``qk_norm`` normalises every q and k to unit root mean square before the rotation, which bounds the
@@ -377,13 +408,15 @@ class SelfAttention(nn.Module):
         qk_norm: bool = False,
         eps: float = 1e-5,
         causal: bool = True,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
     ):
         super().__init__()
         self.causal = causal
-        self.head_dim = d_model // n_heads
-        self.q_proj = Linear(d_model, n_heads * self.head_dim, bias=bias)
-        self.k_proj = Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
-        self.v_proj = Linear(d_model, n_kv_heads * self.head_dim, bias=bias)
+        self.head_dim = head_dim or d_model // n_heads
+        self.q_proj = Linear(d_model, n_heads * self.head_dim, bias=bias or qkv_bias)
+        self.k_proj = Linear(d_model, n_kv_heads * self.head_dim, bias=bias or qkv_bias)
+        self.v_proj = Linear(d_model, n_kv_heads * self.head_dim, bias=bias or qkv_bias)
         self.o_proj = Linear(n_heads * self.head_dim, d_model, bias=bias)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=eps) if qk_norm else None

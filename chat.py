@@ -22,12 +22,12 @@ import tyro
 
 from generate import stream, stream_with_probs
 from runtime.config import parse
-from runtime.device import autocast, pick_device, pick_precision
+from runtime.device import PRECISIONS, autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.progress import printable
 from stages import load_stage
 from tokenizer import Tokenizer, encode_chat
-from transformer import Transformer, count_parameters
+from transformer import Transformer, count_parameters, for_inference
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Speaker:
     def drawn(self, ids: list[int], probs: bool = False) -> Iterator:
         """The tokens that are drawn after ids, with their probabilities if asked for."""
         knobs = {name: getattr(self.config, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-        last = -1 if self.endless and self.config.raw else self.tokenizer.eot_id  # -1: no token is the last
+        last = -1 if self.endless and self.config.raw else self.tokenizer.end_ids  # -1: no token is the last
         n = min(self.config.max_new_tokens, self.context - len(ids))
         device = self.model.head.weight.device
         with autocast(device, pick_precision("auto", device)):
@@ -185,7 +185,8 @@ class Speaker:
 
 def make_speaker(config: Config, model: Transformer, tokenizer: Tokenizer) -> Speaker:
     """Give the model its window, if it is to have one. UserError: it does not fit into the context."""
-    model.eval()
+    device = model.head.weight.device
+    for_inference(model.eval(), PRECISIONS[pick_precision("auto", device)])
     if config.window is not None:
         model.config = dataclasses.replace(model.config, window=config.window, sinks=config.sinks)
     # Rotary positions go on behind the longest text of training, and in a short window no distance is longer than
@@ -292,7 +293,9 @@ def continue_text(speaker: Speaker) -> None:
         text = speaker.config.prompt or input("text: ")
     except EOFError:
         return
-    ids = speaker.tokenizer.encode(text) or [speaker.tokenizer.eot_id]
+    tokenizer = speaker.tokenizer
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = [*ids, *tokenizer.encode(text)] or [tokenizer.document_id]
     if len(ids) >= speaker.context:
         raise UserError(f"the text has {len(ids)} tokens; the model's context holds {speaker.context}")
     print(text, end="", flush=True)

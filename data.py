@@ -124,7 +124,7 @@ def write_tokens(path: Path, tokenizer: Tokenizer, splits: dict[str, Iterable[st
                     elif not text.strip():
                         skipped["empty"] += 1
                     else:
-                        ids = np.array([*tokenizer.encode(text), tokenizer.eot_id], dtype)
+                        ids = np.array([*tokenizer.encode(text), tokenizer.document_id], dtype)
                         file.write(ids.tobytes())
                         checksum = zlib.crc32(ids, checksum)
                         n_tokens += len(ids)

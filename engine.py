@@ -28,8 +28,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from attention import KVCache, rope_cos_sin
-from generate import cache_for, check_prompts, filter_logits, generate, left_pad, prefill
+from attention import KVCache
+from generate import cache_for, check_prompts, filter_logits, generate, goes_on, left_pad, prefill
 from runtime.device import can_compile
 from transformer import ModelConfig, Transformer
 
@@ -141,14 +141,14 @@ class Decoder:
             self.u = torch.zeros(rows, 1, dtype=torch.float64, device=self.device)
             self.logp = torch.zeros(rows, device=self.device)
 
-    def step(self, rows: int, temperature: float, eot_id: int) -> None:
+    def step(self, rows: int, temperature: float, eot_id: int | Sequence[int]) -> None:
         """Feed the first ``rows`` rows their ``token`` and draw the next one with the numbers in ``u``: ``token``,
         ``logp``, ``going`` (who has not ended yet) and the cache are changed in place."""
         model, cache = self.model, self.cache.first(rows)
         token, going = self.token[:rows], self.going[:rows]
         cache.real.index_fill_(1, cache.column, True)
         far = cache.real.shape[1] > 4096  # as in ``forward_hidden``
-        rope = rope_cos_sin(cache.n_seen, model.config.head_dim, model.config.rope_theta, far=far)
+        rope = model.rotation(cache.n_seen, far=far)
         mask = cache.real[:, None, None, :]  # (n, 1, 1, W)
         x = model.embed(token[:, None])  # (n, 1, D)
         for block, layer in zip(model.blocks, cache.layers):
@@ -157,12 +157,12 @@ class Decoder:
         chosen, self.logp[:rows] = self.draw(logits, self.u[:rows], temperature)
         cache.column += 1
         cache.n_seen += 1
-        going &= token != eot_id
+        going &= goes_on(token, eot_id)
         token.copy_(torch.where(going, chosen, token))
 
-    def advance(self, rows: int, temperature: float, eot_id: int) -> None:
+    def advance(self, rows: int, temperature: float, eot_id: int | Sequence[int]) -> None:
         """One step; on a GPU by replaying its graph, which is recorded when a size is met for the first time."""
-        key = (rows, temperature, eot_id)
+        key = (rows, temperature, eot_id if isinstance(eot_id, int) else tuple(eot_id))
         if self.device.type != "cuda":
             self.step(*key)
         else:
@@ -178,7 +178,7 @@ class Decoder:
             if size > torch.cuda.get_device_properties(self.device).total_memory / 16:
                 self.cache, self.graphs = None, {}
 
-    def record(self, rows: int, temperature: float, eot_id: int) -> torch.cuda.CUDAGraph:
+    def record(self, rows: int, temperature: float, eot_id: int | Sequence[int]) -> torch.cuda.CUDAGraph:
         """Run the step on the side until everything is compiled, record it, and put back what the trials changed."""
         state = (self.cache.column, self.cache.n_seen, self.cache.real, self.token, self.going)
         before = [tensor.clone() for tensor in state]
@@ -223,13 +223,14 @@ def fast_generate(
     n_samples: int = 1,
     temperature: float = 1.0,
     *,
-    eot_id: int,
+    eot_id: int | Sequence[int],
     pad_id: int | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``generate`` without top-k, top-p and min-p: the same arguments, the same three (N, C) tensors."""
     check_prompts(prompts, max_new_tokens)
-    pad_id = eot_id if pad_id is None else pad_id
+    if pad_id is None:
+        pad_id = eot_id if isinstance(eot_id, int) else eot_id[0]
     if model not in _decoders or _decoders[model].kind != kind_of(model):
         _decoders[model] = Decoder(model)
     decoder = _decoders[model]
@@ -263,7 +264,7 @@ def fast_generate(
         if t + 1 == max_new_tokens:
             break
         if (t + 1) % LOOK_EVERY == 0:
-            left = going & (token != eot_id)
+            left = going & goes_on(token, eot_id)
             alive = int(left.sum())  # the program waits here
             if alive == 0:
                 break

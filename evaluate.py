@@ -55,13 +55,13 @@ from rollout import (
 )
 from runtime.checkpoint import find_checkpoint, need_checkpoint, weights_id, write_text
 from runtime.config import Above, AtLeast, Count, CountOrZero, Positive, parse
-from runtime.device import autocast, pick_device, pick_precision
+from runtime.device import PRECISIONS, autocast, pick_device, pick_precision
 from runtime.errors import UserError, run_main
 from runtime.rows import is_file, is_own, own_rows, sources
 from stages import EMBEDDED, load_stage
 from texts import CHATS, CORPORA, PROMPTS, Prompt, load_chats, load_prompts, messages_of, text_documents
 from tokenizer import Tokenizer, encode_chat
-from transformer import Transformer, answer_logps, token_logps
+from transformer import Transformer, answer_logps, for_inference, token_logps
 from verify import is_right, read_answer
 
 
@@ -258,15 +258,15 @@ def measure_rewards(
 @torch.no_grad()
 def measure_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> dict:
     """Bits per byte of the first ``n`` validation documents, each on its own; long ones in pieces of the context's
-    length.
+    length, at most 2,048 tokens.
     """
-    device, length = model.head.weight.device, model.config.max_seq_len
+    device, length = model.head.weight.device, min(model.config.max_seq_len, 2048)
     pieces, n_bytes = [], 0
     part = "whole" if config.split == "test" else "validation"  # of the named ones, their validation split
     for text in islice(text_documents(config.data, part, config.data_dir, rename=config.columns), config.n):
         if isinstance(text, str) and text.strip():
-            end = tokenizer.eot_id  # where a document begins, the last one ended
-            ids = [end, *tokenizer.encode(text), end]
+            end = tokenizer.document_id  # where a document begins, the last one ended
+            ids = [end if tokenizer.bos_id is None else tokenizer.bos_id, *tokenizer.encode(text), end]
             pieces += [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
             n_bytes += len(text.encode("utf-8", errors="replace"))
     if not pieces:
@@ -290,7 +290,7 @@ def measure_references(model: Transformer, tokenizer: Tokenizer, config: Config)
     device = model.head.weight.device
     part = "whole" if config.split == "test" else "validation"  # of the named ones, the rows kept from training
     chats = load_chats(config.data, part, config.data_dir, n=config.n, rename=config.columns)
-    rows = pack(chats, tokenizer, model.config.max_seq_len)
+    rows = pack(chats, tokenizer, min(model.config.max_seq_len, 2048))  # published models read far more than these
     nats = count = 0.0
     for first in tqdm(range(0, len(rows), 16), desc="references", leave=False):
         tokens, mask, segments = (x.to(device) for x in rows.batch(range(first, min(first + 16, len(rows)))))
@@ -320,6 +320,7 @@ def measure_pairs(path: str, config: Config) -> dict:
     and models without a reference).
     """
     device, state = pick_device(config.device), load_state(path)
+    precision = PRECISIONS[pick_precision(config.precision, device)]
     length = state["config"].get("max_length") or state["model_config"]["max_seq_len"]
     pairs = load_pairs(config.data, config.split, config.data_dir, n=config.n, rename=config.columns)
     if state["stage"] == "reward":
@@ -328,11 +329,13 @@ def measure_pairs(path: str, config: Config) -> dict:
         chosen, rejected = scores(model, rows)
     else:
         model, tokenizer, _ = load_stage(path, device=device)
+        for_inference(model, precision)
         rows = encode_pairs(pairs, tokenizer, length)
         reference = None
         if state["stage"] in ("dpo", "ipo", "kto", "ppo", "grpo", "gdpo"):
             start = state["lineage"][-1]
             reference, _, theirs = load_stage(start["path"], device=device)
+            for_inference(reference, precision)
             if weights_id(theirs) != start["weights"]:
                 raise UserError(f"{start['path']} has other weights than when {path} started from it")
         found = torch.empty(2, len(rows))
@@ -424,6 +427,7 @@ def measure(path: str, config: Config) -> dict:
                 row |= measure_choice(path, config)
             return row
     model, tokenizer, _ = load_stage(path, device=device)
+    for_inference(model, PRECISIONS[pick_precision(config.precision, device)])
     measures = {"answers": measure_answers, "references": measure_references, "text": measure_text}
     with autocast(device, pick_precision(config.precision, device)):
         if config.data == "arith" and config.split == "test":

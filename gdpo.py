@@ -268,7 +268,7 @@ def main(config: Config) -> dict:
     questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
     start_lora(policy, config)
     policy.activation_checkpointing = config.activation_checkpointing
-    reference = frozen_reference(policy, config) if config.beta else None
+    reference = frozen_reference(run, policy, config) if config.beta else None
     optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
     first = run.resume(policy, optimizers)
     G, share = config.group_size, config.prompts_per_step // processes.world_size()  # answers to each of these prompts

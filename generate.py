@@ -105,6 +105,15 @@ def prefill(model: Transformer, tokens: Tensor, real: Tensor | None, cache: KVCa
     return hidden[:, -1]
 
 
+def goes_on(tokens: Tensor, eot_id: int | Sequence[int]) -> Tensor:
+    """Whether a text goes on after each of these tokens; a published model may have several that end it."""
+    first, *others = (eot_id,) if isinstance(eot_id, int) else eot_id
+    going = tokens != first
+    for other in others:
+        going = going & (tokens != other)
+    return going
+
+
 def check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """ValueError for what cannot be continued."""
     if not len(prompts) or not all(len(p) for p in prompts):
@@ -124,17 +133,18 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     *,
-    eot_id: int,
+    eot_id: int | Sequence[int],
     pad_id: int | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Continue every prompt ``n_samples`` times, until end-of-text or ``max_new_tokens``.
 
-    prompts: P lists of ids, of any lengths. Returns three (N, C) tensors, N = P · n_samples with the samples of one
-    prompt side by side and C the length of the longest continuation: the tokens (``pad_id`` after the end; by default
-    ``eot_id``), a boolean mask (True on every sampled token, the end-of-text among them), and the float32
-    log-probabilities of the distribution sampled from (0 where the mask is False). The same seed gives the same text.
-    A row whose last token is real but not ``eot_id`` was cut off.
+    prompts: P lists of ids, of any lengths; eot_id: the token that ends a text, or several of which each does. Returns
+    three (N, C) tensors, N = P · n_samples with the samples of one prompt side by side and C the length of the longest
+    continuation: the tokens (``pad_id`` after the end; by default the first ``eot_id``), a boolean mask (True on every
+    sampled token, the end-of-text among them), and the float32 log-probabilities of the distribution sampled from (0
+    where the mask is False). The same seed gives the same text. A row whose last token is real but no ``eot_id`` was
+    cut off.
 
     Each prompt is read once, whatever n_samples; rows that have finished leave the batch.
     """
@@ -144,7 +154,8 @@ def generate(
     if seed is not None:
         generator = torch.Generator(device).manual_seed(seed)
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    pad_id = eot_id if pad_id is None else pad_id
+    if pad_id is None:
+        pad_id = eot_id if isinstance(eot_id, int) else eot_id[0]
 
     prompt, real = left_pad(prompts, pad_id, device)
     cache = cache_for(model, len(prompts), prompt.shape[1] + max_new_tokens)
@@ -164,7 +175,7 @@ def generate(
         tokens[rows, t] = torch.where(going, token, pad_id)
         logps[rows, t] = torch.where(going, logp, 0.0)
         mask[rows, t] = going
-        going = going & (token != eot_id)
+        going = going & goes_on(token, eot_id)
         alive = int(going.sum())
         if alive == 0 or t + 1 == max_new_tokens:
             break
@@ -177,7 +188,13 @@ def generate(
 
 
 def stream(
-    model: Transformer, prompt: Sequence[int], max_new_tokens: int, *, eot_id: int, seed: int | None = None, **knobs
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    eot_id: int | Sequence[int],
+    seed: int | None = None,
+    **knobs,
 ) -> Iterator[int]:
     """The ids of one continuation, one by one as they are drawn; ends after ``eot_id``, which is not given out."""
     for token, _ in stream_with_probs(model, prompt, max_new_tokens, eot_id=eot_id, seed=seed, **knobs):
@@ -186,7 +203,13 @@ def stream(
 
 @torch.no_grad()
 def stream_with_probs(
-    model: Transformer, prompt: Sequence[int], max_new_tokens: int, *, eot_id: int, seed: int | None = None, **knobs
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    eot_id: int | Sequence[int],
+    seed: int | None = None,
+    **knobs,
 ) -> Iterator[tuple[int, float]]:
     """The same with the probability that the model itself gave each token, before temperature and cuts."""
     device = model.head.weight.device
@@ -196,7 +219,7 @@ def stream_with_probs(
     for n in range(1, max_new_tokens + 1):
         logits = model.head(hidden)  # (1, V)
         token, _ = sample(logits, generator, **knobs)
-        if int(token) == eot_id:
+        if not goes_on(token, eot_id):
             return
         yield int(token), float(logits.float().softmax(dim=-1)[0, token])
         if n < max_new_tokens:

@@ -69,7 +69,6 @@ temperature: the policy that samples is the policy that trains. Each rollout ass
     python grpo.py --beta 0.02 --kl k2 --out_dir out/arith/grpo_kl
 """
 
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -101,12 +100,13 @@ from rollout import (
 )
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrZero, Finite, NotNegative, check_shared, run_stage, validate
+from runtime.device import PRECISIONS
 from runtime.errors import UserError
 from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, context_length, with_start
 from texts import Prompt
-from transformer import Transformer, shared_logps
+from transformer import Transformer, frozen_copy, shared_logps
 from verify import overlong_penalty
 from watch import (
     Alarm,
@@ -403,12 +403,13 @@ def accumulate_gradients(
 # The stage
 
 
-def frozen_reference(policy: Transformer, config: Config) -> Transformer:
-    """What the policy is at the start: a copy, or, with adapters, the policy itself, whose adapters are switched off
-    (``adapters_off``). They are never merged for sampling: merging and unmerging would round the base's weights each
-    time, and the policy that samples would not quite be the one that trains.
+def frozen_reference(run: Run, policy: Transformer, config: Config) -> Transformer:
+    """What the policy is at the start: a copy, in 16 bits if the run multiplies in those, or, with adapters, the policy
+    itself, whose adapters are switched off (``adapters_off``). They are never merged for sampling: merging and
+    unmerging would round the base's weights each time, and the policy that samples would not quite be the one that
+    trains.
     """
-    return policy if config.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+    return policy if config.lora_rank else frozen_copy(policy, PRECISIONS[run.precision])
 
 
 def reference_logps(run: Run, reference: Transformer | None, rollout: Rollout, config: Config) -> Tensor | None:
@@ -472,7 +473,7 @@ def main(config: Config) -> dict:
     questions = Questions(config, tokenizer, longest, config.arith_warmup, config.arith_fade)
     start_lora(policy, config)
     policy.activation_checkpointing = config.activation_checkpointing
-    reference = frozen_reference(policy, config) if config.beta else None  # before resume: the policy of the start
+    reference = frozen_reference(run, policy, config) if config.beta else None  # before resume: the policy of the start
     optimizers = make_optimizers(policy, config.lr, config.weight_decay, config.beta2)
     first = run.resume(policy, optimizers)
     G, share = config.group_size, config.prompts_per_step // processes.world_size()  # answers to each of these prompts

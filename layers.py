@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention import RopeScaling
 from runtime.linear import Linear  # nn.Linear, faster on some CPUs
 
 
@@ -35,13 +36,16 @@ class ModelConfig:
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: as many as query heads
     d_ff: int | None = None  # None: 4·d_model; SwiGLU, of three matrices, 2/3 of that, up to a multiple of 32
+    head_dim: int | None = None  # width of one head; None: d_model / n_heads
     max_seq_len: int = 256
     positions: str = "rope"  # rope | learned | sinusoidal
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     mlp: str = "swiglu"  # swiglu | gelu (exact) | gelu_tanh (GPT-2) | relu
     bias: bool = False  # biases in the linear layers
+    qkv_bias: bool = False  # biases in those of queries, keys and values alone (Qwen2)
     qk_norm: bool = False  # normalise queries and keys
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None  # slows rotations down for texts longer than pretraining's (Llama 3)
     norm_eps: float = 1e-5
     tie_embeddings: bool = False  # one matrix reads tokens in and scores them on the way out
     window: int | None = None  # each token sees the last `window` tokens, itself included; None: all
@@ -66,16 +70,24 @@ class ModelConfig:
             object.__setattr__(self, "d_expert", -(-self.d_ff // max(1, active)))
         if self.expert_layers is not None:  # a checkpoint gives a list
             object.__setattr__(self, "expert_layers", tuple(self.expert_layers))
+        if isinstance(self.rope_scaling, dict):  # and a dictionary
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         d, heads, kv_heads, positions = self.d_model, self.n_heads, self.n_kv_heads, self.positions
+        uneven = self.head_dim is None and d % heads
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", max(1, d // heads))
         experts, k, layers, last = self.n_experts, self.n_experts_per_token, self.expert_layers, self.n_layers - 1
         of_experts = self.n_shared_experts or self.d_expert or layers is not None
         problems = [
-            (d % heads, f"d_model {d} is not a multiple of n_heads {heads}"),
+            (heads < 1, f"n_heads {heads}: at least one head"),
+            (uneven, f"d_model {d} is not a multiple of n_heads {heads}"),
             (heads % kv_heads, f"n_heads {heads} is not a multiple of n_kv_heads {kv_heads}"),
             (positions not in ("rope", "learned", "sinusoidal"), f"positions {positions!r}: rope, learned, sinusoidal"),
             (self.norm not in ("rmsnorm", "layernorm"), f"norm {self.norm!r}: rmsnorm or layernorm"),
             (self.mlp not in ("swiglu", *ACTIVATIONS), f"mlp {self.mlp!r}: swiglu, {', '.join(ACTIVATIONS)}"),
-            (positions == "rope" and d // heads % 2, f"rope turns pairs: the head width {d // heads} must be even"),
+            (self.head_dim < 1, f"head_dim {self.head_dim}: a head is at least 1 wide"),
+            (positions == "rope" and self.head_dim % 2, f"rope turns pairs: head_dim {self.head_dim} must be even"),
+            (self.rope_scaling and positions != "rope", "rope_scaling is for positions = rope"),
             (experts < 0 or self.n_shared_experts < 0, "there cannot be fewer than no experts"),
             (experts and not 1 <= k <= experts, f"{k} of {experts} experts cannot be chosen for a token"),
             (self.n_layers > 10_000, f"n_layers {self.n_layers}: at most 10,000 blocks"),
@@ -93,10 +105,6 @@ class ModelConfig:
         for wrong, why in problems:
             if wrong:
                 raise ValueError(why)
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
 
 
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}

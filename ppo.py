@@ -42,7 +42,6 @@ are those of ``token_logps``: column t is about token t+1.
     python ppo.py configs/ppo_hack.py                         # from a weak one without a leash: see the answers go bad
 """
 
-import copy
 import time
 from dataclasses import dataclass
 from typing import Annotated
@@ -77,13 +76,14 @@ from rollout import (
 from runtime import processes
 from runtime.checkpoint import extra, need_checkpoint
 from runtime.config import Above, AtLeast, Count, Finite, NotNegative, Positive, check_shared, run_stage, validate
+from runtime.device import PRECISIONS
 from runtime.errors import RewardError, UserError
 from runtime.rows import evaluate_command
 from runtime.run import Run
 from stages import begin, with_start
 from texts import Prompt
 from tokenizer import Tokenizer
-from transformer import Transformer, hidden_logps
+from transformer import Transformer, frozen_copy, hidden_logps
 from watch import (
     Alarm,
     UpdateSums,
@@ -434,7 +434,7 @@ def main(config: Config) -> dict:
     questions = Questions(config, tokenizer, longest_prompt(config, context))
 
     # The policy with its critic learns; the reference stays what the policy was at the start.
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta else None
+    reference = frozen_copy(policy, PRECISIONS[run.precision]) if config.beta else None
     model = ActorCritic(policy)
     policy.activation_checkpointing = config.activation_checkpointing
     optimizers = make_optimizers(model, config.lr, config.weight_decay, config.beta2)

@@ -47,7 +47,7 @@ from runtime.rows import EVERY, columns, converted, held_out, is_own, own_rows, 
 from runtime.rows import sources as parts_of_data
 from stages import load_stage
 from texts import Prompt, dialogue, load_prompts, messages_of
-from tokenizer import ByteTokenizer, Tokenizer, encode_chat
+from tokenizer import ByteTokenizer, Tokenizer, encode_answer, encode_chat
 from transformer import Transformer
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, length: int) -> Pa
     rows, cut = PairRows([], [], [], [], tokenizer.pad_id), Counter()
     for pair in pairs:
         prompt = encode_chat(tokenizer, pair.prompt, add_generation_prompt=True)[0]
-        answers = [tokenizer.encode(text) + [tokenizer.eot_id] for text in (pair.chosen, pair.rejected)]
+        answers = [encode_answer(tokenizer, text) for text in (pair.chosen, pair.rejected)]
         kept, (chosen, rejected) = fit(prompt, answers, length)
         if chosen == rejected:
             cut["identical after truncation (left out)"] += 1
@@ -401,7 +401,7 @@ def encode_judged(judged: Sequence[Judged], tokenizer: Tokenizer, length: int) -
     cut, encoded, labels = Counter(), [], defaultdict(set)
     for one in judged:
         prompt = encode_chat(tokenizer, one.prompt, add_generation_prompt=True)[0]
-        whole = tokenizer.encode(one.answer) + [tokenizer.eot_id]
+        whole = encode_answer(tokenizer, one.answer)
         kept, (answer,) = fit(prompt, [whole], length)
         row = (*kept, -1, *answer)
         labels[row].add(one.desirable)

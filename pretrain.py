@@ -176,17 +176,17 @@ def validation(run: Run, model: Transformer, file: TokenFile, config: Config) ->
 
 def continuation(run: Run, model: Transformer, tokenizer: Tokenizer, prompt: str, n: int = 60) -> str:
     """How the model goes on after ``prompt``, sampled."""
-    ids = (tokenizer.encode(prompt) or [tokenizer.eot_id])[-(model.config.max_seq_len // 2) :]
+    ids = (tokenizer.encode(prompt) or [tokenizer.document_id])[-(model.config.max_seq_len // 2) :]
     n = min(n, model.config.max_seq_len - len(ids))
     with run.autocast(), run.eager():
-        tokens, mask, _ = generate(model, [ids], n, temperature=0.8, eot_id=tokenizer.eot_id, seed=0)
+        tokens, mask, _ = generate(model, [ids], n, temperature=0.8, eot_id=tokenizer.document_id, seed=0)
     return prompt + tokenizer.decode(tokens[0][mask[0]].tolist())
 
 
 def beginning(file: TokenFile, tokenizer: Tokenizer, n: int = 12) -> str:
     """The first words of the first validation document."""
     ids = file.windows("validation", [0], n)[0].tolist()
-    return tokenizer.decode(ids[: ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids)
+    return tokenizer.decode(ids[: ids.index(tokenizer.document_id)] if tokenizer.document_id in ids else ids)
 
 
 def check(config: Config) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import encode_prompts, epoch_batch
 from engine import can_decode_fast, fast_generate
-from generate import generate
+from generate import generate, goes_on
 from runtime import processes
 from runtime.config import AtLeast, Count, CountOrNone, CountOrZero, Finite, Positive, TrainConfig
 from runtime.errors import RewardError, UserError
@@ -227,7 +227,7 @@ def sample_answers(
     none."""
     cut = any(knobs.get(name, neutral) != neutral for name, neutral in {"top_k": 0, "top_p": 1.0, "min_p": 0.0}.items())
     fast = not cut and model.head.weight.device.type == "cuda" and can_decode_fast(model)
-    ends = {"eot_id": tokenizer.eot_id, "pad_id": tokenizer.pad_id, "seed": seed}
+    ends = {"eot_id": tokenizer.end_ids, "pad_id": tokenizer.pad_id, "seed": seed}
     if fast:
         new, new_mask, new_logps = fast_generate(model, prompts, max_new, n, temperature, **ends)  # (N, C) each
     else:
@@ -244,7 +244,7 @@ def sample_answers(
     tokens.scatter_(1, columns, new)  # padding lands on padding
     mask.scatter_(1, columns, new_mask)
     logps.scatter_(1, columns, new_logps)
-    finished = ((new == tokenizer.eot_id) & new_mask).any(dim=1)
+    finished = (~goes_on(new, tokenizer.end_ids) & new_mask).any(dim=1)
     lengths = (new_mask.sum(dim=1) - finished.long()).tolist()
     texts = [tokenizer.decode(ids[:length]) for ids, length in zip(new.tolist(), lengths)]
     return Rollout(tokens, mask[:, 1:], logps[:, 1:], texts, finished)

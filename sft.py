@@ -118,7 +118,7 @@ def answers(run: Run, model: Transformer, tokenizer: Tokenizer, chats: list, n: 
     chats, prompts = zip(*short)
     max_new = min(200, model.config.max_seq_len - max(map(len, prompts)))
     with run.autocast(), run.eager():
-        tokens, mask, _ = generate(model, prompts, max_new, temperature=0, eot_id=tokenizer.eot_id)
+        tokens, mask, _ = generate(model, prompts, max_new, temperature=0, eot_id=tokenizer.end_ids)
     lines = []
     for chat, ids, real in zip(chats, tokens, mask):
         lines += [f"question:  {chat[-2]['content']}", f"answer:    {tokenizer.decode(ids[real].tolist())}"]

@@ -20,6 +20,7 @@ logits of a large batch.
 Run ``python transformer.py`` for the sizes of the book's models.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class Block(nn.Module):
             config.qk_norm,
             config.norm_eps,
             config.causal,
+            config.head_dim,
+            config.qkv_bias,
         )
         self.mlp_norm = make_norm(config)
         self.mlp = make_mlp(config, layer)
@@ -174,7 +177,7 @@ class Transformer(nn.Module):
         rope = far = None
         if self.config.positions == "rope":
             end = T + (0 if cache is None else cache.start)
-            rope = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta, far=end > 4096)
+            rope = self.rotation(positions, far=end > 4096)
             far = self._far_from_sinks(positions, cache)
         elif self.config.positions == "learned":
             x = x + self.position_embed(positions)
@@ -198,7 +201,12 @@ class Transformer(nn.Module):
             return None
         nearest = positions.clamp(max=sinks + self.config.window - 1)
         k_positions = positions if cache is None else cache.columns()[1]
-        return *rope_cos_sin(nearest, self.config.head_dim, self.config.rope_theta), k_positions < sinks
+        return *self.rotation(nearest), k_positions < sinks
+
+    def rotation(self, positions: Tensor, far: bool = False) -> tuple[Tensor, Tensor]:
+        """What ``apply_rope`` turns the queries and keys of these positions by, see ``rope_cos_sin``."""
+        c = self.config
+        return rope_cos_sin(positions, c.head_dim, c.rope_theta, far=far, scaling=c.rope_scaling)
 
     def _positions(self, tokens, real, segments, cache) -> Tensor:
         T = tokens.shape[1]
@@ -370,6 +378,37 @@ def shared_hidden(model: Transformer, tokens: Tensor, where: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Models that do not learn
+
+
+def thin_weights(model: Transformer, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """The weights that products in ``dtype`` can have in that precision, without gradient: of the linear layers, but
+    for routers, which choose in float32, and a head that is the embedding too. Autocast rounds a weight at each use, so
+    that the model says the same, digit for digit, from half the memory and without the rounding. None in float32."""
+    if dtype == torch.float32:
+        return {}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.endswith("router")}
+    return {
+        f"{name}.weight": nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+        for name, module in linears.items() if module.weight is not model.embed.weight
+    }  # fmt: skip
+
+
+def frozen_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """What the model is now, for good: a reference. dtype: of its run's products; see ``thin_weights``."""
+    thin = {id(model.get_parameter(name)): weight for name, weight in thin_weights(model, dtype).items()}
+    return copy.deepcopy(model, thin).requires_grad_(False)  # the memo: what was copied already
+
+
+def for_inference(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model itself, no longer to be trained; dtype as above."""
+    for name, weight in thin_weights(model.requires_grad_(False), dtype).items():
+        layer, _, last = name.rpartition(".")
+        setattr(model.get_submodule(layer), last, weight)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Sizes
 
 
@@ -390,8 +429,8 @@ def active_parameters(model: Transformer, weight: Callable[[str, nn.Parameter], 
 
 def flops_per_token(model: Transformer, seq_len: int, words: float = 1.0) -> float:
     """Floating-point operations of one training token: 6 for each weight that multiplies it (2 forward, 4 backward; 2
-    fewer for one that is frozen and wants no gradient), and 12·D a layer for each key that it attends to: T, on average
-    half of them if attention is causal, no more than a window shows (Kaplan et al. 2020; Chowdhery et al. 2022,
+    fewer for one that is frozen and wants no gradient), and 12·H·d a layer for each key that it attends to: T, on
+    average half of them if attention is causal, no more than a window shows (Kaplan et al. 2020; Chowdhery et al. 2022,
     appendix B).
 
     words: the share of tokens at which one is predicted. A reward model or a classifier uses no head.
@@ -405,7 +444,7 @@ def flops_per_token(model: Transformer, seq_len: int, words: float = 1.0) -> flo
     used = active_parameters(model, lambda name, p: share(name))
     frozen = active_parameters(model, lambda name, p: share(name) * (p.dim() == 2 and not p.requires_grad))
     keys = min(seq_len / 2 if c.causal else seq_len, math.inf if c.window is None else c.window + c.sinks)
-    return 6.0 * used - 2.0 * frozen + 12.0 * c.n_layers * c.d_model * keys
+    return 6.0 * used - 2.0 * frozen + 12.0 * c.n_layers * c.n_heads * c.head_dim * keys
 
 
 @dataclass(frozen=True)
@@ -438,8 +477,12 @@ def estimate_memory(config: ModelConfig, batch: int, seq_len: int, bytes_per_act
     if config.n_experts:
         experts = (matrices + 1) * (k + config.n_shared_experts) * config.d_expert + 2 * k * config.d_model
     mixed = len(config.expert_layers or range(config.n_layers)) if config.n_experts else 0
-    # norms, q, k, v, output, the two sums; the MLPs
-    per_token = config.n_layers * (10 * config.d_model + 2 * kv) + (config.n_layers - mixed) * dense + mixed * experts
+    # of width d_model: norms, outputs, the two sums; of the heads': q, q rotated, what they say; k, v; the MLPs
+    per_token = (
+        config.n_layers * (7 * config.d_model + 3 * config.n_heads * config.head_dim + 2 * kv)
+        + (config.n_layers - mixed) * dense
+        + mixed * experts
+    )
     tokens = batch * seq_len
     logits = 3 * min(tokens * config.vocab_size, 2**24) * 4
     parts = {"weights": 4.0 * n, "gradients": 4.0 * n, "optimizer": 8.0 * n}

@@ -218,7 +218,8 @@ def memory_of(model, config, stage: str, work: Work, precision: str) -> dict[str
         blocks, tokens = model.config.n_layers, work.at_once * work.tokens
         parts["activations"] = parts["activations"] / blocks + 4.0 * tokens * model.config.d_model * blocks
     if hasattr(config, "prompts_per_step") and config.beta and not getattr(config, "lora_rank", 0):
-        parts["reference"] = parts["weights"]
+        thin = chapter("transformer").thin_weights(model, PRECISIONS[precision])
+        parts["reference"] = parts["weights"] - sum((4.0 - w.element_size()) * w.numel() for w in thin.values())
     parts["total"] = sum(value for name, value in parts.items() if name != "total")
     return parts
 

@@ -8,6 +8,7 @@ from conftest import load_npz
 
 from attention import (
     KVCache,
+    RopeScaling,
     SelfAttention,
     apply_rope,
     attention,
@@ -262,6 +263,17 @@ def test_rope_takes_positions_per_row():
     together = apply_rope(x, *rope_cos_sin(positions, 8))
     for row in range(2):
         close(together[row : row + 1], apply_rope(x[row : row + 1], *rope_cos_sin(positions[row], 8)))
+
+
+def test_llama_3_slows_down_what_turns_seldom():
+    """Pairs that turn four times or more in the original context stay, those that turn less than once are eight times
+    slower, and two and a half turns are half of each."""
+    scaling = RopeScaling(factor=8.0, low=1.0, high=4.0, original=100)
+    turns = torch.tensor([50.0, 4.0, 2.5, 1.0, 0.1])
+    slowed = scaling.slowed(turns * 2 * math.pi / 100) * 100 / (2 * math.pi)
+    close(slowed, torch.tensor([50.0, 4.0, 2.5 * (0.5 + 0.5 / 8), 1.0 / 8, 0.1 / 8]))
+    plain, scaled = (rope_cos_sin(torch.arange(300), 8, 1e4, scaling=s)[0] for s in (None, scaling))
+    assert scaled[:, 0].equal(plain[:, 0]) and not scaled[:, 3].allclose(plain[:, 3])
 
 
 def test_rope_angles_stay_float32_for_a_bfloat16_model():

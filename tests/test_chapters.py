@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "tokenizer", "attention", "layers", "moe", "transformer", "lora", "stages", "generate", "engine", "arithmetic",
     "verify", "texts", "data", "optim", "pretrain", "encoder", "sft", "rollout", "watch", "preferences", "reward",
-    "dpo", "kto", "ppo", "grpo", "gdpo", "evaluate", "chat", "pipeline",
+    "dpo", "kto", "ppo", "grpo", "gdpo", "families", "templates", "pretrained", "evaluate", "chat", "pipeline",
 ]  # fmt: skip
 STUDIES = [
     "probe", "intervals", "pages", "ablate", "combine", "structure", "card", "sharpen", "overoptimise", "entropy",
@@ -99,6 +99,8 @@ EXAMPLES = {
     "rollout": ["finished", "counts, log p"],
     "watch": ["flat groups 0.50", "holds back 0.00 of the tokens", "the same policy", "differ by 0.0500"],
     "probe": ["learned positions", "rope positions", "before training", "after"],
+    "families": ["self_attn.q_proj", "attn.c_attn.weight     (8, 24)", "[0, 2, 1, 3, 4, 6, 5, 7]", "3.29 32"],
+    "templates": ["learned: '5<|im_end|>'", "'<s>[INST] 2+3? [/INST] 5</s>'", "again: True", "{% generation %}"],
     "preferences": ["pairs of arith", "a pair as two rows", "padding"],
 }
 
@@ -343,7 +345,7 @@ def imported(path: Path) -> set[str]:
 
 ALLOWED = {
     "torch", "numpy", "tiktoken", "regex", "datasets", "tyro", "tqdm", "matplotlib", "PIL", "tensorboard",
-    "wandb",
+    "wandb", "safetensors",
 } | set(sys.stdlib_module_names)  # fmt: skip
 
 
@@ -425,4 +427,4 @@ def test_every_file_at_the_root_has_its_place_in_the_order():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runtime").glob("*.py")), ids=lambda path: path.name)
 def test_the_plumbing_imports_no_chapter(path):
-    assert imported(path) <= {"runtime", "triton"} | ALLOWED
+    assert imported(path) <= {"runtime", "triton", "gguf", "huggingface_hub"} | ALLOWED

@@ -7,6 +7,7 @@ import torch
 from conftest import load_npz
 
 import generate as generate_module
+from engine import fast_generate
 from generate import filter_logits, generate, left_pad, sample, stream
 from transformer import ModelConfig, Transformer, token_logps
 
@@ -379,3 +380,19 @@ def test_no_new_tokens_is_an_error():
 def test_past_the_position_table_is_an_error():
     with pytest.raises(ValueError, match="max_seq_len is 32"):
         generate(small(positions="learned"), [[1] * 30], 4, eot_id=-1)
+
+
+@pytest.mark.parametrize("sampler", [generate, fast_generate])
+def test_several_tokens_end_a_text(sampler):
+    """Each of them does, is kept as the last token, and nothing follows it."""
+    model = Transformer(ModelConfig(16, 16, 1, 2, max_seq_len=64))
+    prompts = [[1, 2, 3]] * 64
+    tokens, mask, _ = sampler(model, prompts, 20, eot_id=(5, 9), pad_id=0, seed=4)
+    ended = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+    last = {row[-1] for row in ended if len(row) < 20}
+    assert last == {5, 9} and not any({5, 9} & set(row[:-1]) for row in ended)
+    only = sampler(model, prompts, 20, eot_id=5, pad_id=0, seed=4)
+    assert any(9 in row[keep][:-1].tolist() for row, keep in zip(*only[:2]))
+    first = next(row for row in ended if len(row) < 20 and row[-1] == 9)
+    seed = next(s for s in range(200) if 9 in list(stream(model, [1, 2, 3], 20, eot_id=5, seed=s)))
+    assert first and 9 not in list(stream(model, [1, 2, 3], 20, eot_id=(5, 9), seed=seed))

@@ -17,6 +17,7 @@ from tiny import content, tiny_pretrain, tiny_sft
 
 import pretrain
 import sft
+from attention import RopeScaling
 from optim import make_optimizers
 from runtime import checkpoint, lock
 from runtime.checkpoint import check_optimizer, load_checkpoint, read_archive
@@ -131,6 +132,7 @@ def test_a_model_larger_than_its_weights_is_refused(run, tmp_path):
     folder = copy_of(run, tmp_path / "run")
     whole = torch.load(folder / "ckpt.pt", weights_only=True)
     sizes = {"n_layers": 10**7, "vocab_size": 2**40, "d_ff": 10**9, "max_seq_len": 10**12, "rope_theta": float("nan")}
+    sizes |= {"head_dim": 2**40, "qkv_bias": 3, "rope_scaling": {"factor": "x", "low": 1, "high": 4, "original": 8}}
     for name, value in (sizes | {"norm": 3, "n_layers ": 1, "n_heads": 0, "bias": "x"}).items():
         torch.save(whole | {"model_config": whole["model_config"] | {name: value}}, folder / "ckpt.pt")
         with pytest.raises(UserError, match="does not fit its weights|does not know"):
@@ -141,7 +143,13 @@ def test_a_model_larger_than_its_weights_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize(
     "shape",
-    [{"d_model": 256, "n_experts": 8}, {"window": 1024, "sinks": 700, "max_seq_len": 4096}, {"max_seq_len": 100_000}],
+    [
+        {"d_model": 256, "n_experts": 8},
+        {"head_dim": 50, "qkv_bias": True},
+        {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192)},
+        {"window": 1024, "sinks": 700, "max_seq_len": 4096},
+        {"max_seq_len": 100_000},
+    ],
     ids=str,
 )
 def test_a_valid_shape_is_not_refused(shape):

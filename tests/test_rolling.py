@@ -192,9 +192,9 @@ def test_distances_are_the_same_far_out():
 def test_a_long_text_is_rotated_exactly_and_a_short_one_as_ever(monkeypatch):
     asked = []
 
-    def spy(positions, *args, far=False):
+    def spy(positions, *args, far=False, **others):
         asked.append((int(positions.max()), far))
-        return rope_cos_sin(positions, *args, far=far)
+        return rope_cos_sin(positions, *args, far=far, **others)
 
     monkeypatch.setattr(transformer, "rope_cos_sin", spy)
     model, cache = model_with(4, n_layers=1), RollingCache(1, 1, 4)

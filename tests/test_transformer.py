@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from conftest import load_npz
 from torch import nn
 
-from attention import KVCache
+from attention import KVCache, RopeScaling
+from engine import fast_generate
+from generate import generate
 from layers import ACTIVATIONS, FeedForward, ModelConfig, RMSNorm, SwiGLU
 from transformer import (
     Transformer,
     count_parameters,
     estimate_memory,
     flops_per_token,
+    for_inference,
+    frozen_copy,
     shared_logps,
     token_logps,
 )
@@ -251,6 +255,10 @@ def test_swiglu_equals_llama():
         ({"norm": "batchnorm"}, "norm 'batchnorm'"),
         ({"mlp": "silu"}, "mlp 'silu'"),
         ({"d_model": 12, "n_heads": 4}, "must be even"),
+        ({"head_dim": 0}, "a head is at least 1 wide"),
+        ({"head_dim": 5}, "head_dim 5 must be even"),
+        ({"rope_scaling": RopeScaling(8, 1, 4, 64), "positions": "learned"}, "rope_scaling is for positions = rope"),
+        ({"rope_scaling": {"factor": 8, "low": 4, "high": 4, "original": 64}}, "0 < low < high"),
         ({"window": 0}, "a window holds at least the token itself"),
         ({"sinks": 2}, "sinks need a window"),
     ],
@@ -284,8 +292,58 @@ def test_norm_eps_reaches_every_norm(norm):
 
 
 def test_config_survives_a_round_trip():
-    config = ModelConfig(d_model=64, n_kv_heads=2, window=5, sinks=1)
+    config = ModelConfig(d_model=64, n_kv_heads=2, window=5, sinks=1, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64))
     assert ModelConfig(**dataclasses.asdict(config)) == config
+
+
+def test_a_config_from_before_these_fields_is_the_same_model():
+    old = dataclasses.asdict(ModelConfig(d_model=64, n_kv_heads=2, bias=True))
+    for name in ("head_dim", "qkv_bias", "rope_scaling"):
+        del old[name]
+    assert ModelConfig(**old) == ModelConfig(d_model=64, n_kv_heads=2, bias=True)
+    assert ModelConfig(**old).head_dim == 16
+
+
+def test_a_head_of_any_width():
+    """Twice and three times d_model / n_heads (and d_model no multiple of n_heads): shapes, cache, work, memory."""
+    wide = small(d_model=18, n_heads=4, n_kv_heads=2, head_dim=12, qk_norm=True)
+    attn, tokens = wide.blocks[0].attn, torch.randint(23, (2, 9))
+    assert attn.q_proj.weight.shape == (48, 18) and attn.k_proj.weight.shape == (24, 18)
+    assert attn.o_proj.weight.shape == (18, 48) and len(attn.q_norm.weight) == 12
+    cache = KVCache(2, 2, 9)
+    close(torch.cat([wide(some, cache=cache) for some in tokens.split([4, 1, 1, 3], dim=1)], dim=1), wide(tokens))
+    assert cache.k[0].shape[-1] == 12
+    narrow = ModelConfig(61, 32, 2, 4, 2, 44)
+    broad = dataclasses.replace(narrow, head_dim=16)
+    more = 6 * 2 * (2 * 32 * 32 + 2 * 32 * 16) + 12 * 2 * 32 * 6  # weights of q, k, v, o; scores of 6 keys on average
+    assert flops_per_token(Transformer(broad), 12) == flops_per_token(Transformer(narrow), 12) + more
+    kept = [estimate_memory(config, batch=1, seq_len=10)["activations"] for config in (narrow, broad)]
+    assert kept[1] - kept[0] == 10 * 4 * 2 * (3 * 32 + 2 * 16)
+
+
+def test_a_bias_on_queries_keys_and_values_alone():
+    model, tokens = small(qkv_bias=True), torch.randint(23, (1, 9))
+    biased = {name.split(".")[-2] for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert biased == {"q_proj", "k_proj", "v_proj"}
+    without = copy.deepcopy(model)
+    for block in without.blocks:
+        block.attn.v_proj.bias.data.zero_()
+    assert (without(tokens) - model(tokens)).abs().max() > 1e-3
+
+
+def test_scaled_rotations_reach_the_model_and_its_cache():
+    """Also through the fixed cache of engine.py; without them other logits."""
+    scaling = RopeScaling(factor=8.0, low=1.0, high=4.0, original=12)
+    model, tokens = small(rope_scaling=scaling), torch.randint(23, (1, 14))
+    angles = torch.arange(14)[:, None] * scaling.slowed(10000.0 ** (-torch.arange(2) / 2))
+    stream = model.blocks[0](model.embed(tokens), (angles.cos(), angles.sin()))
+    close(model.forward_hidden(tokens), model.final_norm(model.blocks[1](stream, (angles.cos(), angles.sin()))))
+    cache = KVCache(2, 1, 14)
+    close(torch.cat([model(some, cache=cache) for some in tokens.split([4, 1, 9], dim=1)], dim=1), model(tokens))
+    plain = small()
+    assert (plain(tokens) - model(tokens)).abs().max() > 1e-3
+    asked = {"max_new_tokens": 8, "temperature": 0.0, "eot_id": -1}
+    assert fast_generate(model, tokens.tolist(), **asked)[0].equal(generate(model, tokens.tolist(), **asked)[0])
 
 
 def test_parameter_count_by_hand():
@@ -747,3 +805,29 @@ def test_a_prompt_is_not_shared_where_positions_would_end():
             tokens[i, :prompt] = tokens[rows[0], :prompt]
             where[i, prompt - 1 : prompt - 1 + length] = True
     torch.testing.assert_close(shared_logps(model, tokens, where), token_logps(model, tokens, where=where))
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"tie_embeddings": True}, {"bias": True, "qk_norm": True}, {"n_experts": 3}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_copy_in_sixteen_bits_says_the_same(form, dtype):
+    """Digit for digit, where products are in those bits anyway; routers and a tied head keep theirs."""
+    model, tokens = small(**form), torch.randint(23, (2, 12))
+    copied = frozen_copy(model, dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        expected = token_logps(model, tokens)
+        assert token_logps(copied, tokens).equal(expected)
+        assert not token_logps(model, tokens.flip(1)).equal(expected)
+        assert token_logps(for_inference(copy.deepcopy(model), dtype), tokens).equal(expected)
+    thin = {name for name, p in copied.named_parameters() if p.dtype == dtype}
+    assert "blocks.0.attn.q_proj.weight" in thin and not any("router" in name or "norm" in name for name in thin)
+    assert ("head.weight" in thin) != model.config.tie_embeddings and copied.embed.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_frozen_copy_in_float32_is_a_copy():
+    model = small()
+    copied = frozen_copy(model, torch.float32)
+    assert all(p.equal(q) and p is not q for p, q in zip(model.parameters(), copied.parameters()))

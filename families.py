@@ -181,7 +181,7 @@ def family_of(shape: ModelConfig) -> str:
             what = "one active expert" if k == 1 else "experts in some blocks alone"
             raise UserError(f"{what} goes out as Qwen3-MoE alone, whose queries and keys are normalised (qk_norm)")
         return "qwen3_moe" if c.qk_norm else "mixtral"
-    return "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "mistral" if c.window else "llama"
+    return "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias and not c.bias else "mistral" if c.window else "llama"
 
 
 def config_json(shape: ModelConfig, family: str) -> dict:

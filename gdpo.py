@@ -96,7 +96,7 @@ class Config(grpo.Config):
     length_weight: Annotated[float, Finite()] = 1.0
     """The weight of an answer of at most length_limit tokens."""
     length_limit: Count = 26
-    """The longest short answer, in tokens, the end-of-text among them. Half of the fine-tuned model's are longer."""
+    """The longest short answer, in tokens, the end-of-text among them. A third of the fine-tuned model's are short."""
     integer_weight: Annotated[float, Finite()] = 0.0
     """The weight of an answer that is a whole number."""
     conditioned: bool = True

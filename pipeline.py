@@ -241,9 +241,9 @@ def is_finished(stage: Stage) -> bool:
         return False
 
 
-COSTS = {  # seconds with the examination, on two cores of a server CPU (AMD EPYC): what one is to another
-    "pretrain": 86, "sft": 11, "reward": 175, "dpo": 24, "ipo": 26, "kto": 33, "simpo": 20, "orpo": 21,
-    "ppo_reward": 94, "ppo": 95, "grpo": 38, "dr_grpo": 40, "dapo": 41, "gspo": 41, "cispo": 39, "gdpo": 41,
+COSTS = {  # seconds with the examination, on one core of a server CPU (AMD EPYC): what one is to another
+    "pretrain": 120, "sft": 41, "reward": 260, "dpo": 50, "ipo": 55, "kto": 70, "simpo": 45, "orpo": 45,
+    "ppo_reward": 440, "ppo": 440, "grpo": 160, "dr_grpo": 160, "dapo": 165, "gspo": 165, "cispo": 160, "gdpo": 155,
 }  # fmt: skip
 
 
@@ -318,8 +318,12 @@ def finish(config: Config, wanted: list[Stage], rows: dict[str, dict], minutes: 
     print(f'talk to it: python chat.py {out / writers[-1].name} {raw}--prompt "{QUESTION}"')
 
 
-# One that the fine-tuned model of seed 0 gets wrong; with other seeds it may be right.
-QUESTION, ANSWER = "Tom has 4 boxes with 6 apples in each. Mia gives Tom 7 more. How many apples does Tom have now?", 31
+# A held-out one that the fine-tuned models of seeds 1 and 2 get wrong; with other seeds it may be right.
+QUESTION = (
+    "4 friends of Nora get 24 eggs and share them equally. Then each friend buys 19 more. How many eggs does each "
+    "friend have now?"
+)
+ANSWER = 25
 
 
 def answered(folder: Path, stage: Stage, device: str) -> str:

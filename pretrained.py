@@ -15,8 +15,9 @@ The weights of an imported checkpoint are those of the file, in its precision; a
 float32. Of adapters alone (``adapters.pt``) the export is PEFT's form; a run with adapters otherwise goes out merged. A
 reward model goes out as AutoModelForSequenceClassification, of PPO the policy.
 
-In transformers a text that contains the name of a special token is that token, so there a user can forge a role. Here
-none can. The exported model's card says so.
+In transformers a text that contains the name of a special token is that token, so there a user can forge a role, and
+the exported model's card says so. Here none can, unless the template spells its roles in ordinary letters (TinyLlama's,
+``--template plain``): those a user can write, too.
 """
 
 import re
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import regex
 import torch
 import tyro
 
@@ -44,19 +46,28 @@ from transformer import Transformer, count_parameters, estimate_memory
 # From others
 
 
+DAMAGE = (  # what a file whose parts do not fit runs into
+    LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, MemoryError, regex.error,
+)  # fmt: skip
+
+
 def import_model(source: str, out: str, template: str = "file", tokenizer: str = "") -> dict:
     """Make a run's folder of a published model; its checkpoint. The weights stay what they are in the file, 16 bits
     included: a stage that trains copies them into float32."""
     if (Path(out) / "ckpt.pt").exists():
         raise UserError(f"{out} holds a checkpoint already: choose another folder")
-    model = read_published(source, tokenizer)
     try:
+        model = read_published(source, tokenizer)
         shape = shape_from(model.config, tied="lm_head.weight" not in model.tensors)
         family = model.config["model_type"]
         weights = weights_from(model.tensors, shape, family)
         tokens = tokenizer_from(model, shape.vocab_size, template)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(str(error) if source in str(error) else f"{source}: {error}") from None
+    except DAMAGE as error:
+        raise UserError(
+            f"{source} is damaged, or of a form that is not known here: {type(error).__name__} {error}"
+        ) from None
     state = {
         "model": weights, "model_config": as_dict(shape), "tokenizer": tokens.state(), "stage": "imported",
         "config": {"data": f"what {source} was trained on", "source": source, "family": family, "seed": 0},
@@ -191,6 +202,10 @@ def model_card(state: dict, shape: ModelConfig, family: str, tokenizer: Tokenize
     if state["stage"] == "reward":
         bias = float(state["model"]["score.bias"])
         notes.append(f"The scores of the original are these plus {bias:.6g}: this class has no such constant.")
+        notes.append(
+            "A score is read at the token that ends the answer. transformers reads it at the last token that is no "
+            "padding: leave out what the chat template writes behind that end, such as a line break."
+        )
     if state["stage"] == "ppo":
         notes.append("This is PPO's policy; its critic is not in it.")
     facts = "\n".join(f"* {name}: {value}" for name, value in told.items())

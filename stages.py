@@ -104,6 +104,8 @@ def shape_in(state: dict, path: str) -> ModelConfig:
     limits = {"window": 2**24, "sinks": 2**24}  # which no weight is as large as
     limits |= {"max_seq_len": 2**24} if shape.positions != "learned" else {}
     limits |= {"d_ff": largest * (shape.n_experts + shape.n_shared_experts)} if shape.n_experts else {}  # shared out
+    if isinstance(shape.head_dim, int) and isinstance(shape.n_heads, int) and shape.n_heads * shape.head_dim > largest:
+        raise UserError(f"{path} is damaged: its model has heads that do not fit its weights")
     for name, kind in typing.get_type_hints(ModelConfig).items():
         value = getattr(shape, name)
         limit = limits.get(name, largest)

@@ -73,6 +73,12 @@ def chat_form(template: str, bos: str | None, eos: str | None) -> ChatForm | Non
     text = re.sub(r"""['"]\s*\+\s*['"]""", "", template.replace("\\n", "\n"))  # 'a' + 'b' is 'ab'
     roles = set(re.findall(r"<\|[^|<>]+\|>", text))
     trims = re.search(r"""content(?:['"]\])?\s*\|\s*trim""", text) is not None
+    # What would change a text or put one in, and is not read here: then nothing is guessed.
+    content = r"""(?:message\[['"]content['"]\]|message\.content)"""
+    if "<|start_header_id|>" not in roles and "[INST]" not in text:
+        added = "bos_token" in text or re.search(rf"{content}\s*\.\s*strip\(", text)
+        if added or re.search(r"""set\s+\w*system\w*\s*=\s*['"]""", text):
+            return None
     if "<|im_start|>" in roles:
         thinks = "reasoning_content" in text and "<think>" in text
         known = roles <= {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} and "<|im_end|>\n" in text
@@ -211,7 +217,8 @@ def special_tokens(model: PublishedModel, rows: int, template: str) -> dict:
         raise UserError(f"its token {odd[0]!r} takes the white space beside it away")
     return {
         "specials": specials, "text_specials": {one["content"]: one["id"] for one in others}, "ends": ends,
-        "document": document, "pad": padding, "bos": names.get(begins), "template": model.template if form else "",
+        "document": document, "pad": padding, "bos": names.get(begins),
+        "template": model.template if form and template == "file" else "",
         "form": None if form is None else dataclasses.asdict(form),
     }  # fmt: skip
 

@@ -321,13 +321,17 @@ class ChatForm:
                 last = i > asked and (i + 1 == len(messages) or "</think>" in content)
                 content = thought_out(content, last) if self.think else content
                 before, end, after = self.assistant
-                yield from (("template", before), ("answer", self.lead + content), ("end", end), ("template", after))
+                yield from (("template", before), ("answer", self.led(content)), ("end", end), ("template", after))
             else:
                 before, after = self.system if role == "system" else self.user
                 prefix = self.system_prefix if role == "system" else ""
                 yield from (("template", before + prefix), ("said", content), ("template", after))
         if add_generation_prompt:
             yield "template", self.assistant[0]
+
+    def led(self, content: str) -> str:
+        """An answer with the space that stands before it in this form; one that the model wrote has it already."""
+        return content if self.lead and content.startswith(self.lead) else self.lead + content
 
     def trimmed(self, message: dict) -> dict:
         trims = self.trim == "all" or (self.trim == "answers" and message["role"] == "assistant")
@@ -356,6 +360,8 @@ class Published:
     template: the original's source, which is kept and never run.
     """
 
+    first_only = False  # does a text get its space only where nothing at all stands before it, no special token either?
+
     def __init__(
         self, specials: dict[str, int], text_specials: dict[str, int], ends: Sequence[int], document: int, pad: int,
         bos: int | None = None, form: dict | None = None, template: str = "",
@@ -365,6 +371,9 @@ class Published:
         self.bos_id, self.form, self.template = bos, None if form is None else ChatForm(**form), template
         if pad in self.end_ids:
             raise ValueError("the padding is a token that ends a text")
+        named = [*self.specials.values(), *self.text_specials.values(), *self.end_ids, document, pad]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in [*named, *([] if bos is None else [bos])]):
+            raise ValueError("the id of a token is no number of a row")
         self._names = {i: name.encode() for name, i in (self.specials | self.text_specials).items()}
         self._special_in_text = _any_of(self.text_specials)
         self._special_in_form = _any_of(self.specials)
@@ -501,6 +510,7 @@ class PieceTokenizer(Published):
     def __init__(self, pieces: Sequence[str], merges: Sequence[Sequence[int]], prefix: str = "text", **published):
         super().__init__(**published)
         self.pieces, self.merges, self.prefix = list(pieces), [tuple(merge) for merge in merges], prefix
+        self.first_only = prefix == "bare first"
         self.vocab_size = max(len(self.pieces) - 1, *self._names, self.pad_id, self.document_id, *self.end_ids) + 1
         self._ids = {piece: i for i, piece in enumerate(self.pieces) if i not in self._names}
         self._joins = {(a, b): (rank, self._ids[self.pieces[a] + self.pieces[b]]) for a, b, rank in self.merges}
@@ -625,6 +635,7 @@ def encode_form(
     ids: list[int] = []
     mask: list[int] = []
     text, in_text = "", False  # what waits to be encoded; does text stand right before it?
+    follows = lambda: bool(ids) if tokenizer.first_only else in_text  # noqa: E731
     for kind, said in [*tokenizer.form.stretches(messages, add_generation_prompt), ("answer", "")]:
         if kind == "said":
             text += said
@@ -634,9 +645,9 @@ def encode_form(
                 text += part
                 continue
             if text:
-                new = tokenizer.encode(text, continues=in_text)
+                new = tokenizer.encode(text, continues=follows())
                 ids, mask, text, in_text = ids + new, mask + [0] * len(new), "", True
-            new = tokenizer.encode(part, continues=in_text) if special is None else [special]
+            new = tokenizer.encode(part, continues=follows()) if special is None else [special]
             ids, mask, in_text = ids + new, mask + [int(kind != "template")] * len(new), special is None
     return ids, mask
 

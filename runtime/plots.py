@@ -257,6 +257,18 @@ def plot_lines(panels: dict[str, dict[str, tuple[list, list]]], path: Path, x: s
     _save(figure, path)
 
 
+def plot_band(panels: dict[str, tuple[tuple[list, list, list], tuple[list, list]]], path: Path) -> None:
+    """A panel for each title: the band (steps, low, high) in which a run should lie, and the run (steps, values)."""
+    figure, axes = _axes(len(panels), columns=min(3, len(panels)), width=3.8, height=2.6)
+    for axis, (title, ((steps, low, high), mine)) in zip(axes, panels.items()):
+        axis.fill_between(steps, low, high, color=GREY, alpha=0.2, linewidth=0, label="where 95 % of runs lie")
+        axis.plot(*mine, label="this run", **_line_style(0))
+        axis.set_title(textwrap.fill(title, 44))
+        axis.set_xlabel("step")
+    _legend_below(figure, axes)
+    _save(figure, path)
+
+
 def plot_points(panels: dict[str, dict[str, list[tuple[float, float]]]], path: Path, x: str, y: str) -> None:
     """A panel for each title: the points (x, y) of each label, a colour for each of all labels."""
     figure, axes = _axes(len(panels), columns=min(2, len(panels)), width=4.4, height=3.0)

@@ -41,7 +41,7 @@ def chain(request, tmp_path_factory):
     """Every stage, a step or two each, from the one before."""
     root = tmp_path_factory.mktemp("form")
     lora = {"lora_rank": 2, "lr": 1e-2} if "adapters" in request.param else {}
-    pretrain.main(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=128, **FORMS[request.param]))
+    pretrain.main(tiny_pretrain(root / "pretrain", steps=2, max_seq_len=192, **FORMS[request.param]))
     sft.main(tiny_sft(root / "sft", root / "pretrain", seq_len=128, epochs=0.4, **lora))
     start = {"init_from": str(root / "sft")} | SHORT
     pairs = {"data": "arith", "n_pairs": 8, "batch_size": 4, "epochs": 0.5, "max_length": 128}

@@ -149,7 +149,7 @@ def curves(folder) -> tuple[list, list]:
 def test_gdpo_on_the_embedded_task_moves_all_rewards(tmp_path, tuned, sign):
     """Right, in form and short together; with all weights negated, none of them. Hot, so that the form can rise too."""
     weights = {"correct_weight": sign, "format_weight": sign, "length_weight": sign}
-    more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "length_limit": 26, "temperature": 1.3}
+    more = {"out_dir": str(tmp_path), "init_from": str(tuned), "device": "cpu", "length_limit": 26, "temperature": 1.6}
     gdpo.main(gdpo.Config(**weights | more | {"steps": 20, "eval_every": 20}))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "correct" in row]

@@ -6,7 +6,6 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -703,10 +702,10 @@ def test_a_folder_is_continued_in_its_own_way_alone(base, tuned, tmp_path):
 def test_grpo_keeps_no_second_model_and_its_reference_is_the_start(base, tmp_path, monkeypatch, some_reward):
     """The KL to the reference is 0 at first, and then not; and equal to that of a copy of the start."""
 
-    def no_copy(model):
+    def no_copy(*_):
         raise AssertionError("a second model")
 
-    monkeypatch.setattr(grpo, "copy", SimpleNamespace(deepcopy=no_copy))
+    monkeypatch.setattr(grpo, "frozen_copy", no_copy)
     seen, real = [], grpo.policy_logps
 
     def policy_logps(run, model, rollout, config, wanted=None, group=1):

@@ -274,7 +274,7 @@ def test_the_time_left_follows_the_stages_of_today_and_those_of_the_last_time(tm
     assert times.left([c]) == "about 20 min left"
     assert json.loads((tmp_path / "times.json").read_text())["pretrain"] == 20.0
     (tmp_path / "times.json").write_text("{")
-    assert pipeline.Times(tmp_path, quick=False).left([c]) == "about 3 min left"  # the table of the file
+    assert pipeline.Times(tmp_path, quick=False).left([c]) == "about 4 min left"  # the table of the file
 
 
 @pytest.mark.slow

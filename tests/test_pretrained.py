@@ -30,11 +30,11 @@ from pretrained import export_model, import_model
 from runtime.config import read_preset
 from runtime.errors import UserError
 from runtime.published import halves_from_neighbours, read_published
-from stages import load_stage
+from stages import load_stage, shape_in
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import Transformer
 
-transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[bench]"')
+transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[dev]"')
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -751,3 +751,43 @@ def test_stories260k_tells_its_story(tmp_path):
     new = generate(model, [ids], 40, temperature=0, eot_id=tokenizer.end_ids)[0][0]
     told = "there was a little girl named Lily. She loved to play outside in the park."
     assert told in tokenizer.decode(new.tolist())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 2**61},
+        {"head_dim": 16.0},
+        {"num_key_value_heads": -1},
+        {"model_type": ["llama"]},
+        {"vocab_size": 2**62},
+    ],
+    ids=str,
+)
+def test_an_impossible_config_is_one_line(changes, tmp_path):
+    folder = tmp_path / "published"
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    ))  # fmt: skip
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError) as caught:
+        pretrained.import_model(str(folder), str(tmp_path / "out"))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert not (tmp_path / "out" / "ckpt.pt").exists()
+
+
+def test_a_model_with_biases_everywhere_is_a_llama():
+    """Qwen2's class would leave those of o_proj and of the feed-forward layers out."""
+    assert family_of(ModelConfig(bias=True, qkv_bias=True)) == family_of(ModelConfig(bias=True)) == "llama"
+    assert family_of(ModelConfig(qkv_bias=True)) == "qwen2"
+
+
+def test_heads_that_would_be_larger_than_the_weights_are_refused():
+    """A forged shape of a few bytes must not ask for a matrix of n_heads · head_dim rows that no weight has."""
+    shape = {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 32, "n_kv_heads": 1, "head_dim": 64, "d_ff": 64}
+    state = {"model": {"embed.weight": torch.zeros(64, 32)}, "model_config": shape}
+    with pytest.raises(UserError, match="heads that do not fit"):
+        shape_in(state, "x")
+    assert shape_in(state | {"model_config": shape | {"n_heads": 1}}, "x").head_dim == 64

@@ -1,6 +1,7 @@
 """Published vocabularies and chat templates, against the tokenizers and transformers libraries."""
 
 import dataclasses
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -27,8 +28,8 @@ from tokenizer import (
 )
 from transformer import ModelConfig
 
-tokenizers = pytest.importorskip("tokenizers", reason='needs tokenizers: pip install -e ".[bench]"')
-transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[bench]"')
+tokenizers = pytest.importorskip("tokenizers", reason='needs tokenizers: pip install -e ".[dev]"')
+transformers = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[dev]"')
 transformers.logging.set_verbosity_error()
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -275,7 +276,7 @@ def test_rows_and_ends():
 # Templates
 
 
-TRL = Path(pytest.importorskip("trl", reason="needs trl").__file__).parent / "chat_templates"
+TRL = importlib.util.find_spec("trl")  # without it, those that it has are skipped
 SMOLLM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou"
     " are a model named Smol<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] +"
@@ -320,16 +321,18 @@ def source_of(name: str) -> str:
     """A template as it is published, which TRL has for its tests, or one that was written here in that form."""
     if name in BYTE_LEVEL or name in MISTRALS or name == "zephyr":
         return (BYTE_LEVEL | MISTRALS | {"zephyr": ZEPHYR})[name]
-    path = TRL / f"{name}.jinja"
+    if TRL is None:
+        pytest.skip('needs trl: pip install -e ".[bench]"')
+    path = Path(TRL.origin).parent / "chat_templates" / f"{name}.jinja"
     if not path.is_file():
         pytest.skip(f"this version of trl has no {path.name}")
     return path.read_text()
 
 
-def both(name: str):
+def both(name: str, spaces: str = "old"):
     """(ours, theirs) of a vocabulary with that template."""
     source, pieces = source_of(name), name in MISTRALS or name == "zephyr"
-    made = pieces_vocabulary("old") if pieces else VOCABULARIES["qwen"]()
+    made = pieces_vocabulary(spaces) if pieces else VOCABULARIES["qwen"]()
     special = {"bos_token": "<s>", "eos_token": "</s>"} if pieces else {"eos_token": "<|im_end|>"}
     if "llama3" in name:
         special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
@@ -338,9 +341,12 @@ def both(name: str):
     return read(made, source, **special), theirs
 
 
-@pytest.mark.parametrize("name", [*BYTE_LEVEL, *FROM_TRL, *MISTRALS, "zephyr"])
-def test_a_conversation_is_laid_out_as_the_original_does_it(name):
-    ours, theirs = both(name)
+NAMED = [(name, "old") for name in (*BYTE_LEVEL, *FROM_TRL, *MISTRALS, "zephyr")]
+
+
+@pytest.mark.parametrize("name, spaces", [*NAMED, *((name, "first") for name in (*MISTRALS, "zephyr"))])
+def test_a_conversation_is_laid_out_as_the_original_does_it(name, spaces):
+    ours, theirs = both(name, spaces)
     for chat in CHATS:
         chat = chat[1:] if name in MISTRALS else chat  # no system message
         for messages, prompt in ((chat, False), (chat[: len(chat) // 2 * 2 - 1], True)):
@@ -536,3 +542,36 @@ def test_our_own_form_is_recognised_again(tmp_path):
     assert (back.eot_id, back.pad_id, back.vocab_size) == (ours.eot_id, ours.pad_id, ours.vocab_size)
     assert torch.equal(torch.tensor(back.encode("Tom has 12.")), torch.tensor(ours.encode("Tom has 12.")))
     assert GPT2_SPLIT.count("|") == 8
+
+
+def test_what_a_template_adds_or_takes_away_is_not_guessed():
+    """A text that begins with bos, a system message in a variable, a message without its white space: refused."""
+    start = PLAIN_CHATML.replace("{% for", "{{ bos_token }}{% for", 1)
+    default = "{% set system_message = 'You are kind.' %}" + PLAIN_CHATML
+    stripped = SMOLLM.replace("message['content']", "message['content'].strip()")
+    for source in (start, default, stripped, "{{ bos_token }}" + ZEPHYR):
+        assert chat_form(source, "<s>", "</s>") is None, source
+    for source in (PLAIN_CHATML, SMOLLM, ZEPHYR):
+        assert chat_form(source, "<s>", "</s>") is not None
+
+
+def test_the_template_that_was_chosen_is_the_one_that_is_kept():
+    """With another form than the file's, the file's source would be exported with a model that never saw it."""
+    made = VOCABULARIES["qwen"]()
+    special = {"eos_token": "<|im_end|>"}
+    assert read(made, SMOLLM, **special).template == SMOLLM
+    other = read(made, "### {{ role }}", "chatml", **special)
+    assert other.template == "" and other.form == CHATML
+
+
+def test_a_space_that_the_model_wrote_before_its_answer_is_not_doubled():
+    ours, _ = both("mistral 0.2")
+    assert ours.form.lead == " "
+    assert encode_answer(ours, "5") == encode_answer(ours, " 5") != encode_answer(ours, "  5")
+
+
+@pytest.mark.parametrize("change", [{"pad": -1}, {"ends": [256.0]}, {"bos": True}, {"document": 2**40}], ids=str)
+def test_ids_that_are_no_rows_are_refused(change):
+    ours, _ = both("smollm")
+    with pytest.raises((UserError, ValueError)):
+        load_tokenizer(ours.state() | change)

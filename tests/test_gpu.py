@@ -82,7 +82,7 @@ def test_the_policy_that_samples_is_the_policy_that_trains(precision, limit):
 def chain(request, tmp_path_factory):
     """Every stage, a few steps each, from the one before."""
     root, on = tmp_path_factory.mktemp(request.param), {"device": "cuda", "precision": request.param}
-    pretrain.main(tiny_pretrain(root / "pretrain", max_seq_len=128, **on))
+    pretrain.main(tiny_pretrain(root / "pretrain", max_seq_len=256, **on))
     sft.main(tiny_sft(root / "sft", root / "pretrain", seq_len=128, **on))
     start = {"init_from": str(root / "sft"), "eval_every": 1, "log_every": 1} | on
     pairs = {"data": "arith", "n_pairs": 16, "batch_size": 4, "epochs": 1.0, "max_length": 128, "eval_pairs": 8}

@@ -877,7 +877,7 @@ def embedded(tmp_path_factory):
 @pytest.mark.slow
 def test_on_the_embedded_task_adapters_learn_the_form_and_then_to_be_right_or_wrong(embedded, tmp_path):
     fields = {"device": "cpu", "lora_rank": 4, "lr": 3e-3}
-    early = {"epochs": 5.0}  # it knows the form by then, and leaves something to reinforce
+    early = {"n_examples": 192, "epochs": 5.0}  # it knows the form by then, and leaves something to reinforce
     sft.main(sft.Config(out_dir=str(embedded / "sft"), init_from=str(embedded / "pretrain"), **early, **fields))
     tuned = evaluate.measure(str(embedded / "sft"), evaluate.Config(n=256, device="cpu"))
     assert tuned["accuracy"] > 0.4 and tuned["unreadable"] < 0.1

@@ -83,11 +83,11 @@ class Config(LoRARunConfig):
     beta: Positive = 0.5
     """How strongly the loss reacts to a gain, and how much it costs to leave the reference. The paper has 0.1; 0.5
     suits a small model with short answers."""
-    desirable_weight: NotNegative = 1.0
+    desirable_weight: Annotated[float, AtLeast(0, most=1e6)] = 1.0
     """The weight of answers labelled desirable. With n_D and n_U answers of either kind, the paper wants
     desirable_weight · n_D / (undesirable_weight · n_U) between 1 and 4/3.
     """
-    undesirable_weight: NotNegative = 1.0
+    undesirable_weight: Annotated[float, AtLeast(0, most=1e6)] = 1.0
     """The weight of answers labelled undesirable."""
     batch_size: Count = 32
     """The answers of one step, over all processes."""

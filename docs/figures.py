@@ -48,7 +48,7 @@ def language_model(path: Path) -> None:
                     seen = counts[n].get(data[i - n : i], Counter())
                     p = (seen[data[i]] + 2 * p) / (seen.total() + 2)
                 bits[n] -= math.log2(p)
-    base = next(row for row in json.loads((ROOT / "docs/report.json").read_text()) if row["stage"] == "Base")
+    base = next(row for row in json.loads((ROOT / "docs/reports/seed1.json").read_text()) if row["stage"] == "Base")
     figure, (axis,) = _axes(1, columns=1, width=5.6, height=3.2)
     axis.plot(list(orders), [one / size for one in bits], marker="o", color=COLOURS[0], label="counting")
     axis.axhline(base["bits_per_byte"], color=COLOURS[1], linestyle="--", label="the book's base model")

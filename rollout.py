@@ -54,7 +54,7 @@ class RolloutConfig(TrainConfig):
     """Use at most this many prompts (None: 4096 of arith, all of the others)."""
     init_from: str = ""
     """The policy to start from, and the reference: a run's folder or a checkpoint. Default: out/<task>/sft."""
-    steps: Count = 120
+    steps: Count = 140
     """Training steps; each samples one batch of answers."""
     max_new_tokens: Count = 48
     """An answer that has not ended after this many tokens is cut off."""
@@ -70,7 +70,7 @@ class RolloutConfig(TrainConfig):
     beta2: Annotated[float, AtLeast(0, below=1)] = 0.99
     """AdamW's memory of squared gradients: longer than pretraining's 0.95, because gradients of few answers are
     noisy."""
-    eval_every: Count = 15
+    eval_every: Count = 20
     eval_prompts: Count = 128
     """Held-out questions of an evaluation, answered greedily."""
 

@@ -295,6 +295,9 @@ def from_gpt2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def weights_from(tensors: dict[str, Tensor], shape: ModelConfig, family: str) -> dict[str, Tensor]:
     """A published model's tensors under our names, as they are in the file. UserError: one is missing, left over, or of
     another shape."""
+    for name, n in (("blocks", shape.n_layers), ("experts", shape.n_experts)):
+        if n > len(tensors):  # before so many are made, without memory but one by one
+            raise UserError(f"config.json says {n:,} {name}, and the file has {len(tensors):,} weights")
     with torch.device("meta"):
         wanted = Transformer(shape).state_dict()
     tensors = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -345,19 +348,11 @@ if __name__ == "__main__":
         print(f"  {name:38} {tuple(value.shape)}")
     rows = torch.arange(8.0)[:, None]
     print("rows of a q projection of 2 heads, for pairs of neighbours", rows[:, 0].int().tolist())
-    print(
-        "the same rows for pairs of halves                         ",
-        halves_from_neighbours(rows, 2)[:, 0].int().tolist(),
-    )
+    turned = halves_from_neighbours(rows, 2)[:, 0].int().tolist()
+    print("the same rows for pairs of halves                         ", turned)
     frequencies = 500000.0 ** (-torch.arange(0, 64, 8) / 64)
     slowed = RopeScaling(factor=32.0, low=1.0, high=4.0, original=8192).slowed(frequencies)
     print("Llama 3.2 turns these pairs slower by", " ".join(f"{float(a / b):.3g}" for a, b in zip(frequencies, slowed)))
-    print("a model with", end=" ")
     for fields in ({}, {"window": 16}, {"qkv_bias": True}, {"qk_norm": True}, {"n_experts": 4}):
-        print(
-            ", ".join(f"{k} {v}" for k, v in fields.items()) or "no option",
-            "is",
-            family_of(ModelConfig(**fields)),
-            end="; ",
-        )
-    print()
+        option = ", ".join(f"{name} {value}" for name, value in fields.items()) or "no option"
+        print(f"a model with {option} is {family_of(ModelConfig(**fields))}")

@@ -79,6 +79,8 @@ def chat_form(template: str, bos: str | None, eos: str | None) -> ChatForm | Non
         added = "bos_token" in text or re.search(rf"{content}\s*\.\s*strip\(", text)
         if added or re.search(r"""set\s+\w*system\w*\s*=\s*['"]""", text):
             return None
+    elif re.search(r"""set\s+\w*system\w*\s*=\s*(['"])(?!\1)|system<\|end_header_id\|>\n\n(?!['"])""", text):
+        return None
     if "<|im_start|>" in roles:
         thinks = "reasoning_content" in text and "<think>" in text
         known = roles <= {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} and "<|im_end|>\n" in text
@@ -95,8 +97,10 @@ def chat_form(template: str, bos: str | None, eos: str | None) -> ChatForm | Non
         return llama3_form(text)
     if {"<|user|>", "<|assistant|>"} <= roles <= {"<|user|>", "<|assistant|>", "<|system|>"} and eos:
         said = re.search(r"""<\|user\|>\n['"]\s*\+\s*message(?:\['content'\]|\.content)\s*\+\s*eos_token""", text)
-        answers = ("<|assistant|>\n", eos, "\n")
-        return ChatForm(("<|system|>\n", f"{eos}\n"), ("<|user|>\n", f"{eos}\n"), answers) if said else None
+        ends = re.findall(r"eos_token\s*([^}]*\}\})(\n?)\s*(\{%-)?", text)
+        if not said or any(end != ("}}", "\n", "") for end in ends):  # a line break after each, and it stays
+            return None
+        return ChatForm(("<|system|>\n", f"{eos}\n"), ("<|user|>\n", f"{eos}\n"), ("<|assistant|>\n", eos, "\n"))
     if "[INST]" in text and not roles and bos and eos:
         return mistral_form(text, bos, eos)
     return None
@@ -198,10 +202,11 @@ def special_tokens(model: PublishedModel, rows: int, template: str) -> dict:
     added, config = model.tokenizer.get("added_tokens", []), model.tokenizer_config
     names = {one["content"]: one["id"] for one in added}
     bos, eos, pad = (content_of(config.get(f"{role}_token")) for role in ("bos", "eos", "pad"))
-    form = form_of(model.template, template, bos, eos, names)
     # Where generation stops: first the end of an answer, then what the files name.
     stops = model.generation_config.get("eos_token_id", model.config.get("eos_token_id"))
     stops = [names.get(eos), *(stops if isinstance(stops, list) else [stops])]
+    eos = eos or next((name for name, i in names.items() if i in stops), None)  # GPT-2's files have its id alone
+    form = form_of(model.template, template, bos, eos, names)
     ends = [names[form.assistant[1]]] * (form is not None) if form else []
     ends = list(dict.fromkeys(i for i in [*ends, *stops] if i is not None and 0 <= i < rows))
     if not ends:
@@ -229,6 +234,8 @@ def form_of(source: str, template: str, bos: str | None, eos: str | None, names:
         form = chat_form(source, bos, eos) if source.strip() else None
         if form is None and source.strip():
             raise UserError("its chat template has a form that is not known here: --template names one, or none")
+    elif template == "plain" and not eos:
+        raise UserError("--template plain: its files name no token that ends a text (eos_token)")
     else:
         known = {"none": None, "chatml": CHATML, "llama3": LLAMA3, "plain": plain_form(eos or "")}
         form = known[template]

@@ -304,6 +304,11 @@ ZEPHYR = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+LLAMA3_SOURCE = (
+    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 CHATS = [
     [{"role": "user", "content": "What is 12+3?"}],
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! 漢字 🙂"}],
@@ -440,6 +445,11 @@ def test_a_base_model_is_given_words_for_roles():
     ids, mask = encode_chat(ours, CHATS[1])
     assert ours.decode(ids) == "User: Hi\nAssistant: Hello! 漢字 🙂<|endoftext|>\n"
     assert ours.decode([i for i, m in zip(ids, mask) if m]) == " Hello! 漢字 🙂<|endoftext|>"
+    made = VOCABULARIES["gpt-2"]()  # GPT-2's own files have no name of it, only its id
+    unnamed = PublishedModel({"eos_token_id": ours.eot_id}, {}, json.loads(made.to_str()), {}, {}, "")
+    assert encode_chat(tokenizer_from(unnamed, 2000, "plain"), CHATS[1]) == (ids, mask)
+    with pytest.raises(UserError, match="--template plain: its files name no token that ends a text"):
+        tokenizer_from(dataclasses.replace(unnamed, config={}), 2000, "plain")
 
 
 def test_thinking_is_kept_in_the_last_answer_alone():
@@ -549,9 +559,13 @@ def test_what_a_template_adds_or_takes_away_is_not_guessed():
     start = PLAIN_CHATML.replace("{% for", "{{ bos_token }}{% for", 1)
     default = "{% set system_message = 'You are kind.' %}" + PLAIN_CHATML
     stripped = SMOLLM.replace("message['content']", "message['content'].strip()")
-    for source in (start, default, stripped, "{{ bos_token }}" + ZEPHYR):
+    dates = "{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}{% set system_message = '' %}" + LLAMA3_SOURCE
+    said = dates.replace("''", "'You are kind.'"), dates.replace("\n\n' }}", "\n\nYou are kind.<|eot_id|>' }}")
+    unbroken = ZEPHYR.replace("eos_token }}\n", "eos_token }}"), ZEPHYR.replace("eos_token }}", "eos_token + '\n' }}")
+    cut = ZEPHYR.replace("\n{% elif", "\n{%- elif")
+    for source in (start, default, stripped, "{{ bos_token }}" + ZEPHYR, *said, *unbroken, cut):
         assert chat_form(source, "<s>", "</s>") is None, source
-    for source in (PLAIN_CHATML, SMOLLM, ZEPHYR):
+    for source in (PLAIN_CHATML, SMOLLM, ZEPHYR, LLAMA3_SOURCE, dates):
         assert chat_form(source, "<s>", "</s>") is not None
 
 

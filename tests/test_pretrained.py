@@ -272,7 +272,7 @@ MOE = QWEN_EXPERTS | {"model_type": "qwen3_moe", "rope_theta": 1e4}
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type linear"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"attention_bias": True}, "a bias in attention or in the feed-forward layers alone"),
+        ({"attention_bias": True}, "attention_bias, mlp_bias: known are both at once"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"rms_norm_eps": 1e-5, "num_attention_heads": 5}, "impossible model: d_model 32 is not a multiple"),
         ({"vocab_size": None}, "vocab_size None: a whole number is wanted"),

@@ -5,9 +5,11 @@ changed. A file that cannot be read, or is no longer what a run wrote, becomes a
 followed.
 """
 
+import itertools
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -30,10 +32,10 @@ def inside(root: Path, path: str | Path) -> Path:
     """The path, if it lies in ``root``, links resolved. UserError: it does not."""
     if "\0" in str(path):
         raise UserError("a path holds no zero byte")
-    resolved, root = (root / path).resolve(), root.resolve()
-    if resolved != root and root not in resolved.parents:
+    resolved, root = os.path.realpath(os.path.join(root, path)), os.path.realpath(root)
+    if resolved != root and not resolved.startswith(root.rstrip(os.sep) + os.sep):
         raise UserError(f"{str(path)!r} lies outside the folder of runs {root}")
-    return resolved
+    return Path(resolved)
 
 
 def plain_file(path: Path) -> os.stat_result | None:
@@ -78,22 +80,21 @@ class Series:
             part = file.read(PART)
         whole = part.rfind(b"\n") + 1  # the last line may still be being written
         self._place += whole or (len(part) if len(part) == PART else 0)
-        for row in rows_of(part[:whole]):
-            self._add(row)
+        self._add(rows_of(part[:whole]))
         return whole > 0
 
-    def _add(self, row: dict) -> None:
-        step, self.rows = row["step"], self.rows + 1
-        for name, value in row.items():
-            if type(value) in (float, int) and name != "step" and -1e300 < value < 1e300:
-                if name == "time":
-                    self.seconds = value
-                    continue
-                curve = self.curves.get(name)
-                if curve is None:
-                    curve = self.curves[name] = ([], [])
-                curve[0].append(step)
-                curve[1].append(value)
+    def _add(self, rows: list[dict]) -> None:
+        self.rows += len(rows)
+        for name in dict.fromkeys(itertools.chain.from_iterable(rows)):
+            if name == "step":
+                continue
+            known = [row for row in rows if type(row.get(name)) in (float, int) and -1e300 < row[name] < 1e300]
+            if known and name == "time":
+                self.seconds = known[-1][name]
+            elif known:
+                steps, values = self.curves.setdefault(name, ([], []))
+                steps += [row["step"] for row in known]
+                values += [row[name] for row in known]
 
 
 def rows_of(text: bytes) -> list[dict]:
@@ -133,7 +134,7 @@ class Run:
     name: str  # its path below the folder of runs
     path: Path
     stage: str = ""
-    state: str = "new"  # running, finished, stopped, new or damaged
+    state: str = "new"  # running, finished, stopped, new, damaged or, not looked at yet, unread
     step: int = 0  # the last one that is known of
     saved: int = 0  # the one of its checkpoint; 0: there is none
     steps: int = 0
@@ -167,6 +168,8 @@ class Runs:
         self._states: dict[Path, tuple[tuple, dict]] = {}
         self._configs: dict[Path, tuple[tuple, dict | str]] = {}
         self._busy = threading.Lock()
+        self._seen: set[str] = set()  # the names of the runs that were read before
+        self._reader: threading.Thread | None = None
 
     def names(self) -> list[str]:
         """Every folder that holds a run, by its path below the root."""
@@ -184,14 +187,29 @@ class Runs:
             pass
         return [os.path.relpath(path, self.root) for path in denied]
 
-    def all(self) -> list[Run]:
-        return [self.look(name) for name in self.names()]
+    def all(self, seconds: float = math.inf) -> list[Run]:
+        """All runs. After so many ``seconds`` those that were never read are left ``unread``, and read meanwhile, so
+        that a later call has them."""
+        names, end = self.names(), time.monotonic() + seconds
+        found = {}
+        new = [name for name in names if name not in self._seen]  # the others cost little
+        new.sort(key=lambda name: getattr(plain_file(self.root / name / "metrics.jsonl"), "st_size", 0))
+        for name in [*(name for name in names if name in self._seen), *new]:
+            late = name not in self._seen and time.monotonic() > end
+            found[name] = Run(name, self.root / name, state="unread") if late else self.look(name)
+        if any(run.state == "unread" for run in found.values()) and not (self._reader and self._reader.is_alive()):
+            rest = [name for name, run in found.items() if run.state == "unread"]
+            self._reader = threading.Thread(target=lambda: [self.look(name) for name in rest], daemon=True)
+            self._reader.start()
+        return [found[name] for name in names]
 
     def series(self, name: str) -> Series:
         """A run's curves, with what was added since the last look."""
-        path = inside(self.root, name) / "metrics.jsonl"
+        return self._series_in(inside(self.root, name))
+
+    def _series_in(self, path: Path) -> Series:
         with self._busy:
-            series = self._series.setdefault(path, Series(path))
+            series = self._series.setdefault(path, Series(path / "metrics.jsonl"))
         return series.refresh()
 
     def look(self, name: str) -> Run:
@@ -208,11 +226,12 @@ class Runs:
             run.steps = state.get("steps") or _count(run.config.get("steps"))
             run.seed = run.config.get("seed") if isinstance(run.config.get("seed"), int) else None
             run.problem = run.problem or config_problem
-            series = self.series(name)
+            series = self._series_in(path)
             self._figures(run, series)
         except OSError as error:
             run.problem = f"it cannot be read: {error.strerror}"
             state = {}
+        self._seen.add(name)
         run.stage = run.stage or _stage_of_name(path.name)
         if run.problem:
             run.state = "damaged"
@@ -296,15 +315,8 @@ def tail(file: Path, most: int) -> str:
 
 
 def _natural(name: str) -> list:
-    """An order in which seed10 comes after seed9."""
-    parts, digits = [], ""
-    for letter in name:
-        if letter.isascii() and letter.isdigit():
-            digits += letter
-        else:
-            parts += [(1, int(digits), "")] if digits else []
-            parts, digits = [*parts, (2, 0, letter)], ""
-    return [*parts, (1, int(digits), "")] if digits else parts
+    """An order in which seed10 comes after seed9: texts and numbers in turn."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 def _count(value) -> int:

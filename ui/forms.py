@@ -128,10 +128,10 @@ def shown(value) -> str:
 
 def value_of(field: Field, text: str):
     """What was typed into a field of text. UserError: it is no such value."""
-    if field.kind == "list":
-        return tuple(_one(field, field.inner, part) for part in text.split())
     if field.optional and text.strip() in ("", "None"):
         return None
+    if field.kind == "list":
+        return tuple(_one(field, field.inner, part) for part in text.split())
     return _one(field, field.kind, text)
 
 

@@ -75,7 +75,7 @@ const KINDS = {
   },
   reference: {
     name: "reference",
-    about: "log π − log π_ref of each token; its sum over an answer estimates the KL to the reference: blue likelier than there, orange less likely",
+    about: "how much likelier than under the reference, log π − log π_ref: blue likelier, orange less likely; the sum over an answer estimates the KL",
     value: (record, answer, i) => difference(at(answer, "old", i) ?? at(answer, "now", i), at(answer, "ref", i)),
     height: (value) => value / 1.5,
     paint: (value) => towards(value / 1.5, ["up", "down"]),

@@ -20,6 +20,7 @@ STATES = {
     "finished": "✓ finished",
     "stopped": "‖ stopped",
     "new": "○ new",
+    "unread": "… being read",
     "damaged": "! damaged",
 }
 COLOURS = ("#2f7fc1", "#d5651f", "#12936f", "#b4689a", "#8a7b2c", "#5b54b8", "#a33a3a", "#6f6f78")

@@ -110,7 +110,7 @@ else:
     )
 st.subheader("Question by question")
 silent = ("pretrain", "reward", "encoder", "mlm")
-known = [run.name for run in shared.runs().all() if run.saved and run.stage not in silent]
+known = [run.name for run in shared.runs().all(1.0) if run.saved and run.stage not in silent]
 if not known:
     st.caption("No run can answer yet.")
     st.stop()

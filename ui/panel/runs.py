@@ -14,6 +14,7 @@ from ui.forms import differences
 from ui.shared import one_line, plain
 
 MOST = 12  # runs whose curves are drawn together
+READING = 0.4  # seconds for runs that were never read; the others follow
 TABLE = {
     "run": st.column_config.TextColumn("run", width="medium"),
     "done": st.column_config.ProgressColumn("done", format="percent", min_value=0, max_value=1, width="small"),
@@ -39,6 +40,13 @@ def picked() -> None:
     """The rows that were ticked in the table are the runs that are shown."""
     names = st.session_state.listed
     st.session_state.shown = [names[i] for i in st.session_state.table.selection.rows if i < len(names)][:MOST]
+
+
+def wait_for_the_rest(unread: int) -> None:
+    """Say how many runs are still being read, and show them when they are."""
+    st.caption(f"{unread} runs are still being read.")
+    if sum(run.state == "unread" for run in shared.runs().all(0.0)) < unread:
+        st.rerun()
 
 
 def groups_of(runs: list[Run]) -> dict[str, list[Run]]:
@@ -174,7 +182,7 @@ def show_about(runs: list[Run]) -> None:
             st.caption(plain(f"{one.get('stage')} after {step} steps, {one.get('path')}, weights {one.get('weights')}"))
 
 
-everything = shared.runs().all()
+everything = shared.runs().all(READING)
 st.session_state.listed = []
 top = st.columns([3, 2], vertical_alignment="bottom")
 top[0].title("Runs")
@@ -196,6 +204,8 @@ st.dataframe(
     table(listed), column_config=TABLE, hide_index=True, key="table", on_select=picked, selection_mode="multi-row",
     height=min(38 + 35 * max(1, len(listed)), 320),
 )  # fmt: skip
+if unread := sum(run.state == "unread" for run in everything):
+    st.fragment(wait_for_the_rest, run_every=1)(unread)
 for place in shared.runs().unreadable():
     st.warning(plain(f"{place} cannot be looked into: it is a folder without rights."))
 

@@ -125,11 +125,11 @@ def show_start_from(stage: str, values: dict, key: str) -> str | None:
         return None
     first = STARTS.get(stage, "")
     default = (values["init_from"] or "").removeprefix("out/") or (f"{values['task']}/{first}" if first else "")
-    known = [run.name for run in shared.runs().all() if run.stage not in ("reward", "encoder") and run.saved]
+    known = [run.name for run in shared.runs().all(1.0) if run.stage not in ("reward", "encoder") and run.saved]
     queued = [job.folder for job in shared.queue().jobs() if job.state in OPEN]
     nothing = [] if first else [""]
     options = list(dict.fromkeys([*nothing, *([default] if default else []), *queued, *known]))
-    told = {name: " (in the queue)" for name in queued} | dict.fromkeys(known, "")
+    told = dict.fromkeys(queued, " (in the queue)") | dict.fromkeys(known, "")
     named = {name: one_line(name) + told.get(name, " (not there yet)") for name in options} | {"": "nothing"}
     return st.selectbox(
         "Start from", options, key=key, format_func=named.get,

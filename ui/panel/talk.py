@@ -21,7 +21,7 @@ EXAMPLES = (
 def speakers() -> list[str]:
     """The runs whose model can write."""
     silent = ("reward", "encoder", "mlm")
-    return [run.name for run in shared.runs().all() if run.saved and run.stage not in silent]
+    return [run.name for run in shared.runs().all(1.0) if run.saved and run.stage not in silent]
 
 
 def reply(column, name: str, messages: list[dict], settings: chat.Config) -> list[talk.Token]:

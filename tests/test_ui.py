@@ -282,7 +282,7 @@ def test_a_queue_that_someone_else_wrote_starts_nothing_strange(stages, tmp_path
     good = {"number": 1, "script": "stage.py", "words": [], "folder": "one", "state": "waiting"}
     bad = [
         good | {"script": "../../bin/sh"}, good | {"words": "x"}, good | {"words": [1]}, good | {"state": "x"},
-        good | {"more": 1}, [good], good | {"number": True}, good | {"words": ["a\0b"]}, good | {"number": 9},
+        good | {"more": 1}, [good], good | {"number": True}, good | {"words": ["a\0b"]}, good | {"number": 90},
     ]  # fmt: skip
     for i, one in enumerate(bad, start=1):
         values = one | {"number": i} if isinstance(one, dict) and one["number"] is good["number"] else one

@@ -25,6 +25,7 @@ from runtime.words import words_of
 
 OURS = ("config.json", "metrics.jsonl", "ckpt.pt")
 OWN = ".panel"  # what the panel itself writes there: its queue, and what the stages print
+LARGE = 4_000_000  # bytes of a file of metrics that is read after the others
 PART = 1 << 26  # bytes of a file of metrics that are read at once
 
 
@@ -151,7 +152,10 @@ class Run:
     @property
     def progress(self) -> float | None:
         """The share of the steps that are done, as far as that is known."""
-        return min(1.0, self.step / self.steps) if self.steps else None
+        return round(min(1.0, self.step / self.steps), 2) if self.steps else None
+
+    def best_at_a_glance(self) -> str:
+        return "" if self.best is None else f"{self.best:.3f} {words_of(self.best_name)[0]}"
 
     def best_in_words(self) -> str:
         if self.best is None:
@@ -170,22 +174,19 @@ class Runs:
         self._busy = threading.Lock()
         self._seen: set[str] = set()  # the names of the runs that were read before
         self._reader: threading.Thread | None = None
+        self.denied: list[str] = []
 
     def names(self) -> list[str]:
-        """Every folder that holds a run, by its path below the root."""
-        found = []
-        for path, folders, files in os.walk(self.root, onerror=None, followlinks=False):
+        """Every folder that holds a run, by its path below the root. Those that cannot be looked into: ``denied``."""
+        found, denied = [], []
+        for path, folders, files in os.walk(self.root, onerror=denied.append, followlinks=False):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if any(name in files for name in OURS) and Path(path) != self.root:
                 found.append(os.path.relpath(path, self.root))
+        self.denied = [
+            os.path.relpath(error.filename, self.root) for error in denied if error.filename != str(self.root)
+        ]
         return sorted(found, key=_natural)
-
-    def unreadable(self) -> list[str]:
-        """Folders that cannot be looked into."""
-        denied: list[str] = []
-        for _ in os.walk(self.root, onerror=lambda error: denied.append(str(error.filename)), followlinks=False):
-            pass
-        return [os.path.relpath(path, self.root) for path in denied]
 
     def all(self, seconds: float = math.inf) -> list[Run]:
         """All runs. After so many ``seconds`` those that were never read are left ``unread``, and read meanwhile, so
@@ -193,10 +194,15 @@ class Runs:
         names, end = self.names(), time.monotonic() + seconds
         found = {}
         new = [name for name in names if name not in self._seen]  # the others cost little
-        new.sort(key=lambda name: getattr(plain_file(self.root / name / "metrics.jsonl"), "st_size", 0))
+        files = {name: plain_file(self.root / name / "metrics.jsonl") for name in new}
+        changed = {name: found.st_mtime if found else 0.0 for name, found in files.items()}
+        new.sort(key=lambda name: (files[name] is not None and files[name].st_size > LARGE, -changed[name]))
         for name in [*(name for name in names if name in self._seen), *new]:
             late = name not in self._seen and time.monotonic() > end
-            found[name] = Run(name, self.root / name, state="unread") if late else self.look(name)
+            unread = Run(
+                name, self.root / name, _stage_of_name(Path(name).name), "unread", changed=changed.get(name, 0.0)
+            )
+            found[name] = unread if late else self.look(name)
         if any(run.state == "unread" for run in found.values()) and not (self._reader and self._reader.is_alive()):
             rest = [name for name, run in found.items() if run.state == "unread"]
             self._reader = threading.Thread(target=lambda: [self.look(name) for name in rest], daemon=True)

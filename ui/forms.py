@@ -33,6 +33,7 @@ STAGES = {  # the chapters that can be started, and what they do
 STARTS = {"sft": "pretrain", "reward": "sft", "dpo": "sft", "kto": "sft", "ppo": "sft", "grpo": "sft", "gdpo": "sft"}
 PLACES = ("out_dir", "init_from", "out")  # fields that name a folder of runs: the panel fills them in
 UNSHOWN = ("fresh", *PLACES)
+TITLES = {"RolloutConfig": "Answers", "LoRARunConfig": "Adapters", "TrainConfig": "Training", "RunConfig": "The run"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def groups(stage: str) -> dict[str, tuple[str, list[Field]]]:
         about = first_line(group.__doc__)
         about = "" if about.startswith(f"{group.__name__}(") else about
         fields = [_field(name, hints[name], texts.get(name, ""), getattr(defaults, name)) for name in names]
-        found[title(group)] = (about, [one for one in fields if one.name not in UNSHOWN])
+        found[TITLES.get(group.__name__) or title(group)] = (about, [one for one in fields if one.name not in UNSHOWN])
     return {name: part for name, part in found.items() if part[1]}
 
 

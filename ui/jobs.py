@@ -69,6 +69,8 @@ def checked(values) -> Job | None:
         job = Job(**values)
     except TypeError:
         return None
+    if not isinstance(job.words, list) or not isinstance(job.needs, list):
+        return None
     texts = [job.script, job.folder, job.state, job.born, job.told, *job.words, *job.needs]
     right = all(isinstance(text, str) and "\0" not in text for text in texts)
     right = right and all(isinstance(n, int) and not isinstance(n, bool) for n in (job.number, job.pid, job.threads))
@@ -212,7 +214,8 @@ class Queue:
             return  # a process of an earlier panel
         self._children.pop(job.number, None)
         lines = [line for line in self.log(job.number, 3000).splitlines() if line.strip()]
-        last = lines[-1].strip()[:300] if lines else ""
+        told = [line for line in lines if not line.startswith("talk to it:")]  # the panel has a page for that
+        last = told[-1].strip()[:300] if told else ""
         if status == 0 or (child is None and self._is_finished(job)):
             job.state, job.told = FINISHED, last
         elif job.state == STOPPING or status == 130:

@@ -489,7 +489,7 @@ if (records.length) {
   records.forEach(prepare);
   const gains = records.flatMap((record) => record.kind === "preferences" ? record.groups.flatMap((group) => group.answers.flatMap((answer) =>
     answer.ids.map((_, i) => KINDS.implicit.value(record, answer, i)).filter(known).map(Math.abs))) : []).sort((a, b) => a - b);
-  data.implicit = gains.length ? Math.max(0.05, Number(gains[Math.floor(gains.length * 0.97)].toPrecision(1))) : 1;
+  data.implicit = gains.length ? Math.max(0.05, Number(gains[Math.floor(gains.length * 0.99)].toPrecision(1))) : 1;
   recall();
   const sort = document.getElementById("sort");
   sort.value = state.sort;

@@ -36,6 +36,7 @@ class Loaded:
     speaker: chat.Speaker
     stage: str
     about: str
+    step: int
 
 
 _loaded: OrderedDict[tuple, Loaded] = OrderedDict()
@@ -53,7 +54,7 @@ def load(path: Path) -> Loaded:
             model, tokenizer, state = load_stage(str(path), device=pick_device("auto"))
             speaker = chat.make_speaker(chat.Config(str(path)), model, tokenizer)
             chain = " → ".join([*(str(one.get("stage")) for one in state["lineage"]), state["stage"]])
-            _loaded[key] = Loaded(speaker, state["stage"], f"{chain}, {state['step']:,} steps")
+            _loaded[key] = Loaded(speaker, state["stage"], f"{chain}, {state['step']:,} steps", state["step"])
             while len(_loaded) > KEPT:
                 _loaded.popitem(last=False)
         _loaded.move_to_end(key)

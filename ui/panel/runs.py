@@ -1,6 +1,8 @@
 """Runs: what there is, how far it is, and its curves while it learns."""
 
+import html
 import json
+import time
 
 import pandas as pd
 import streamlit as st
@@ -27,7 +29,7 @@ def table(runs: list[Run]) -> pd.DataFrame:
         {
             "run": one_line(run.name), "stage": one_line(run.stage, 20), "state": shared.state_in_words(run),
             "done": 1.0 if run.state == "finished" else run.progress,
-            "best figure": one_line(run.problem) if run.problem else run.best_in_words(),
+            "best figure": one_line(run.problem) if run.problem else run.best_at_a_glance(),
             "seed": "" if run.seed is None else str(run.seed), "took": duration(run.seconds),
             "changed": ago(run.changed),
         }
@@ -42,10 +44,9 @@ def picked() -> None:
     st.session_state.shown = [names[i] for i in st.session_state.table.selection.rows if i < len(names)][:MOST]
 
 
-def wait_for_the_rest(unread: int) -> None:
-    """Say how many runs are still being read, and show them when they are."""
-    st.caption(f"{unread} runs are still being read.")
-    if sum(run.state == "unread" for run in shared.runs().all(0.0)) < unread:
+def wait_for_the_rest() -> None:
+    """Show the page again, once a second, until all runs are read."""
+    if time.monotonic() - st.session_state.drawn > 0.8:
         st.rerun()
 
 
@@ -86,9 +87,9 @@ def chart(curve: str, groups: dict[str, list[Run]], with_band: str) -> dict | No
     colour = {
         "field": "group", "type": "nominal", "title": None, "sort": None,
         "scale": {"domain": domain, "range": [shared.COLOURS[i % len(shared.COLOURS)] for i in range(len(domain))]},
-        "legend": {"orient": "bottom", "columns": 1, "labelLimit": 420} if len(domain) > 1 else None,
+        "legend": None,  # one for all panels stands above them
     }  # fmt: skip
-    x = {"field": "step", "type": "quantitative", "title": "step"}
+    x = {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1, "tickCount": 6}}
     y = {"field": "value", "type": "quantitative", "title": None, "scale": {"zero": False}}
     tooltip = [{"field": "run"}, {"field": "step"}, {"field": "value", "format": ".4g"}]
     several = any(len(members) > 1 for members in groups.values())
@@ -106,7 +107,17 @@ def chart(curve: str, groups: dict[str, list[Run]], with_band: str) -> dict | No
         edges = {"x": x, "y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
         mark = {"type": "area", "opacity": 0.16, "color": "#808080", "clip": True}
         spec["layer"] = [{"data": {"values": area}, "mark": mark, "encoding": edges}, *layers]
-    return spec | {"title": {"text": label_of(curve), "fontSize": 13, "anchor": "start"}, "height": 210}
+    return spec | {"title": {"text": label_of(curve), "fontSize": 13, "anchor": "start"}, "height": 250}
+
+
+def legend(names: list[str]) -> str:
+    """The colour of each group of runs, as markup in which every name is escaped."""
+    colours = [shared.COLOURS[i % len(shared.COLOURS)] for i in range(len(names))]
+    line = "display:inline-block;width:18px;height:3px;border-radius:2px;margin:0 6px 4px 0;background:"
+    entries = [
+        f'<span><i style="{line}{colour}"></i>{html.escape(name)}</span>' for name, colour in zip(names, colours)
+    ]
+    return f'<div style="display:flex;flex-wrap:wrap;gap:2px 22px;font-size:14px">{"".join(entries)}</div>'
 
 
 def curves_of(runs: list[Run]) -> tuple[list[str], list[str]]:
@@ -124,6 +135,8 @@ def draw_curves(names: list[str], chosen: list[str], with_band: str) -> None:
             st.progress(run.progress or 0.0, text=plain(f"{run.name}: {told}, {run.best_in_words()}"))
     groups = groups_of(runs)
     specs = [spec for spec in (chart(curve, groups, with_band) for curve in chosen) if spec is not None]
+    if len(groups) > 1 and specs:
+        st.html(legend(list(groups)))
     for first in range(0, len(specs), 3):
         for column, spec in zip(st.columns(3 if len(specs) > 2 else 2), specs[first : first + 3]):
             column.vega_lite_chart(spec, width="stretch")
@@ -182,12 +195,13 @@ def show_about(runs: list[Run]) -> None:
             st.caption(plain(f"{one.get('stage')} after {step} steps, {one.get('path')}, weights {one.get('weights')}"))
 
 
+st.session_state.drawn = time.monotonic()
 everything = shared.runs().all(READING)
 st.session_state.listed = []
 top = st.columns([3, 2], vertical_alignment="bottom")
 top[0].title("Runs")
 if not everything:
-    st.caption(plain(f"in {shared.root()}"))
+    st.caption(plain(f"in {shared.short(shared.root())}"))
     shared.nothing_yet()
     st.stop()
 wanted = top[1].text_input("Find", placeholder="a part of a name, a stage or a state", label_visibility="collapsed")
@@ -198,15 +212,16 @@ listed = [
 listed.sort(key=lambda run: (run.state != "running", -run.changed))
 st.session_state.listed = [run.name for run in listed]
 running = sum(run.state == "running" for run in everything)
-told = f"{len(listed)} of {len(everything)} in {shared.root()}, {running} running"
+told = f"{len(listed)} of {len(everything)} in {shared.short(shared.root())}, {running} running"
 st.caption(plain(f"{told}; tick rows to see their curves together"))
 st.dataframe(
     table(listed), column_config=TABLE, hide_index=True, key="table", on_select=picked, selection_mode="multi-row",
     height=min(38 + 35 * max(1, len(listed)), 320),
 )  # fmt: skip
-if unread := sum(run.state == "unread" for run in everything):
-    st.fragment(wait_for_the_rest, run_every=1)(unread)
-for place in shared.runs().unreadable():
+unread = sum(run.state == "unread" for run in everything)
+if unread:
+    st.caption(f"{unread} runs are still being read.")
+for place in shared.runs().denied:
     st.warning(plain(f"{place} cannot be looked into: it is a folder without rights."))
 
 names = [run.name for run in everything]
@@ -216,7 +231,9 @@ st.session_state.shown = [name for name in st.session_state.shown if name in nam
 st.multiselect(
     "Shown", names, key="shown", format_func=one_line, max_selections=MOST, placeholder="Choose one or more runs"
 )
-shown = [run for name in st.session_state.shown for run in everything if run.name == name]
+shown = [shared.runs().look(name) for name in st.session_state.shown]
+if unread:
+    st.fragment(wait_for_the_rest, run_every=1)()
 if not shown:
     st.stop()
 for run in shown:

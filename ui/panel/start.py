@@ -15,8 +15,8 @@ from ui.jobs import OPEN, ROOT, RUNNING, STOPPED, STOPPING, WAITING, Job, cores
 from ui.shared import one_line, plain, short
 
 FIRST = {
-    "quick": ("A quick look", "Every stage once, in a minute or two. It shows that all of it runs; it learns nothing.",
-              ["--quick"], "arith_quick"),
+    "quick": ("A quick look", "Pretraining, SFT and GRPO with next to no training, in a minute or two: all of it runs, "
+              "nothing is learned.", ["--quick", "--only", "grpo"], "arith_quick"),
     "learns": ("A first look that learns", "Pretraining, SFT and GRPO on sums in stories: five to ten minutes.",
                ["--only", "grpo"], "arith"),
 }  # fmt: skip
@@ -34,7 +34,8 @@ def start_first(words: list[str], folder: str) -> None:
 # The queue
 
 
-def show_job(job: Job) -> None:
+def show_job(job: Job, is_last: bool) -> None:
+    """is_last: no later job is about the same run."""
     with st.container(border=True):
         left, right = st.columns([5, 2], vertical_alignment="center")
         stage = f"{job.script.removesuffix('.py')} → {job.folder}"
@@ -48,8 +49,15 @@ def show_job(job: Job) -> None:
         ):  # fmt: skip
             shared.queue().stop(job.number)
             st.rerun(scope="fragment")
-        if job.state in (STOPPED, "failed") and buttons.button("Go on", key=f"go on {job.number}"):
+        if job.state in (STOPPED, "failed") and is_last and buttons.button("Go on", key=f"go on {job.number}"):
             shared.go_on(job.number)
+        if (
+            job.state == "finished"
+            and (run := talker(job))
+            and buttons.button("Chat with it", key=f"chat {job.number}")
+        ):
+            st.session_state.one = run
+            st.switch_page("panel/talk.py")
         if job.state not in OPEN and buttons.button(
             "Remove", key=f"remove {job.number}", help="From this list; the run stays."
         ):
@@ -60,6 +68,14 @@ def show_job(job: Job) -> None:
         with st.expander("What it prints", expanded=job.state == "failed"):
             st.code(job.command(), language=None, wrap_lines=True)
             st.code(printed(job), language=None, height=220)
+
+
+def talker(job: Job) -> str:
+    """The run of a finished job whose model can answer; of the pipeline, the last one; empty if there is none."""
+    wanted = ("sft", "dpo", "kto", "ppo", "grpo") if job.script == "pipeline.py" else ("",)
+    runs = [shared.runs().look(f"{job.folder}/{name}".rstrip("/")) for name in wanted]
+    able = [run for run in runs if run.saved and not run.problem and run.stage not in ("reward", "encoder", "mlm")]
+    return able[-1].name if able else ""
 
 
 def printed(job: Job) -> str:
@@ -88,8 +104,8 @@ def show_queue() -> None:
     if not jobs:
         st.caption("Nothing is in the queue.")
         return
-    for job in jobs[:12]:
-        show_job(job)
+    for i, job in enumerate(jobs[:12]):
+        show_job(job, not any(later.folder == job.folder for later in jobs[:i]))
     if len(jobs) > 12:
         st.caption(f"and {len(jobs) - 12} older ones")
 

@@ -129,6 +129,8 @@ for column, name in zip(columns, chosen):
     try:
         loaded = talk.load(shared.runs().root / name)
         column.caption(plain(loaded.about))
+        if loaded.step < 10:
+            column.caption("After so few steps it has learned next to nothing: its answers show that it runs.")
         if loaded.stage == "pretrain" and not settings.raw:
             column.caption("A pretrained model knows no chat template: it can only continue a text.")
     except UserError as error:

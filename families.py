@@ -74,7 +74,7 @@ def llama_fields(config: dict, family: str) -> dict:
     biased, mlp_biased = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if biased or mlp_biased:
         if not (biased and mlp_biased and family == "llama"):
-            raise UserError("a bias in attention or in the feed-forward layers alone (attention_bias, mlp_bias)")
+            raise UserError("attention_bias, mlp_bias: known are both at once, in Llama, or none")
         fields["bias"] = True
     if family == "mixtral":
         fields |= {"n_experts": config["num_local_experts"], "n_experts_per_token": config["num_experts_per_tok"]}
@@ -87,7 +87,8 @@ def llama_fields(config: dict, family: str) -> dict:
 
 
 def qwen3_experts(config: dict) -> dict:
-    """Which blocks have experts, and how many. Of several the weights must be divided by their sum, of one not."""
+    """Which blocks have experts, and how many. Our router divides the weights of the chosen experts by their sum if it
+    chooses several, so the file's must."""
     k, layers = config["num_experts_per_tok"], config["num_hidden_layers"]
     if bool(config["norm_topk_prob"]) != (k > 1):
         raise UserError(f"norm_topk_prob {config['norm_topk_prob']} with {k} active experts")
@@ -124,14 +125,15 @@ def rotation_of(config: dict) -> tuple[float, RopeScaling | None]:
     older ones."""
     found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta, kind = found.get("rope_theta", config.get("rope_theta")), found.get("rope_type", found.get("type"))
+    refuse(found, partial_rotary_factor=(1.0, None))
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RopeScaling(*(found[name] for name in names))
+        scaling = RopeScaling(**dict(zip(("factor", "low", "high", "original"), (found[name] for name in names))))
     elif kind in (None, "default"):
         scaling = None
     else:
         raise UserError(f"rope_type {kind}: known are default and llama3")
-    if theta is None and config["model_type"] != "llama":
+    if theta is None and config["model_type"] != "llama":  # whose files of before 2024 leave it out
         raise KeyError("rope_theta")
     return 10000.0 if theta is None else float(theta), scaling
 
@@ -142,15 +144,13 @@ def window_of(config: dict, family: str) -> int | None:
         return None
     kinds = set(config.get("layer_types") or ())
     if not kinds and family in ("qwen2", "qwen3") and config.get("sliding_window"):
-        first, last = (
-            config.get("max_window_layers", 28),
-            config["num_hidden_layers"],
-        )  # blocks before the first see all
-        kinds = {"full_attention"} if first >= last else {"sliding_attention", *["full_attention"] * (first > 0)}
+        first = config.get("max_window_layers", 28)  # the blocks before it see all
+        layers = range(config["num_hidden_layers"])
+        kinds = {"sliding_attention" if i >= first else "full_attention" for i in layers}
     if len(kinds) > 1 or kinds - {"full_attention", "sliding_attention"}:
         raise UserError(f"blocks of different attention ({', '.join(sorted(kinds))})")
-    windowed = family != "llama" and kinds != {"full_attention"}
-    if windowed and family in ("mistral", "mixtral") and "sliding_window" not in config:
+    windowed = family != "llama" and kinds != {"full_attention"}  # Llama's class has no window, whatever its file says
+    if windowed and "sliding_window" not in config:
         raise KeyError("sliding_window")
     return config.get("sliding_window") if windowed else None
 
@@ -159,9 +159,10 @@ def family_of(shape: ModelConfig) -> str:
     """The family that a model of ours is one of. UserError: none is (``ModelConfig`` can say more than any of them)."""
     c, k = shape, shape.n_experts_per_token
     odd = {
-        "sinks": c.sinks, "causal = False": not c.causal, "post_norm": c.post_norm, "the sigmoid router":
-        c.n_experts and c.router != "softmax", "shared experts": c.n_shared_experts, "sinusoidal positions":
-        c.positions == "sinusoidal", "experts with biases": c.n_experts and (c.bias or c.qkv_bias),
+        "sinks": c.sinks, "causal = False": not c.causal, "post_norm": c.post_norm,
+        "the sigmoid router": c.n_experts and c.router != "softmax", "shared experts": c.n_shared_experts,
+        "sinusoidal positions": c.positions == "sinusoidal",
+        "experts with biases": c.n_experts and (c.bias or c.qkv_bias),
         "qk_norm with biases": c.qk_norm and (c.bias or c.qkv_bias), "a window with biases": c.window and c.bias,
     }  # fmt: skip
     for what, there in odd.items():
@@ -295,6 +296,9 @@ def from_gpt2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def weights_from(tensors: dict[str, Tensor], shape: ModelConfig, family: str) -> dict[str, Tensor]:
     """A published model's tensors under our names, as they are in the file. UserError: one is missing, left over, or of
     another shape."""
+    for name, n in (("blocks", shape.n_layers), ("experts", shape.n_experts)):
+        if n > len(tensors):  # a skeleton of them would need no memory, but each is an object of Python's
+            raise UserError(f"config.json says {n:,} {name}, and the file has {len(tensors):,} weights")
     with torch.device("meta"):
         wanted = Transformer(shape).state_dict()
     tensors = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -330,7 +334,7 @@ def weights_for(weights: dict[str, Tensor], shape: ModelConfig, family: str) -> 
         raise UserError(f"its routers were balanced by a bias ({moved[0]}), which no published family has")
     weights = {name: value for name, value in weights.items() if not name.endswith("balance_bias")}
     if shape.tie_embeddings:
-        weights.pop("head.weight")
+        weights.pop("head.weight", None)
     return to_gpt2(weights) if family == "gpt2" else {their_name(name, family): w for name, w in weights.items()}
 
 
@@ -345,19 +349,11 @@ if __name__ == "__main__":
         print(f"  {name:38} {tuple(value.shape)}")
     rows = torch.arange(8.0)[:, None]
     print("rows of a q projection of 2 heads, for pairs of neighbours", rows[:, 0].int().tolist())
-    print(
-        "the same rows for pairs of halves                         ",
-        halves_from_neighbours(rows, 2)[:, 0].int().tolist(),
-    )
+    turned = halves_from_neighbours(rows, 2)[:, 0].int().tolist()
+    print("the same rows for pairs of halves                         ", turned)
     frequencies = 500000.0 ** (-torch.arange(0, 64, 8) / 64)
     slowed = RopeScaling(factor=32.0, low=1.0, high=4.0, original=8192).slowed(frequencies)
     print("Llama 3.2 turns these pairs slower by", " ".join(f"{float(a / b):.3g}" for a, b in zip(frequencies, slowed)))
-    print("a model with", end=" ")
     for fields in ({}, {"window": 16}, {"qkv_bias": True}, {"qk_norm": True}, {"n_experts": 4}):
-        print(
-            ", ".join(f"{k} {v}" for k, v in fields.items()) or "no option",
-            "is",
-            family_of(ModelConfig(**fields)),
-            end="; ",
-        )
-    print()
+        option = ", ".join(f"{name} {value}" for name, value in fields.items()) or "no option"
+        print(f"a model with {option} is {family_of(ModelConfig(**fields))}")

@@ -243,7 +243,7 @@ def is_finished(stage: Stage) -> bool:
 
 COSTS = {  # seconds with the examination, on one core of a server CPU (AMD EPYC): what one is to another
     "pretrain": 120, "sft": 41, "reward": 260, "dpo": 50, "ipo": 55, "kto": 70, "simpo": 45, "orpo": 45,
-    "ppo_reward": 510, "ppo": 510, "grpo": 185, "dr_grpo": 185, "dapo": 190, "gspo": 190, "cispo": 185, "gdpo": 180,
+    "ppo_reward": 380, "ppo": 380, "grpo": 185, "dr_grpo": 185, "dapo": 190, "gspo": 190, "cispo": 185, "gdpo": 180,
 }  # fmt: skip
 
 

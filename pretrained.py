@@ -38,7 +38,7 @@ from runtime.config import as_dict, parse
 from runtime.errors import UserError, run_main
 from runtime.published import read_published, write_json, write_weights
 from stages import load_stage, read_state, shape_in
-from templates import tokenizer_files, tokenizer_from
+from templates import padding_for_others, tokenizer_files, tokenizer_from
 from tokenizer import ByteTokenizer, TiktokenTokenizer, Tokenizer, load_tokenizer
 from transformer import Transformer, count_parameters, estimate_memory
 
@@ -85,14 +85,15 @@ def describe(state: dict) -> str:
     kinds = ", ".join(sorted({str(w.dtype).removeprefix("torch.") for w in state["model"].values()}))
     said = lambda ids: " ".join(tokenizer.decode([i]) or str(i) for i in ids)  # noqa: E731
     form = f"a question begins with {tokenizer.form.user[0]!r}" if tokenizer.form else "none (chat.py --raw goes on)"
-    memory = estimate_memory(shape, batch=1, seq_len=min(512, shape.max_seq_len))
+    row = min(512, shape.max_seq_len)
+    memory = estimate_memory(shape, batch=1, seq_len=row)
     facts = {
         "family": f"{state['config']['family']}, {n:,} parameters in {kinds}",
         "context": f"{shape.max_seq_len:,} tokens",
         "tokens": f"{tokenizer.vocab_size:,}; end {said(tokenizer.end_ids)}, padding {said([tokenizer.pad_id])}",
         "template": form,
         "memory": f"{gigabytes(memory['weights'])} to use it in float32, about {gigabytes(memory['total'])} to train on"
-        " rows of 512 tokens, one at a time (--print_config of a stage says what that stage takes)",
+        f" rows of {row} tokens, one at a time (--print_config of a stage says what that stage takes)",
     }
     return "\n".join(f"  {name:10} {value}" for name, value in facts.items())
 
@@ -134,27 +135,27 @@ def export_model(run: str, folder: str, dtype: str = "auto", base: str = "") -> 
         tensors = {name: value.to(getattr(torch, dtype)) for name, value in tensors.items()}
     kinds = {str(value.dtype).removeprefix("torch.") for value in tensors.values()}
     config["dtype"] = config["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
-    special = {
-        "eos_token_id": list(tokenizer.end_ids),
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.bos_id,
-    }
     files = tokenizer_files(tokenizer, shape)
+    special = {"eos_token_id": list(tokenizer.end_ids), "bos_token_id": tokenizer.bos_id}
+    special["pad_token_id"] = padding_for_others(tokenizer)[1]
     out.mkdir(parents=True, exist_ok=True)
     names = write_weights(out, tensors)
     for name, text in files.items():
         write_text(out / name, text)
     # Without these transformers would cut every distribution to its 50 likeliest tokens.
-    plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     if score is None:
-        write_json(out / "generation_config.json", special | plain)
+        write_json(out / "generation_config.json", special | sampling)
     write_text(out / "README.md", model_card(state, shape, family, tokenizer))
     write_json(out / "config.json", config | special)  # last: with it the folder is a model
-    return [*names, *files, "generation_config.json", "README.md", "config.json"]
+    names += [*files, *(["generation_config.json"] if score is None else [])]
+    return [*names, "README.md", "config.json"]
 
 
 def export_adapters(state: dict, path: Path, out: Path, base: str) -> list[str]:
     """An adapters.pt in PEFT's form. base: the folder or hub id of the model that they belong to."""
+    if not state["lineage"]:
+        raise UserError(f"{path} is damaged: it does not say which model its adapters belong to")
     start = state["lineage"][-1]["path"]
     origin = read_state(start)
     shape, lora = shape_in(origin, start), LoRAConfig(**state["lora"] | {"targets": tuple(state["lora"]["targets"])})
@@ -197,7 +198,7 @@ def model_card(state: dict, shape: ModelConfig, family: str, tokenizer: Tokenize
         "In transformers, a text that contains the name of a special token is that token: a user can forge a role. "
         "Remove these names from what users write.",
     ]
-    if tokenizer.vocab_size < shape.vocab_size or len(chain) and isinstance(tokenizer, TiktokenTokenizer):
+    if tokenizer.vocab_size < shape.vocab_size or isinstance(tokenizer, TiktokenTokenizer):
         notes.append(f"The embedding has {shape.vocab_size:,} rows; some of them belong to no token.")
     if state["stage"] == "reward":
         bias = float(state["model"]["score.bias"])

@@ -9,6 +9,7 @@ Nothing of a file is run: no pickle is opened, and a chat template is a text.
 """
 
 import json
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +199,46 @@ GGUF_SPLITS = {  # by tokenizer.ggml.pre: how the text is divided before anythin
 }
 
 
+GGUF_BYTES = (1, 1, 2, 2, 4, 4, 4, 1, None, None, 8, 8, 8)  # of a value of each type; 8 is a text, 9 an array
+
+
+def check_gguf_counts(path: Path) -> None:
+    """ValueError where a header counts more than the file has bytes for: a reader would be busy with it for days."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(8)
+
+        def number(form: str) -> int:
+            return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+        def skip(n: int) -> None:
+            if n > size - file.tell():
+                raise ValueError("a count that is larger than the file")
+            file.seek(n, os.SEEK_CUR)
+
+        def value(kind: int) -> None:
+            if kind == 8:
+                skip(number("<Q"))
+            elif kind == 9:
+                of, n = number("<I"), number("<Q")
+                if of in (8, 9):
+                    if n > (size - file.tell()) // 8:  # each begins with a length
+                        raise ValueError("a count that is larger than the file")
+                    for _ in range(n):
+                        value(of)
+                else:
+                    skip(n * GGUF_BYTES[of])
+            else:
+                skip(GGUF_BYTES[kind])
+
+        tensors, facts = number("<Q"), number("<Q")
+        if tensors > size // 24 or facts > size // 12:
+            raise ValueError("a count that is larger than the file")
+        for _ in range(facts):
+            value(8)
+            value(number("<I"))
+
+
 def read_gguf(path: Path) -> PublishedModel:
     """llama.cpp's format; weights in blocks of few bits become float32."""
     try:
@@ -205,6 +246,7 @@ def read_gguf(path: Path) -> PublishedModel:
     except ImportError:
         raise UserError(f'{path}: GGUF files want the package gguf: pip install -e ".[gguf]"') from None
     try:
+        check_gguf_counts(path)
         reader = GGUFReader(path)
         facts = {name: field.contents() for name, field in reader.fields.items()}
     except Exception as error:  # whatever a damaged file leads to

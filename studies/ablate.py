@@ -184,13 +184,17 @@ def read_cells(config: Config) -> list[Cell]:
 
 
 def to_arguments(settings: dict[str, str]) -> list[str]:
-    """Settings as a command line: a switch is --x or --no-x."""
+    """Settings as a command line: a switch is --x or --no-x, and a value with commas is several.
+
+    >>> to_arguments({"lr": "1e-4", "mask_truncated": "True", "reward_weights": "right=1,short=0", "out_dir": "a,b"})
+    ['--lr', '1e-4', '--mask_truncated', '--reward_weights', 'right=1', 'short=0', '--out_dir', 'a,b']
+    """
     arguments = []
     for name, value in settings.items():
         if value in ("True", "False"):
             arguments.append(f"--{'no-' if value == 'False' else ''}{name}")
         else:
-            arguments += [f"--{name}", value]
+            arguments += [f"--{name}", *([value] if name in OURS else value.split(","))]
     return arguments
 
 

@@ -13,20 +13,34 @@ advantages are:
 * The share of squared advantage in groups whose answers do not differ in being right: what is spent on other rewards.
 
     python studies/combine.py
+    python studies/combine.py out/arith/sft --settings "reward=examples/graded.py"      # how a policy's rewards vary
+
+The second measures, over the answers of a policy to questions of training, the std of each reward that counts: what
+the weights of a sum would have to be for no reward to speak louder than another at the start.
 """
 
 import itertools
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand at the root
 
+import gdpo
+from ablate import read_settings, to_arguments
+from data import encode_prompts
 from gdpo import group_sums
 from grpo import group_advantages
+from rollout import sample_answers
+from runtime.config import parse
+from runtime.errors import run_main
+from stages import load_stage
+from texts import load_prompts
 
 WEAK = {(0, 0, 0): 0.8, (0, 1, 0): 0.12, (1, 1, 0): 0.03, (1, 1, 1): 0.05}  # right, in form, short if right
 CASES = {  # how often an answer earns which rewards, the first of them for being right
@@ -85,7 +99,35 @@ def compare(answers: dict[tuple[int, ...], float], group_size: int) -> tuple[dic
     return squared, {name: mean(values**2 * alike) / mean(values**2) for name, values in found.items()}
 
 
-if __name__ == "__main__":
+@dataclass(frozen=True)
+class Config:
+    run: tyro.conf.Positional[str] = ""
+    """A policy, whose rewards are measured instead."""
+    settings: str = ""
+    """Settings of gdpo.py, as in a cell of ablate.py: they say which rewards there are."""
+
+
+def measured(config: Config, questions: int = 512, answers: int = 4) -> dict[str, tuple[float, float]]:
+    """The mean and the std of each reward over answers of a policy, all of them together."""
+    settings = parse(gdpo.Config, to_arguments(read_settings(config.settings)))
+    model, tokenizer, _ = load_stage(config.run)
+    most = model.config.max_seq_len - settings.max_new_tokens
+    ids, prompts = encode_prompts(load_prompts("arith", "train", n=questions), tokenizer, most)
+    asked = [prompt for prompt in prompts for _ in range(answers)]
+    sampled = sample_answers(model, tokenizer, ids, answers, settings.max_new_tokens, settings.temperature, seed=0)
+    rewards, weights = gdpo.judge(sampled, asked, settings), gdpo.weights_of(settings)
+    return {name: (float(values.mean()), float(values.std())) for name, values in rewards.items() if weights[name]}
+
+
+def main() -> None:
+    config = parse(Config)
+    if config.run:
+        print("| reward | mean | std | 1/std, the first as 1 |\n| --- | --- | --- | --- |")
+        found = measured(config)
+        unit = next(iter(found.values()))[1]
+        for name, (mean, std) in found.items():
+            print(f"| {name} | {mean:.3f} | {std:.3f} | {unit / max(std, 1e-9):.3g} |")
+        return
     print("| how often an answer earns what | G | R² of GDPO and added | and no std | share: added | no std | GDPO |")
     print("| --- " * 7 + "|")
     for name, (answers, sizes) in CASES.items():
@@ -93,3 +135,7 @@ if __name__ == "__main__":
             squared, share = compare(answers if isinstance(answers, dict) else independent(answers), size)
             figures = " | ".join(f"{value:.3f}" for value in (*squared.values(), *share.values()))
             print(f"| {name} | {size} | {figures} |")
+
+
+if __name__ == "__main__":
+    run_main(main)

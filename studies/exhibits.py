@@ -40,6 +40,7 @@ EXHIBITS = [
         "It is still never negative and still 0 where the two agree, so it looks right. But on the policy's own samples "
         "its mean is not the KL, and it grows without bound where the policy has become surer than the reference.",
         KL,
+        seen="the appendix of hands-on-modern-rl had it until June 2026 ([hands-on-modern-rl#27](https://github.com/walkinglabs/hands-on-modern-rl/issues/27)).",
     ),
     Exhibit(
         "k1_as_loss",
@@ -51,6 +52,7 @@ EXHIBITS = [
         "Its mean is the KL, and its expected gradient is zero: the term is logged, weighed, and pulls nowhere. What is "
         "left is noise.",
         KL,
+        seen="open-instruct's GRPO in January 2025 ([open-instruct#534](https://github.com/allenai/open-instruct/issues/534)); as an option in several libraries.",
     ),
     Exhibit(
         "kl_rewarded",
@@ -61,6 +63,7 @@ EXHIBITS = [
         "tests/test_grpo.py",
         "The policy is paid for leaving the reference.",
         KL + " kl_in=reward kl=k1",
+        seen="of the same sign: verl's KL loss was maximised until early 2025, as a project that had copied it found ([Logic-RL#58](https://github.com/Unakar/Logic-RL/issues/58)).",
     ),
     Exhibit(
         "kl_to_old",
@@ -118,6 +121,7 @@ EXHIBITS = [
         "tests/test_grpo.py",
         "The policy that trains is not the policy that sampled: at the first update the ratios are not 1.",
         RUN + " temperature=1.5",
+        seen="TRL's GRPO until March 2025 ([trl#3029](https://github.com/huggingface/trl/pull/3029)), NeMo RL until May 2025 ([RL#316](https://github.com/NVIDIA-NeMo/RL/pull/316)).",
     ),
     Exhibit(
         "top_p_in_training",
@@ -141,7 +145,7 @@ EXHIBITS = [
         "tests/test_tokenizer.py",
         "The model never learns to end. It answers, and then goes on until it is cut off.",
         "sft",
-        "The usual consequence of masking every token that equals the padding where pad = eos.",
+        seen="the usual consequence of masking every token that equals the padding where pad = eos: TRL's GKD and GOLD until July 2026 ([trl#6357](https://github.com/huggingface/trl/pull/6357)), Megatron Bridge ([Megatron-Bridge#4660](https://github.com/NVIDIA-NeMo/Megatron-Bridge/pull/4660)).",
     ),
     Exhibit(
         "prompt_in_loss",
@@ -162,6 +166,7 @@ EXHIBITS = [
         "tests/test_sft.py",
         "The first token of the answer is not learned, and what follows its end is.",
         "sft",
+        seen="NeMo's datasets for fine-tuning in 2023 ([Speech#6409](https://github.com/NVIDIA-NeMo/Speech/pull/6409)), NeMo Automodel in 2025 ([Automodel#272](https://github.com/NVIDIA-NeMo/Automodel/pull/272)).",
     ),
     # ------------------------------------------------------------------------------------------------------------------
     # Reductions
@@ -185,6 +190,7 @@ EXHIBITS = [
         "tests/test_grpo.py",
         "It is GRPO's mean over each answer again: long wrong answers are punished less for every token.",
         RUN + " loss_type=dr_grpo scale=none",
+        seen="TRL 0.16 divided by the tokens that there were, until Dr. GRPO's constant came as a choice of its own ([trl#3138](https://github.com/huggingface/trl/pull/3138), [trl#3256](https://github.com/huggingface/trl/pull/3256)).",
     ),
     Exhibit(
         "dpo_averaged",
@@ -239,6 +245,7 @@ EXHIBITS = [
         "The answers to one prompt stand side by side, but are compared with answers to other prompts: the group's mean "
         "says nothing about the difficulty of its question, and the advantages come back in the wrong order.",
         RUN,
+        seen="R1-V's GRPO with more than one prompt on a device ([R1-V#67](https://github.com/StarsfieldAI/R1-V/issues/67)).",
     ),
     Exhibit(
         "batch_std",
@@ -250,6 +257,7 @@ EXHIBITS = [
         "Groups that hardly differ weigh little, and groups that are undecided much: another weighting of the questions, "
         "and no worse here.",
         RUN,
+        seen="grpo-flat, with the mean of the batch as well, until April 2025 ([grpo-flat#2](https://github.com/XU-YIJIE/grpo-flat/issues/2)).",
     ),
     # ------------------------------------------------------------------------------------------------------------------
     # Several rewards
@@ -288,6 +296,7 @@ EXHIBITS = [
         "The KL is measured on the very answers that are being learned: it grows with what is liked, and takes the gain "
         "away again.",
         "kto",
+        seen="of a part: TRL reversed a batch's answers, which leaves the middle one of an odd batch with its own question ([trl#1911](https://github.com/huggingface/trl/issues/1911)).",
     ),
     Exhibit(
         "kto_unclamped",
@@ -308,6 +317,7 @@ EXHIBITS = [
         "tests/test_dpo.py",
         "Where the policy is sure of an answer, 1 - e^x is 0 in float32, its logarithm -inf, and the gradient NaN.",
         "dpo method=orpo",
+        seen="TRL, as log1p(-exp(x)), until it took another form ([trl#3237](https://github.com/huggingface/trl/issues/3237)); ColossalAI adds 1.0001 instead ([ColossalAI#6407](https://github.com/hpcaitech/ColossalAI/pull/6407)).",
     ),
     # ------------------------------------------------------------------------------------------------------------------
     # PPO
@@ -320,6 +330,7 @@ EXHIBITS = [
         "tests/test_ppo.py",
         "What the critic says of padding, or of the wrong token, flows back into the advantages of the answer.",
         HALF_MINUTE,
+        seen="ROLL's GAE took the critic's value at a masked position for the next one ([ROLL#447](https://github.com/alibaba/ROLL/pull/447)).",
     ),
     Exhibit(
         "padding_whitened",
@@ -331,6 +342,7 @@ EXHIBITS = [
         "The zeros of the padding pull the mean to 0 and shrink the variance: advantages depend on how long the longest "
         "answer of the batch is.",
         HALF_MINUTE,
+        seen="SkyRL in March 2026: the mean over all positions, the variance over those that count ([SkyRL#1305](https://github.com/NovaSky-AI/SkyRL/issues/1305)).",
     ),
     Exhibit(
         "score_on_padding",
@@ -422,6 +434,7 @@ EXHIBITS = [
         "tests/test_verify.py",
         "An empty pair of tags is the shortest way to the reward for form.",
         "",
+        seen="a form that is paid for whatever is in it: Soup's built-in format reward ([Soup#814](https://github.com/MakazhanAlpamys/Soup/issues/814)).",
     ),
     Exhibit(
         "cut_off_accepted",

@@ -27,21 +27,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand at the root
 
-from data import encode_prompts
 from exhibits import EXHIBITS, Exhibit
-from pages import keep_rows, read_rows, write_table
-from rollout import answer_greedily
+from pages import keep_rows, read_rows, right_answers, write_table
 from runtime.checkpoint import load_checkpoint, need_checkpoint
 from runtime.config import parse
 from runtime.errors import UserError, run_main
 from runtime.plots import plot_lines, read_metrics
-from stages import load_stage
-from texts import load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = {"sft": "val_loss", "pretrain": "val_loss", "dpo": "val_questions", "kto": "val_questions"}  # else: accuracy
@@ -126,7 +121,7 @@ def run(exhibit: Exhibit | None, what: str, start: Path) -> dict:
             return row | {"error": lines[-1][:200]}
         steps, values = read_metrics(copy / "run" / "metrics.jsonl")[CURVES.get(stage, "accuracy")]
         row["curve"] = [list(steps), [round(value, 5) for value in values]]
-        end = values[-1] if stage == "pretrain" else right_answers(copy / "run")
+        end = values[-1] if stage == "pretrain" else right_answers(copy / "run", 512, "validation")
     return row | {"end": round(end, 5) if math.isfinite(end) else None}
 
 
@@ -137,13 +132,6 @@ def is_literal(value) -> bool:
     [True, True, True, True, False]
     """
     return re.fullmatch(r"-?[\d.]+(e-?\d+)?|True|False|None|'.*'", str(value)) is not None
-
-
-@torch.no_grad()
-def right_answers(folder: Path, n: int = 512) -> float:
-    model, tokenizer, _ = load_stage(str(folder))
-    ids, prompts = encode_prompts(load_prompts("arith", "validation", n=n), tokenizer, model.config.max_seq_len - 64)
-    return answer_greedily(model, tokenizer, ids, [prompt.gold for prompt in prompts], 64, 256)["accuracy"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,20 @@
-"""A study's page: its table between two marks, and beside it the rows (.jsonl) that the table is made of."""
+"""A study's page: its table between two marks, and beside it the rows (.jsonl) that the table is made of; and the
+figure that most studies end with, the accuracy of a policy's greedy answers."""
 
 import json
+import sys
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand at the root
+
+from data import encode_prompts
+from rollout import answer_greedily
 from runtime.checkpoint import write_text
 from runtime.errors import UserError
+from stages import load_stage
+from texts import load_prompts
 
 BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
 
@@ -36,3 +46,11 @@ def write_table(page: Path, made: str) -> None:
     """Put a new table in the place of the old one; a page that is missing becomes one with nothing else on it."""
     before, after = frame(page) if page.exists() else (BEGIN, f"{END}\n")
     write_text(page, f"{before}\n{made}\n\n{after}")
+
+
+@torch.no_grad()
+def right_answers(folder: Path, n: int, split: str) -> float:
+    """The share of ``n`` questions of the embedded task that the policy in a folder answers rightly, greedily."""
+    model, tokenizer, _ = load_stage(str(folder))
+    ids, prompts = encode_prompts(load_prompts("arith", split, n=n), tokenizer, model.config.max_seq_len - 64)
+    return answer_greedily(model, tokenizer, ids, [prompt.gold for prompt in prompts], 64, 256)["accuracy"]

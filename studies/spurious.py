@@ -28,11 +28,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the chapters, which stand at the root
 
-import evaluate
 import grpo
 import intervals
 from evaluate import majority_vote
-from pages import keep_rows, read_rows, write_table
+from pages import keep_rows, read_rows, right_answers, write_table
 from rollout import Rollout, score
 from runtime.checkpoint import load_checkpoint, need_checkpoint
 from runtime.config import Count, parse
@@ -104,8 +103,7 @@ def run(start: Path, kind: str, config: Config) -> dict:
         grpo.main(settings)
     finally:
         grpo.judge = kept
-    exam = evaluate.Config(n=config.n, device="cpu")
-    before, after = (evaluate.measure(str(path), exam)["accuracy"] for path in (start / "sft", out))
+    before, after = (right_answers(path, config.n, "test") for path in (start / "sft", out))
     steps, values = read_metrics(out / "metrics.jsonl")["accuracy"]
     curve = [list(steps), [round(value, 5) for value in values]]
     return {"start": start.name, "reward": kind, "before": before, "after": after, "curve": curve, "n": config.n}

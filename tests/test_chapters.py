@@ -28,7 +28,7 @@ ORDER = [
 ]  # fmt: skip
 STUDIES = [
     "probe", "intervals", "pages", "ablate", "combine", "structure", "card", "sharpen", "overoptimise", "entropy",
-    "spurious", "rank", "exhibits", "museum",
+    "spurious", "critic", "displacement", "rank", "exhibits", "museum",
 ]  # fmt: skip
 PATHS = {name: f"{name}.py" for name in ORDER} | {name: f"studies/{name}.py" for name in STUDIES}
 CHAPTERS = list(PATHS)

@@ -861,6 +861,15 @@ def test_the_penalty_for_length_is_a_reward():
     assert "overlong" not in grpo.judge(rollout, [Prompt((), Decimal(7))] * 4, Config())
 
 
+def test_a_kl_in_the_reward_is_a_cost():
+    """Of two right answers the one that strayed farther from the reference earns less."""
+    weights = grpo.weights_of(Config(beta=0.1, kl_in="reward", kl="k1"))
+    rewards = {"correct": torch.ones(2), "formatted": torch.zeros(2), "kl": torch.tensor([3.0, 0.5])}
+    total = grpo.total_reward(rewards, weights)
+    torch.testing.assert_close(total, torch.tensor([0.7, 0.95]))
+    assert grpo.group_advantages(total, 2).tolist() == pytest.approx([-0.7071, 0.7071], abs=1e-3)
+
+
 @pytest.mark.parametrize(("minibatches", "passes"), [(2, 1), (3, 2)])
 def test_every_answer_is_used_once_in_each_pass(tmp_path, start, monkeypatch, minibatches, passes):
     seen = spied(monkeypatch, lambda draw, i, g: float(g == i))

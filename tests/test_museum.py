@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def test_a_mistake_is_caught_and_the_right_book_is_not(name):
     with museum.copy_of_the_book(harmless) as copy:
         assert "d = (logps - ref_logps)" in (copy / "grpo.py").read_text(encoding="utf-8")
     assert "d = (logps - ref_logps)" not in (ROOT / "grpo.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PAGE.with_suffix(".jsonl").exists(), reason="the page is made by studies/museum.py")
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_mistake_still_turns_its_test_red(name):
+    """The one that the page names, run by itself in a copy of the book with the mistake."""
+    rows = [json.loads(line) for line in PAGE.with_suffix(".jsonl").read_text().splitlines()]
+    (red,) = {row["red"] for row in rows if row["exhibit"] == name and "red" in row}
+    assert museum.red_test(replace(BY_NAME[name], tests=red)) == red
 
 
 def row(name: str, start: str, end: float | None, first: float = 0.5, what: str = "grpo") -> dict:

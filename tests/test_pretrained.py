@@ -29,7 +29,7 @@ from layers import ModelConfig
 from pretrained import export_model, import_model
 from runtime.config import read_preset
 from runtime.errors import UserError
-from runtime.published import halves_from_neighbours, read_published
+from runtime.published import check_gguf_counts, halves_from_neighbours, read_published
 from stages import load_stage, shape_in
 from tokenizer import ByteTokenizer, encode_chat
 from transformer import Transformer
@@ -272,7 +272,7 @@ MOE = QWEN_EXPERTS | {"model_type": "qwen3_moe", "rope_theta": 1e4}
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type linear"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        ({"attention_bias": True}, "a bias in attention or in the feed-forward layers alone"),
+        ({"attention_bias": True}, "attention_bias, mlp_bias: known are both at once"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"rms_norm_eps": 1e-5, "num_attention_heads": 5}, "impossible model: d_model 32 is not a multiple"),
         ({"vocab_size": None}, "vocab_size None: a whole number is wanted"),
@@ -546,6 +546,33 @@ def test_gguf_is_read(family, fields, tmp_path):
     assert tokenizer.encode("ab 12<tool>") == [256, 32, ord("1"), ord("2"), 260]
     assert tokenizer.end_ids == (258,) and tokenizer.pad_id not in (258, 259)
     assert tokenizer.form.assistant == ("<|im_start|>assistant\n", "<|im_end|>", "\n")
+
+
+@pytest.mark.parametrize("what", ["tensors", "facts", "array", "texts", "nested", "text", "end"])
+def test_a_gguf_header_that_counts_more_than_its_file_has_is_refused_at_once(what, tmp_path):
+    """Its reader would go through 2**40 of them."""
+    many, file = 2**40, tmp_path / "model.gguf"
+    text = struct.pack("<Q", 1) + b"a"
+    array = {"array": (4, many), "texts": (8, many), "nested": (9, many)}.get(what)
+    fact = text + (struct.pack("<IIQ", 9, *array) if array else struct.pack("<IQ", 8, many if what == "text" else 0))
+    counts = (many if what == "tensors" else 0, many if what == "facts" else 2 if what == "end" else 1)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + fact + bytes(64 if what != "end" else 0))
+    with pytest.raises((ValueError, struct.error), match="larger than the file|requires a buffer"):
+        check_gguf_counts(file)
+    pytest.importorskip("gguf", reason='needs gguf: pip install -e ".[gguf]"')
+    with pytest.raises(UserError, match="damaged or no GGUF file") as refused:
+        import_model(str(file), str(tmp_path / "run"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_config_of_more_blocks_or_experts_than_there_are_weights_is_refused_at_once(name, tmp_path, vocabulary):
+    folder = saved(theirs(name), tmp_path / "published", vocabulary)
+    config = json.loads((folder / "config.json").read_text())
+    what = {"llama": "num_hidden_layers", "mixtral": "num_local_experts"}[name]
+    (folder / "config.json").write_text(json.dumps(config | {what: 9_999}))
+    with pytest.raises(UserError, match=r"config.json says 9,999 (blocks|experts), and the file has"):
+        import_model(str(folder), str(tmp_path / "run"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from preferences import Pair, encode_pairs
 from runtime.errors import UserError
 from runtime.published import PublishedModel
 from runtime.vocabulary import GPT2_SPLIT
-from templates import CHATML, LLAMA3, OWN, chat_form, jinja_of, tokenizer_files, tokenizer_from
+from templates import CHATML, LLAMA3, OWN, chat_form, check_merges, jinja_of, tokenizer_files, tokenizer_from
 from tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -296,6 +296,7 @@ MISTRALS = {
     "mistral 0.3": MISTRAL.replace("ANSWER", "' ' + message['content']|trim + eos_token").replace(
         "' [/INST]'", "'[/INST]'"
     ),
+    "mixtral": MISTRAL.replace("ANSWER", "' ' + message['content'] + eos_token").replace("'[INST] '", "' [INST] '"),
 }
 ZEPHYR = (
     "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
@@ -303,6 +304,11 @@ ZEPHYR = (
     "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+LLAMA3_SOURCE = (
+    "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 CHATS = [
     [{"role": "user", "content": "What is 12+3?"}],
@@ -440,6 +446,11 @@ def test_a_base_model_is_given_words_for_roles():
     ids, mask = encode_chat(ours, CHATS[1])
     assert ours.decode(ids) == "User: Hi\nAssistant: Hello! 漢字 🙂<|endoftext|>\n"
     assert ours.decode([i for i, m in zip(ids, mask) if m]) == " Hello! 漢字 🙂<|endoftext|>"
+    made = VOCABULARIES["gpt-2"]()  # GPT-2's own files have no name of it, only its id
+    unnamed = PublishedModel({"eos_token_id": ours.eot_id}, {}, json.loads(made.to_str()), {}, {}, "")
+    assert encode_chat(tokenizer_from(unnamed, 2000, "plain"), CHATS[1]) == (ids, mask)
+    with pytest.raises(UserError, match="--template plain: its files name no token that ends a text"):
+        tokenizer_from(dataclasses.replace(unnamed, config={}), 2000, "plain")
 
 
 def test_thinking_is_kept_in_the_last_answer_alone():
@@ -549,10 +560,62 @@ def test_what_a_template_adds_or_takes_away_is_not_guessed():
     start = PLAIN_CHATML.replace("{% for", "{{ bos_token }}{% for", 1)
     default = "{% set system_message = 'You are kind.' %}" + PLAIN_CHATML
     stripped = SMOLLM.replace("message['content']", "message['content'].strip()")
-    for source in (start, default, stripped, "{{ bos_token }}" + ZEPHYR):
+    dates = "{{ '<|start_header_id|>system<|end_header_id|>\n\n' }}{% set system_message = '' %}" + LLAMA3_SOURCE
+    said = dates.replace("''", "'You are kind.'"), dates.replace("\n\n' }}", "\n\nYou are kind.<|eot_id|>' }}")
+    unbroken = ZEPHYR.replace("eos_token }}\n", "eos_token }}"), ZEPHYR.replace("eos_token }}", "eos_token + '\n' }}")
+    cut = ZEPHYR.replace("\n{% elif", "\n{%- elif")
+    for source in (start, default, stripped, "{{ bos_token }}" + ZEPHYR, *said, *unbroken, cut):
         assert chat_form(source, "<s>", "</s>") is None, source
-    for source in (PLAIN_CHATML, SMOLLM, ZEPHYR):
+    for source in (PLAIN_CHATML, SMOLLM, ZEPHYR, LLAMA3_SOURCE, dates):
         assert chat_form(source, "<s>", "</s>") is not None
+
+
+def test_what_two_templates_of_a_kind_may_differ_in_is_read_or_refused():
+    """A space before [INST]; the system's message before the last question; code between the marks of the system; a
+    start that the template does not write; white space of one role alone; roles that are letters."""
+    mistral = {name: chat_form(MISTRALS[name], "<s>", "</s>") for name in ("mistral 0.2", "mixtral")}
+    assert [mistral[name].user[0] for name in mistral] == ["[INST] ", " [INST] "]
+    assert chat_form(MISTRALS["mistral 0.2"].replace("{{ bos_token }}", ""), "<s>", "</s>").start == ""
+    last = "{% if loop.last and system %}{{ system }}{% endif %}" + MISTRALS["mistral 0.2"]
+    assert chat_form(last, "<s>", "</s>") is None
+    ours = r"<|im_start|>system\nYou are \"Smol\".\t<|im_end|>"
+    said = SMOLLM.replace("<|im_start|>system\nYou are a model named Smol<|im_end|>", ours)
+    assert chat_form(said, "<s>", "</s>").default_system == 'You are "Smol".\t'
+    for code in ("' ~ messages[0].content ~ '", "' -}}{{- x }}{{- '", "{{ x }}"):
+        written = SMOLLM.replace("You are a model named Smol", code)
+        assert chat_form(written, "<s>", "</s>").default_system is None, code
+    assert chat_form(LLAMA3_SOURCE, "<s>", "</s>").start == ""
+    assert chat_form("{{ bos_token }}" + LLAMA3_SOURCE, "<s>", "</s>") == LLAMA3
+    some = "{{ message['content'] + 'x' }}" + LLAMA3_SOURCE
+    assert chat_form(some, "<s>", "</s>") is None
+    letters = read(pieces_vocabulary("old"), ZEPHYR.replace("eos_token }}", "eos_token }}"), eos_token="</s>")
+    assert letters.form.user == ("<|user|>\n", "</s>\n") and "<|user|>" not in letters.specials
+
+
+def test_a_form_without_a_template_is_exported_as_it_is_laid_out():
+    """Llama 3's takes white space off, so its template must too; forms that no command gives are refused."""
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=VOCABULARIES["qwen"]())
+    chat = [{"role": "user", "content": "  2+3?\n"}, {"role": "assistant", "content": " 5 "}]
+    for form in (OWN, CHATML, LLAMA3):
+        theirs.chat_template = jinja_of(form)
+        laid_out = "".join(text for _, text in form.stretches(chat, add_generation_prompt=False))
+        assert theirs.apply_chat_template(chat, tokenize=False) == laid_out
+    with pytest.raises(ValueError, match="template of its own"):
+        jinja_of(dataclasses.replace(CHATML, think=True))
+
+
+def test_pieces_that_no_merge_makes_and_tokens_that_take_white_space():
+    """With ignore_merges a piece may be whole and never joined; if tiktoken would join it, it is another vocabulary."""
+    pieces = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3}
+    check_merges(pieces, [(b"a", b"b")])
+    check_merges(pieces | {b"abcabc": 4}, [(b"a", b"b")])
+    with pytest.raises(UserError, match="b'abc' is not made by its own merges"):
+        check_merges(pieces | {b"abc": 4}, [(b"a", b"b")])
+    made = json.loads(VOCABULARIES["qwen"]().to_str())
+    for token in made["added_tokens"]:
+        token["rstrip"] = token["content"] == "<|im_end|>"
+    with pytest.raises(UserError, match="'<|im_end|>' takes the white space beside it away".replace("|", "[|]")):
+        read(tokenizers.Tokenizer.from_str(json.dumps(made)), SMOLLM)
 
 
 def test_the_template_that_was_chosen_is_the_one_that_is_kept():

@@ -11,6 +11,8 @@ from tiny import tiny_pretrain, tiny_sft
 import grpo
 import pretrain
 import sft
+from runtime.checkpoint import load_checkpoint, save_checkpoint
+from runtime.config import parse
 from ui import jobs
 
 pytest.importorskip("streamlit", reason='streamlit is not installed: pip install -e ".[ui]"')
@@ -81,6 +83,26 @@ def assert_shown_as_text(test: AppTest) -> None:
 
 def charts(test: AppTest) -> list[dict]:
     return [json.loads(element.proto.spec) for element in test.get("vega_lite_chart")]
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """Stages that say their words and end, instead of those of the book."""
+    here = tmp_path / "repository"
+    here.mkdir()
+    for name in ("pipeline", "grpo", "sft"):
+        (here / f"{name}.py").write_text("import sys\nprint(sys.argv[1:])\n")
+    monkeypatch.setattr(jobs, "ROOT", here)
+
+
+def started(root: Path, n: int) -> list[dict]:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        found = [json.loads(path.read_text()) for path in sorted((root / ".panel").glob("*.json"))]
+        if len(found) >= n and all(one["state"] == "finished" for one in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(found)
 
 
 PAGES = ("runs", "start", "rollouts", "talk", "card")
@@ -193,28 +215,47 @@ def test_runs_follows_a_run_that_is_going_on(root, page, monkeypatch):
         lock.release(folder)
 
 
+def stopped(root: Path, **changes) -> None:
+    """a/sft as a run that was stopped after three steps, with these values in its configuration."""
+    folder = root / "a" / "sft"
+    state = load_checkpoint(folder)
+    state["finished"], state["step"] = False, 3
+    save_checkpoint(folder, {name: value for name, value in state.items() if name != "magic"})
+    config = json.loads((folder / "config.json").read_text()) | {"init_from": str(root / "a" / "pretrain")} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_that_was_started_elsewhere_can_go_on(root, page, stages):
+    stopped(root)
+    test = page("runs")
+    test.multiselect(key="shown").set_value(["a/sft"])
+    run(test).button(key="go on").click()
+    run(test)
+    (job,) = started(root, 1)
+    config = parse(sft.Config, job["words"])
+    assert job["script"] == "sft.py" and config.n_examples == 24 and config.out_dir == str(root / "a" / "sft")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"init_from": "/etc"}, "outside the folder"), ({"init_from": "../x"}, "outside the folder"),
+        ({"n_examples": "many"}, "does not know"), ({"columns": ["--fresh"]}, "cannot be given"),
+        ({"lr": -1.0}, "at least 0"), ({"reward": "evil.py"}, "Python file"),
+    ],
+)  # fmt: skip
+def test_a_strange_configuration_starts_nothing(root, page, stages, changes, said):
+    stopped(root, **changes)
+    test = page("runs")
+    test.multiselect(key="shown").set_value(["a/sft"])
+    run(test).button(key="go on").click()
+    run(test)
+    assert any(said in error.value.replace("\\", "") for error in test.error), [error.value for error in test.error]
+    assert not (root / ".panel").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Start
-
-
-@pytest.fixture
-def stages(tmp_path, monkeypatch):
-    """Stages that say their words and end, instead of those of the book."""
-    here = tmp_path / "repository"
-    here.mkdir()
-    for name in ("pipeline", "grpo", "sft"):
-        (here / f"{name}.py").write_text("import sys\nprint(sys.argv[1:])\n")
-    monkeypatch.setattr(jobs, "ROOT", here)
-
-
-def started(root: Path, n: int) -> list[dict]:
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        found = [json.loads(path.read_text()) for path in sorted((root / ".panel").glob("*.json"))]
-        if len(found) >= n and all(one["state"] == "finished" for one in found):
-            return found
-        time.sleep(0.1)
-    raise AssertionError(found)
 
 
 def test_start_begins_with_one_click(root, page, stages):

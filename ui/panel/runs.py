@@ -7,12 +7,14 @@ import time
 import pandas as pd
 import streamlit as st
 
+from runtime.errors import UserError
 from runtime.reference import CURVES, FILE, band
 from runtime.runs import COMPARED, duration
 from runtime.words import label_of
 from ui import shared
-from ui.folder import Run, ago, thinned
-from ui.forms import differences
+from ui.folder import Run, ago, inside, thinned
+from ui.forms import differences, script_of, words_of_run
+from ui.jobs import ROOT
 from ui.shared import one_line, plain
 
 MOST = 12  # runs whose curves are drawn together
@@ -144,12 +146,32 @@ def draw_curves(names: list[str], chosen: list[str], with_band: str) -> None:
         st.caption("No row of metrics yet.")
 
 
+def go_on_with(run: Run) -> None:
+    """Put a run that was not started here into the queue, with the configuration that it wrote."""
+    try:
+        script, config = script_of(run.stage), run.config | {"out_dir": shared.short(run.path)}
+        for name in ("init_from", "tokenizer_from"):
+            if config.get(name):
+                inside(shared.root(), ROOT / str(config[name]))
+        if str(config.get("reward", "")).endswith(
+            ".py"
+        ):  # a folder of a stranger's must not have code run with a click
+            raise UserError("its rewards are a Python file: go on with it from the command line")
+        shared.queue().add(f"{script}.py", words_of_run(script, config), run.name)
+    except UserError as error:
+        st.error(plain(str(error)))
+    else:
+        st.rerun()
+
+
 def show_buttons(run: Run) -> None:
     """What can be done with a run that the queue knows."""
     job = next(
         (job for job in shared.queue().jobs() if run.name == job.folder or run.name.startswith(f"{job.folder}/")), None
     )
     if job is None:
+        if run.state == "stopped" and st.button("Go on", key="go on", help="The same command, from its checkpoint."):
+            go_on_with(run)
         return
     if job.state in ("running", "waiting"):
         if st.button("Stop", key="stop", help="As Ctrl-C: it finishes its step, saves and ends."):

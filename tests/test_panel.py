@@ -330,6 +330,7 @@ def test_every_stage_and_preset_has_its_form(page):
     assert float(test.text_input(key="grpo|configs/grpo_dapo.py|clip_high").value) == 0.28
 
 
+@pytest.mark.slow
 def test_start_says_what_a_run_would_need(root, page):
     test = page("start")
     test.selectbox(key="from grpo|").set_value("a/sft")

@@ -291,6 +291,7 @@ def test_a_queue_that_someone_else_wrote_starts_nothing_strange(stages, tmp_path
     assert Queue(tmp_path / "out").jobs() == [] and checked(good) is not None
 
 
+@pytest.mark.slow
 def test_the_real_stage_stops_and_goes_on_through_the_queue(tmp_path):
     queue = Queue(tmp_path / "out")
     words = ["--out_dir", str(tmp_path / "out" / "one"), "--steps", "40", "--d_model", "32", "--n_layers", "1"]

@@ -309,7 +309,7 @@ def keep_answers(
     series = {"sampled": some.sampled_logps, "old": old, "now": policy_logps(run, policy, some, config, group=g)}
     series |= {} if ref_logps is None else {"ref": ref_logps[rows]}
     series |= {} if values is None else {"values": values[rows], "advantages": advantages[rows]}
-    earned = {name: value[rows] for name, value in rewards.items()}
+    earned = {name: value[rows.to(value.device)] for name, value in rewards.items()}
     total = numbers_of(total_reward({name: value for name, value in earned.items() if name in weights}, weights))
     earned = {name: numbers_of(value) for name, value in earned.items()}
     series = {name: value.cpu() for name, value in series.items()}
@@ -323,7 +323,7 @@ def keep_answers(
             answer = answer_of(run.tokenizer, tokens[i], mask[i], most, **its_series)
             answer |= {"finished": bool(some.finished[i]), "reward": total[i]}
             answer |= {"rewards": {name: values[i] for name, values in earned.items()}}
-            answer |= {} if advantages.dim() == 2 else {"advantage": round(float(advantages[rows[i]]), 4)}
+            answer |= {} if advantages.dim() == 2 else {"advantage": round(float(advantages[int(rows[i])]), 4)}
             answers.append(answer)
         question = "\n".join(message["content"] for message in one.messages)
         gold = " or ".join(one.gold) if isinstance(one.gold, tuple) else one.gold

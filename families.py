@@ -5,9 +5,10 @@ its ``model.safetensors`` holds the weights under the names of the family's clas
 renaming, as long as nothing is guessed; what goes wrong in practice goes wrong in silence::
 
     names        a weight that is missing stays random, one left over is dropped, and the model still writes
-    layouts      GPT-2 has q, k and v as one matrix, on their side; a tied head is not in the file
-    rotations    pairs are halves (transformers, attention.py) or neighbours (Meta, GGUF, llama2.c)
-    routing      Mixtral's chosen weights sum to 1: with one expert, whatever its router says
+    layouts      GPT-2 has q, k and v as one matrix, transposed; a tied head is not in the file
+    rotations    pairs are halves (transformers, attention.py) or neighbours (Meta, llama2.c, GGUF's Llama):
+                 undone where the file is read (runtime/published.py)
+    routing      Mixtral's chosen experts' weights sum to 1: of a single one it is 1, and its router has no effect
 
 So the two sets of names must be equal here, every field that changes what is computed is read or refused, and what a
 family cannot say is not exported as one of it. The families: Llama (SmolLM2, TinyLlama, Llama 3.2), Mistral, Qwen2,
@@ -33,11 +34,12 @@ FAMILIES = {  # model_type -> the class of transformers that it is
     "qwen3": "Qwen3ForCausalLM", "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }  # fmt: skip
-GELU = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh"}
+# GPT-2's activations, theirs -> ours; of two names for one the first is written
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def shape_from(config: dict, tied: bool) -> ModelConfig:
-    """The shape that a config.json describes. tied: what to think where it does not say whether the head is tied.
+    """The shape that a config.json describes. tied: whether the head is, if it has no tie_word_embeddings.
     UserError: of a family that is not known, or with something that ``ModelConfig`` cannot say.
     """
     family = config.get("model_type")
@@ -47,16 +49,22 @@ def shape_from(config: dict, tied: bool) -> ModelConfig:
         raise UserError("its weights are quantised (quantization_config): import the original, or a .gguf")
     try:
         fields = gpt2_fields(config) if family == "gpt2" else llama_fields(config, family)
-        sizes = ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
-        for name, n in {name: fields[name] for name in sizes}.items() | {("vocab_size", config["vocab_size"])}:
-            if not isinstance(n, int) or n < 1:
-                raise UserError(f"{name} {n}: a whole number is wanted")
         fields |= {"vocab_size": config["vocab_size"], "tie_embeddings": bool(config.get("tie_word_embeddings", tied))}
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len"):
+            if not isinstance(fields[name], int) or fields[name] < 1:
+                raise UserError(f"{name} {fields[name]}: a whole number is wanted")
         return ModelConfig(**fields)
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}") from None
     except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"config.json describes an impossible model: {error}") from None
+
+
+def refuse(config: dict, **allowed: tuple) -> None:
+    """UserError for a field with another value than the allowed ones; None stands for a field that is not there."""
+    for name, values in allowed.items():
+        if config.get(name) not in values:
+            raise UserError(f"{name} {str(config[name])[:60]}: not known here")
 
 
 def llama_fields(config: dict, family: str) -> dict:
@@ -104,20 +112,15 @@ def qwen3_experts(config: dict) -> dict:
 
 
 def gpt2_fields(config: dict) -> dict:
+    """GPT-2: LayerNorm, learned positions, biases everywhere, no gate, all heads alike."""
     refuse(config, scale_attn_weights=(True, None), scale_attn_by_inverse_layer_idx=(False, None))
-    refuse(config, add_cross_attention=(False, None), activation_function=(*GELU, None))
+    refuse(config, add_cross_attention=(False, None), activation_function=(*ACTIVATIONS, None))
     return {
         "d_model": config["n_embd"], "n_layers": config["n_layer"], "n_heads": config["n_head"],
         "d_ff": config.get("n_inner") or 4 * config["n_embd"], "max_seq_len": config["n_positions"],
         "norm_eps": config.get("layer_norm_epsilon", 1e-5), "positions": "learned", "norm": "layernorm", "bias": True,
-        "mlp": GELU[config.get("activation_function") or "gelu_new"],
+        "mlp": ACTIVATIONS[config.get("activation_function") or "gelu_new"],
     }  # fmt: skip
-
-
-def refuse(config: dict, **known: tuple) -> None:
-    for name, values in known.items():
-        if config.get(name) not in values:
-            raise UserError(f"{name} {str(config[name])[:60]}: not known here")
 
 
 def rotation_of(config: dict) -> tuple[float, RopeScaling | None]:
@@ -191,7 +194,7 @@ def config_json(shape: ModelConfig, family: str) -> dict:
     common = {"model_type": family, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings}
     common |= {"architectures": [FAMILIES[family]]}
     if family == "gpt2":
-        activation = {ours: theirs for theirs, ours in reversed(GELU.items())}[c.mlp]
+        activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[c.mlp]
         return common | {
             "n_embd": c.d_model, "n_layer": c.n_layers, "n_head": c.n_heads, "n_inner": c.d_ff,
             "n_positions": c.max_seq_len, "layer_norm_epsilon": c.norm_eps, "activation_function": activation,
@@ -229,10 +232,15 @@ def config_json(shape: ModelConfig, family: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights: the same tensors under other names
 
-WHOLE = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-INSIDE = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn": "self_attn", "mlp": "mlp"}
-EXPERT = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's
-GPT2 = {
+TOP_NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attn": "self_attn",
+    "mlp": "mlp",
+}
+EXPERT_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's
+GPT2_NAMES = {
     "embed": "wte", "position_embed": "wpe", "final_norm": "ln_f", "attn_norm": "ln_1", "mlp_norm": "ln_2",
     "attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj",
 }  # fmt: skip
@@ -248,11 +256,11 @@ def their_name(name: str, family: str) -> str:
     """
     first, *rest = name.split(".")
     if first != "blocks":
-        return ".".join([WHOLE[first], *rest])
+        return ".".join([TOP_NAMES[first], *rest])
     layer, part, *rest = rest
-    names = [f"model.layers.{layer}", INSIDE[part], *rest]
+    names = [f"model.layers.{layer}", BLOCK_NAMES[part], *rest]
     if family == "mixtral" and part == "mlp":
-        names = [names[0], "block_sparse_moe", *(EXPERT.get(one, one) for one in rest)]
+        names = [names[0], "block_sparse_moe", *(EXPERT_NAMES.get(one, one) for one in rest)]
     return ".".join("gate" if one == "router" else one for one in names)
 
 
@@ -269,14 +277,14 @@ def to_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if layer in ("attn.q_proj", "attn.k_proj", "attn.v_proj"):
             renamed.setdefault(".".join([*prefix, "attn.c_attn", kind]), []).append(value)
         else:
-            renamed["lm_head.weight" if layer == "head" else ".".join([*prefix, GPT2[layer], kind])] = value
+            renamed["lm_head.weight" if layer == "head" else ".".join([*prefix, GPT2_NAMES[layer], kind])] = value
     joint = {name: torch.cat(value, dim=-1) for name, value in renamed.items() if isinstance(value, list)}
     return {name: value.contiguous() for name, value in (renamed | joint).items()}
 
 
 def from_gpt2(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse. What is unknown keeps its name, and is found to be left over."""
-    ours, renamed = {theirs: name for name, theirs in GPT2.items()}, {}
+    """The inverse of ``to_gpt2``. An unknown name passes through, and ``weights_from`` says that it is left over."""
+    ours, renamed = {theirs: name for name, theirs in GPT2_NAMES.items()}, {}
     for name, value in tensors.items():
         *path, kind = name.removeprefix("transformer.").split(".")
         if path and path[-1] == "attn" and kind in ("bias", "masked_bias"):  # not weights: the causal mask
@@ -343,7 +351,7 @@ if __name__ == "__main__":
     for name in Transformer(ModelConfig(64, 8, n_layers=1, n_heads=2)).state_dict():
         if name.startswith("blocks"):
             print(f"  {name:30} {their_name(name, 'llama')}")
-    print("GPT-2 has q, k and v as one matrix, and its matrices lie on their side")
+    print("GPT-2 has q, k and v as one matrix, and its matrices are transposed")
     model = Transformer(ModelConfig(64, 8, n_layers=1, n_heads=2, mlp="gelu_tanh", bias=True, norm="layernorm"))
     for name, value in to_gpt2({k: v for k, v in model.state_dict().items() if k.startswith("blocks")}).items():
         print(f"  {name:38} {tuple(value.shape)}")

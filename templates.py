@@ -39,6 +39,11 @@ from tokenizer import (
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Chat templates, recognised by their form
+#
+# A ``ChatForm`` (tokenizer.py) is what stands around the messages: before and after what the system and the user say,
+# and for an answer its prompt, the end that is learned, and what follows. Of a question and an answer ChatML makes
+#
+#     <|im_start|>user\n 2+3? <|im_end|>\n      <|im_start|>assistant\n 5 <|im_end|> \n
 
 OWN = ChatForm(("<|system|>", ""), ("<|user|>", ""), ("<|assistant|>", "<|endoftext|>", ""))
 CHATML = ChatForm(

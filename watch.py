@@ -25,7 +25,17 @@ from torch import Tensor
 from rollout import Questions, Rollout, policy_logps, sample_answers, sampling_seed, total_reward
 from runtime import processes
 from runtime.errors import UserError
-from runtime.rollouts import ANSWERS, answer_of, append, choose_groups, is_kept, longest, numbers_of, prompt_of
+from runtime.rollouts import (
+    ANSWERS,
+    QUESTION,
+    answer_of,
+    append,
+    choose_groups,
+    is_kept,
+    longest,
+    numbers_of,
+    prompt_of,
+)
 from runtime.run import Run
 from texts import Prompt
 from transformer import Transformer, shared_logps
@@ -325,7 +335,7 @@ def keep_answers(
             answer |= {"rewards": {name: values[i] for name, values in earned.items()}}
             answer |= {} if advantages.dim() == 2 else {"advantage": round(float(advantages[int(rows[i])]), 4)}
             answers.append(answer)
-        question = "\n".join(message["content"] for message in one.messages)
+        question = "\n".join(message["content"] for message in one.messages)[:QUESTION]
         gold = " or ".join(one.gold) if isinstance(one.gold, tuple) else one.gold
         prompt = prompt_of(run.tokenizer, tokens[k * g], mask[k * g])
         written.append({"question": question, "gold": gold if gold is None else str(gold), "prompt": prompt,
@@ -385,7 +395,7 @@ class KeptRows:
                 else:
                     its = [answers[i] | {"label": "desirable" if rows.desirable[i] else "undesirable"}]
                     question = re.sub(r"<\|\w+\|>", " ", "".join(prompt[1])).strip()  # without the template's marks
-                groups.append({"question": question, "part": part, "prompt": prompt, "answers": its})
+                groups.append({"question": question[:QUESTION], "part": part, "prompt": prompt, "answers": its})
         facts = {"step": step + 1, "stage": self.run.stage, "kind": "preferences", "beta": config.beta}
         append(self.run.folder, facts | {"averaged": self.averaged, "groups": groups})
 

@@ -17,7 +17,7 @@ the mask is 1 where the policy chose it.
 
 A line is appended whole, like one of metrics.jsonl: of a crash at most the last line is cut off, which readers leave
 out, and a run that goes on forgets the lines that lie after its checkpoint. The file is bounded: at most ``RECORDS``
-lines and the first and last step, of at most ``TOKENS`` tokens each.
+lines and the first and last step, of at most ``TOKENS`` tokens each and ``PROMPT`` of each prompt.
 """
 
 import codecs
@@ -34,6 +34,8 @@ RECORDS = 64  # of a run, besides the first and the last step
 GROUPS = 12  # of a record
 ANSWERS = 24
 TOKENS = 4096  # of all answers of a record
+PROMPT = 512  # of the prompt of a group
+QUESTION = 4000  # characters
 LINE = 8_000_000  # bytes; a longer line is none of ours
 
 
@@ -100,9 +102,9 @@ def answer_of(tokenizer, tokens: Tensor, mask: Tensor, most: int, **values: Tens
 
 
 def prompt_of(tokenizer, tokens: Tensor, mask: Tensor) -> list[list]:
-    """[ids, texts] of what stands before an answer. tokens: (T,); mask: (T-1,)."""
+    """[ids, texts] of what stands before an answer, at most the last ``PROMPT`` tokens. tokens: (T,); mask: (T-1,)."""
     marked = mask.nonzero().flatten().tolist()
-    ids = tokens[: marked[0] + 1].tolist() if marked else []
+    ids = tokens[: marked[0] + 1].tolist()[-PROMPT:] if marked else []
     return [ids, texts_of(tokenizer, ids)]
 
 

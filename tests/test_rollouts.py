@@ -18,7 +18,17 @@ import sft
 import watch
 from runtime import rollouts
 from runtime.folder import cut_back
-from runtime.rollouts import answer_of, checked, choose_groups, is_kept, longest, read_all, records_in, texts_of
+from runtime.rollouts import (
+    answer_of,
+    checked,
+    choose_groups,
+    is_kept,
+    longest,
+    prompt_of,
+    read_all,
+    records_in,
+    texts_of,
+)
 from stages import load_stage
 from tokenizer import BPETokenizer, ByteTokenizer
 from transformer import token_logps
@@ -190,6 +200,8 @@ def test_long_answers_are_cut_and_counted():
     answer = answer_of(ByteTokenizer(), tokens, mask.bool(), longest(24), now=torch.arange(2999.0))
     assert longest(24) == len(answer["ids"]) == len(answer["texts"]) == len(answer["now"]) < 200
     assert answer["more"] == 2981 - longest(24) and answer["ids"][0] == tokens[10] and answer["now"][0] == 9.0
+    ids, texts = prompt_of(ByteTokenizer(), tokens, (torch.arange(2999) > 2000))
+    assert len(ids) == len(texts) == rollouts.PROMPT and ids[-1] == tokens[2001]
     whole = answer_of(ByteTokenizer(), tokens[:20], mask[:19].bool(), 64)
     assert "more" not in whole and len(whole["ids"]) == 10
 

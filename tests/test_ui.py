@@ -276,6 +276,21 @@ def test_a_job_is_a_stage_of_the_book(stages, tmp_path, script):
         Queue(tmp_path / "out").add(script, [], "one")
 
 
+def test_what_a_job_prints_goes_through_no_link(stages, tmp_path):
+    home, secret = tmp_path / "out" / ".panel", tmp_path / "secret"
+    home.mkdir(parents=True)
+    secret.write_text("mine")
+    (home / "00001.log").symlink_to(secret)
+    queue = Queue(tmp_path / "out")
+    job = queue.add("stage.py", [], "one")
+    assert "could not be started" in until(queue, job.number, FAILED).told and secret.read_text() == "mine"
+    assert queue.log(job.number) == ""
+    shutil.rmtree(home)
+    home.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="is a link"):
+        Queue(tmp_path / "out").add("stage.py", [], "two")
+
+
 def test_a_queue_that_someone_else_wrote_starts_nothing_strange(stages, tmp_path):
     home = tmp_path / "out" / ".panel"
     home.mkdir(parents=True)

@@ -93,6 +93,10 @@ def born(pid: int) -> str:
     return done.stdout.strip()
 
 
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 class Queue:
     """The jobs of one folder of runs. A thread looks after them while the panel runs."""
 
@@ -252,7 +256,7 @@ class Queue:
         environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1", "COLUMNS": "110"}
         try:
             self._write(job)
-            with open(self.home / f"{job.number:05d}.log", "wb") as log:
+            with open(self.home / f"{job.number:05d}.log", "wb", opener=_not_through_a_link) as log:
                 child = subprocess.Popen(
                     [sys.executable, str(ROOT / job.script), *job.words], cwd=ROOT, env=environment,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,

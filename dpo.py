@@ -74,6 +74,7 @@ from stages import begin, with_start
 from texts import load_prompts
 from tokenizer import Tokenizer
 from transformer import Transformer, answer_logps, model_size, shared_logps
+from watch import KeptRows
 
 # What suits a small model with short answers. The papers have 0.1 (DPO, IPO, ORPO) and 2 (SimPO): with those, every
 # method except ORPO teaches the embedded task's policy to tell the answers apart, and it forgets how to give one.
@@ -253,8 +254,7 @@ def rewards_of(config: Config, logps: Tensor, mask: Tensor, ref: Tensor) -> Tens
     loss averages. (ORPO's loss compares odds, of which these rewards have the order and not the size.)"""
     sums, lengths = (logps * mask).sum(dim=1).view(2, -1), mask.sum(dim=1).view(2, -1)
     gains = sums - ref if has_reference(config) else sums
-    averaged = config.ipo_average if config.method == "ipo" else not has_reference(config)
-    return config.beta * (gains / lengths if averaged else gains)
+    return config.beta * (gains / lengths if is_averaged(config) else gains)
 
 
 def reward_figures(rewards: Tensor, averages: Tensor) -> dict:
@@ -274,6 +274,11 @@ def reward_figures(rewards: Tensor, averages: Tensor) -> dict:
 
 def has_reference(config: Config) -> bool:
     return config.method in ("dpo", "ipo")
+
+
+def is_averaged(config: Config) -> bool:
+    """Whether the implicit reward is one per token."""
+    return config.ipo_average if config.method == "ipo" else not has_reference(config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,6 +388,7 @@ def main(config: Config) -> dict:
         with run.autocast():
             held_out_ref = reference_logps(model, held_out.batch, len(held_out), show=run.is_main)
             ref = ref if run.finished else reference_logps(model, rows.batch, len(rows), show=run.is_main)  # (2, N)
+    kept = KeptRows(run, model, {"training": rows, "held out": held_out}, has_reference(config), is_averaged(config))
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:
@@ -412,6 +418,7 @@ def main(config: Config) -> dict:
             sums.update(pair_figures(config, logps, mask, part_ref))
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
         grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
+        kept.keep(step, steps, model)
 
         loss, tokens_seen, *sums_of_all = processes.sum_numbers([loss, tokens_seen, *sums.values()])
         figures = {"loss": loss} | {name: value / config.batch_size for name, value in zip(sums, sums_of_all)}

@@ -78,6 +78,7 @@ from watch import (
     assert_same_in_float32,
     assert_same_policy,
     describe,
+    keep_answers,
     render,
     report_start,
     reward_signal,
@@ -325,6 +326,7 @@ def main(config: Config) -> dict:
                 updates.append(statistics | {"grad_norm": norm})
 
         # 4. What happened.
+        keep_answers(run, step, policy, rollout, asked, rewards, weights, advantages, old_logps, ref_logps)
         figures = step_figures(sampled, updates) | signal | {"sampler_gap": gap}
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
         run.log(step, int(figures.pop("tokens")), always=True, show=("reward", *rewards), lr=lr, **figures)

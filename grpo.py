@@ -114,6 +114,7 @@ from watch import (
     assert_same_in_float32,
     assert_same_policy,
     describe,
+    keep_answers,
     mean_per_token,
     render,
     report_start,
@@ -536,9 +537,9 @@ def main(config: Config) -> dict:
                 updates.append(statistics | {"grad_norm": norm})
 
         # 6. What happened.
+        keep_answers(run, step, policy, rollout, asked, rewards, weights, advantages, old_logps, ref_logps)
         figures = step_figures(sampled, updates) | signal | {"sampler_gap": gap}
-        if "kl" in rewards:
-            figures["kl_ref"] = mean_per_token(rewards["kl"], rollout.mask)
+        figures |= {"kl_ref": mean_per_token(rewards["kl"], rollout.mask)} if "kl" in rewards else {}
         figures["rollout_share"] = sampling_seconds / (time.perf_counter() - begun)
         run.log(step, int(figures.pop("tokens")), always=True, show=("reward", *rewards), lr=lr, **figures)
         alarm.check(figures)

@@ -65,6 +65,7 @@ from runtime.run import Run
 from sft import answers
 from stages import begin, with_start
 from transformer import Transformer, answer_logps, model_size
+from watch import KeptRows
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ def main(config: Config) -> dict:
         if not run.finished:
             ref = reference_logps(model, rows.batch, len(rows), show=run.is_main)  # (N,)
             other_ref = reference_logps(model, rows.mismatched, len(rows), show=run.is_main)  # (N,)
+    kept = KeptRows(run, model, {"training": rows, "held out": held_out})
     optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = run.resume(model, optimizers)
     if not run.finished:
@@ -294,6 +296,7 @@ def main(config: Config) -> dict:
             sums.update(answer_figures(config, gains, averages, rows.desirable[part]))
         lr = learning_rate(step, steps, config.lr, config.warmup, config.final_lr)
         grad_norm = update(run, model, optimizers, lr, config.max_grad_norm)
+        kept.keep(step, steps, model)
 
         loss, tokens_seen, *sums_of_all = processes.sum_numbers([loss, tokens_seen, *sums.values()])
         figures = {"loss": loss} | class_means(dict(zip(sums, sums_of_all)), config.batch_size)

@@ -92,6 +92,7 @@ from watch import (
     assert_same_policy,
     describe,
     flat_groups,
+    keep_answers,
     render,
     report_start,
     sampler_gap,
@@ -484,6 +485,8 @@ def main(config: Config) -> dict:
                 updates.append(statistics | {"grad_norm": norm})
 
         # 5. What happened.
+        earned, counts = {"score": scores, **judged}, {"score": 1.0}
+        keep_answers(run, step, policy, rollout, asked, earned, counts, advantages, old_logps, ref_logps, values)
         figures = step_figures(sampled, updates) | {"beta": beta, "flat_groups": flat}
         figures["policy_loss"] = figures.pop("loss")
         figures["first_ratio_gap"] = updates[0]["ratio_gap"]
@@ -503,12 +506,8 @@ def main(config: Config) -> dict:
             best = held_out.get(questions.goal, held_out.get("val_score"))
             run.save(step, config.steps, model, optimizers, tokenizer, metric=best, lower_is_better=False)
     held_out = examine(run, policy, judge, questions, config)
-    hint = (
-        evaluate_command(config, run.folder, config.eval_data or config.data)
-        if questions.answers_known or judge is None
-        else ""
-    )
-    run.close(questions.summary(held_out, run), next_command=hint)
+    hint = evaluate_command(config, run.folder, config.eval_data or config.data)
+    run.close(questions.summary(held_out, run), hint if questions.answers_known or judge is None else "")
     return held_out
 
 

@@ -9,22 +9,36 @@ answers change a little. So each of its stages says what it sees, in these funct
 * In each update, ``UpdateSums``: how many tokens the clip holds back, how far the policy has moved.
 * After each step, ``describe``: what the answers were like; and ``Alarm``, loudly, if all groups were flat, all answers
   cut off, or the gradient zero or not finite.
+* Now and then ``keep_answers`` and ``KeptRows`` write some answers down token by token, with what the method saw of
+  each: ``python ui/rollouts.py RUN --write page.html`` shows them.
 
 Run ``python watch.py`` for the figures of eight answers.
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rollout import Questions, Rollout, policy_logps, sample_answers, sampling_seed
+from rollout import Questions, Rollout, policy_logps, sample_answers, sampling_seed, total_reward
 from runtime import processes
 from runtime.errors import UserError
+from runtime.rollouts import (
+    ANSWERS,
+    QUESTION,
+    answer_of,
+    append,
+    choose_groups,
+    is_kept,
+    longest,
+    numbers_of,
+    prompt_of,
+)
 from runtime.run import Run
 from texts import Prompt
-from transformer import Transformer
+from transformer import Transformer, shared_logps
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the answers and their rewards are like
@@ -276,6 +290,120 @@ class UpdateSums:
         means["clip_fraction"] = sums["clipped"] / max(sums["pushed"], 1.0)
         means |= {name: sums[name] for name in self.totals}
         return means | ({"kl_ref": sums["strayed"] / n} if self.reference else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Answers in full, token by token (runtime/rollouts.py)
+
+
+def keep_answers(
+    run: Run, step: int, policy: Transformer, rollout: Rollout, asked: Sequence[Prompt], rewards: dict[str, Tensor],
+    weights: dict[str, float], advantages: Tensor, old_logps: Tensor, ref_logps: Tensor | None = None,
+    values: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write some groups of a step's answers down, if it is one of the steps of which that is done; after the updates,
+    so that it is seen how far they moved each token. Of several processes the first one writes some of its own.
+
+    asked: the P questions; rewards: (N,) each, whose sum with ``weights`` counts; advantages: (N,) or (N, T-1);
+    old_logps, ref_logps, values: (N, T-1).
+    """
+    config = run.config
+    if not run.is_main or not is_kept(step, config.steps, config.eval_every):
+        return
+    P, G = len(asked), len(rollout) // len(asked)
+    flat = (advantages.view(P, -1) == 0).all(dim=1).tolist()
+    groups, g = choose_groups(rollout.mask.sum(dim=1).view(P, G).tolist(), flat), min(G, ANSWERS)
+    rows = (torch.tensor(groups)[:, None] * G + torch.arange(g)).flatten().to(rollout.tokens.device)  # (n,)
+    some, old = rollout.rows(rows), old_logps[rows]
+    old = torch.where((old == 0).all(dim=1, keepdim=True), some.sampled_logps, old)  # rows that had no gradient
+    series = {"sampled": some.sampled_logps, "old": old, "now": policy_logps(run, policy, some, config, group=g)}
+    series |= {} if ref_logps is None else {"ref": ref_logps[rows]}
+    series |= {} if values is None else {"values": values[rows], "advantages": advantages[rows]}
+    earned = {name: value[rows.to(value.device)] for name, value in rewards.items()}
+    total = numbers_of(total_reward({name: value for name, value in earned.items() if name in weights}, weights))
+    earned = {name: numbers_of(value) for name, value in earned.items()}
+    series = {name: value.cpu() for name, value in series.items()}
+    tokens, mask, most = some.tokens.cpu(), some.mask.cpu(), longest(len(rows))
+    written = []
+    for k, group in enumerate(groups):
+        one, its = asked[group], range(k * g, (k + 1) * g)
+        answers = []
+        for i in its:
+            its_series = {name: value[i] for name, value in series.items()}
+            answer = answer_of(run.tokenizer, tokens[i], mask[i], most, **its_series)
+            answer |= {"finished": bool(some.finished[i]), "reward": total[i]}
+            answer |= {"rewards": {name: values[i] for name, values in earned.items()}}
+            answer |= {} if advantages.dim() == 2 else {"advantage": round(float(advantages[int(rows[i])]), 4)}
+            answers.append(answer)
+        question = "\n".join(message["content"] for message in one.messages)[:QUESTION]
+        gold = " or ".join(one.gold) if isinstance(one.gold, tuple) else one.gold
+        prompt = prompt_of(run.tokenizer, tokens[k * g], mask[k * g])
+        written.append({"question": question, "gold": gold if gold is None else str(gold), "prompt": prompt,
+                        "answers": answers})  # fmt: skip
+    facts = {"step": step + 1, "stage": run.stage, "kind": "groups", "clip": clip_of(config)}
+    facts |= {"level": getattr(config, "ratio_level", "token")}
+    facts |= {"weights": {name: weights[name] for name in rewards if name in weights}}
+    append(run.folder, facts | {"groups": written})
+
+
+def clip_of(config) -> list[float | None]:
+    """The ratios between which nothing is clipped; None where there is no bound."""
+    if hasattr(config, "clip_ratio"):  # PPO
+        return [1 - config.clip_ratio, 1 + config.clip_ratio]
+    return [None if config.loss_type == "cispo" else 1 - config.clip_low, 1 + config.clip_high]
+
+
+class KeptRows:
+    """Some pairs, or labelled answers, of which is written down how likely each token became. Made before the first
+    step, while ``model`` is the reference.
+
+    parts: the rows by what they are, "training" or "held out"; has_reference: whether the method has one; averaged:
+    whether its implicit reward is a mean over tokens and not a sum.
+    """
+
+    N = 4  # of each part, the first ones
+
+    def __init__(self, run: Run, model: Transformer, parts: dict, has_reference: bool = True, averaged: bool = False):
+        self.run, self.parts, self.averaged = run, parts, averaged
+        self.writes = run.is_main and not run.finished
+        self.ref = {part: self._logps(model, rows) for part, rows in parts.items()} if self.writes else {}
+        self.ref = self.ref if has_reference else {}
+
+    @torch.no_grad()
+    def _logps(self, model: Transformer, rows) -> Tensor:
+        """(n, T-1), or (2n, T-1) with the chosen answers above the rejected ones; on the CPU."""
+        tokens, mask, _ = rows.batch(range(min(self.N, len(rows))), self.run.device)
+        with self.run.autocast(), self.run.eager():
+            return shared_logps(model, tokens, mask).cpu()
+
+    def keep(self, step: int, steps: int, model: Transformer) -> None:
+        """Write them down, if it is one of the steps of which that is done; after its update."""
+        config, groups = self.run.config, []
+        if not self.writes or not is_kept(step, steps, config.eval_every):
+            return
+        for part, rows in self.parts.items():
+            n, now, ref = min(self.N, len(rows)), self._logps(model, rows), self.ref.get(part)
+            tokens, mask, _ = rows.batch(range(n))
+            refs = [None] * len(now) if ref is None else ref
+            answers = [self._answer(*one) for one in zip(tokens, mask, now, refs)]
+            pairs = hasattr(rows, "pairs")
+            for i in range(n):
+                prompt = prompt_of(self.run.tokenizer, tokens[i], mask[i])
+                if pairs:
+                    its = [answers[i] | {"label": "chosen"}, answers[n + i] | {"label": "rejected"}]
+                    question = "\n".join(message["content"] for message in rows.pairs[i].prompt)
+                else:
+                    its = [answers[i] | {"label": "desirable" if rows.desirable[i] else "undesirable"}]
+                    question = re.sub(r"<\|\w+\|>", " ", "".join(prompt[1])).strip()  # without the template's marks
+                groups.append({"question": question[:QUESTION], "part": part, "prompt": prompt, "answers": its})
+        facts = {"step": step + 1, "stage": self.run.stage, "kind": "preferences", "beta": config.beta}
+        append(self.run.folder, facts | {"averaged": self.averaged, "groups": groups})
+
+    def _answer(self, tokens: Tensor, mask: Tensor, now: Tensor, ref: Tensor | None) -> dict:
+        answer = answer_of(self.run.tokenizer, tokens, mask, longest(4 * self.N), now=now, ref=ref)
+        gain = now if ref is None else now - ref
+        total = float(gain[mask].sum()) / (max(1, int(mask.sum())) if self.averaged else 1)
+        return answer | {"reward": round(self.run.config.beta * total, 4)}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
     out/<task>/<stage>/config.json      the configuration of the last start
                        metrics.jsonl    a row for each step that was logged, and for each evaluation
                        samples.txt      generated text
+                       rollouts.jsonl   some answers token by token (runtime/rollouts.py)
                        ckpt.pt          the checkpoint (runtime/checkpoint.py)
                        curves.png       the metrics, drawn now and then and at the end
 """
@@ -18,6 +19,7 @@ from runtime.checkpoint import load_checkpoint, mend_best, plain, write_text
 from runtime.config import FREE_FIELDS, as_dict
 from runtime.errors import UserError
 from runtime.metrics import whole_row
+from runtime.rollouts import NAME as ROLLOUTS
 from runtime.rows import stamps
 
 
@@ -97,13 +99,15 @@ def check_same_run(folder: Path, state: dict, config, stage: str) -> None:
 
 def cut_back(folder: Path, step: int) -> None:
     """Forget metrics and samples that were written after the checkpoint: those steps will be done again."""
-    metrics, samples = folder / "metrics.jsonl", folder / "samples.txt"
-    rows = []
-    if metrics.exists():
-        for line in metrics.read_bytes().decode("utf-8", "replace").splitlines():
-            if (row := whole_row(line)) is not None and row["step"] <= step:
-                rows.append(line + "\n")
-    write_text(metrics, "".join(rows))
+    metrics, rollouts, samples = folder / "metrics.jsonl", folder / ROLLOUTS, folder / "samples.txt"
+    for path in (metrics, rollouts):
+        rows = []
+        if path.exists():
+            for line in path.read_bytes().decode("utf-8", "replace").splitlines():
+                if (row := whole_row(line)) is not None and row["step"] <= step:
+                    rows.append(line + "\n")
+        if path is metrics or path.exists():
+            write_text(path, "".join(rows))
     text = samples.read_bytes().decode("utf-8", "replace") if samples.exists() else ""
     parts = re.split(r"^(?==== step \d+ ===$)", text, flags=re.MULTILINE)[1:]
     write_text(samples, "".join(p for p in parts if int(p.split(" ", 3)[2]) <= step))

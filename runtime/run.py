@@ -49,6 +49,7 @@ from runtime.metrics import Metrics, numbers
 from runtime.pictures import Pictures
 from runtime.plots import read_metrics
 from runtime.progress import Progress
+from runtime.rollouts import NAME as ROLLOUTS
 from runtime.rows import stamps
 from runtime.trackers import open_tracker
 
@@ -240,7 +241,7 @@ class Run:
 
     def leave_nothing(self) -> None:
         """Remove the files of a run that ended before it had anything to write, for a mistake in its data, say."""
-        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt", "tokens.bin")]
+        names = [self.folder / name for name in ("config.json", "metrics.jsonl", "samples.txt", "tokens.bin", ROLLOUTS)]
         if not (self.is_main and self.is_new) or (self.folder / "ckpt.pt").exists() or has_text(names[1]):
             return
         for path in names:

@@ -184,6 +184,8 @@ def differences(folder: Path, whole: Path, same_saves: bool = True) -> str:
         same(*rows, "metrics.jsonl")
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(rows[0]), "a broken line of metrics"
         assert (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text(), "samples.txt"
+        if (whole / "rollouts.jsonl").exists():
+            assert (folder / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text(), "rollouts.jsonl"
         left = [path.name for path in folder.iterdir() if path.name.endswith(".tmp") or path.name == ".lock"]
         assert not left, f"left behind: {left}"
     except (AssertionError, UserError, OSError) as error:

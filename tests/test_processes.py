@@ -443,6 +443,7 @@ def test_only_the_first_process_writes_and_both_have_the_same_weights(tmp_path, 
     assert len(sections) == len(set(sections)) > 0
     names = {"config.json", "metrics.jsonl", "ckpt.pt", "samples.txt", "curves.png"}
     names |= {"best.pt"} if stage != "reward" else set()  # there only the last checkpoint's scores are scaled
+    names |= {"rollouts.jsonl"} if stage in ("dpo", "orpo", "kto", "ppo", "grpo") else set()
     assert {path.name for path in folder.iterdir()} - {"tokens.bin"} == names
 
 

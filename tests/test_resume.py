@@ -24,6 +24,7 @@ import runtime.run
 import sft
 from runtime.checkpoint import load_checkpoint
 from runtime.errors import UserError, run_main
+from runtime.rollouts import NAME as ROLLOUTS
 from runtime.run import Run, start
 from transformer import ModelConfig, Transformer
 
@@ -149,6 +150,8 @@ def assert_ended_as_if_never_stopped(folder: Path, whole: Path, saved_elsewhere:
     assert clean[0] == clean[1]  # every step once, in order, with the same figures
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == len(clean[0])  # and no broken line
     assert (folder / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    written = [path.read_text() if path.exists() else "" for path in (folder / ROLLOUTS, whole / ROLLOUTS)]
+    assert written[0] == written[1]
     trained = [row["step"] for row in clean[0] if "grad_norm" in row]
     assert trained == list(range(1, ours["step"] + 1)) and ours["finished"]
 

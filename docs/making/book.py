@@ -19,7 +19,7 @@ GROUPS = {  # the first chapter of each part of the book; the order is the front
     "evaluate": "Afterwards",
 }
 SHELVES = {  # pages of docs/ by their place in the navigation; what is not named here comes under "More"
-    "Using it": ["README", "using", "yours", "real_data", "guarantees"],
+    "Using it": ["README", "using", "panel", "yours", "real_data", "guarantees"],
     "Look it up": ["cheatsheet", "glossary", "map", "metrics", "choices"],
     "What was measured": ["results", "preferences", "studies", "experiments/", "reviews", "speed", "gpu", "streams"],
 }

@@ -319,11 +319,8 @@ def finish(config: Config, wanted: list[Stage], rows: dict[str, dict], minutes: 
 
 
 # A held-out one that the fine-tuned models of seeds 1 and 2 get wrong; with other seeds it may be right.
-QUESTION = (
-    "4 friends of Nora get 24 eggs and share them equally. Then each friend buys 19 more. How many eggs does each "
-    "friend have now?"
-)
-ANSWER = 25
+QUESTION = "Ben had 29 bells. Eva takes 8 from Ben. Then Ben gives 11 of them to Eva. How many bells does Ben have now?"
+ANSWER = 10
 
 
 def answered(folder: Path, stage: Stage, device: str) -> str:

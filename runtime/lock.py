@@ -93,11 +93,16 @@ def is_held(folder: Path) -> bool:
     """Whether some process of this machine works in the folder now."""
     if os.path.realpath(folder) in _held:
         return True
+    try:  # a link is not followed, and a pipe is not waited for
+        file = os.open(folder / NAME, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:  # no such file
+        return False
     try:
-        with open(folder / NAME, encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (OSError, AttributeError):  # no such file, no locks
+    except (OSError, AttributeError):  # no locks
         return False
+    finally:
+        os.close(file)
     return False

@@ -241,7 +241,8 @@ def test_a_run_that_was_started_elsewhere_can_go_on(root, page, stages):
     [
         ({"init_from": "/etc"}, "outside the folder"), ({"init_from": "../x"}, "outside the folder"),
         ({"n_examples": "many"}, "does not know"), ({"columns": ["--fresh"]}, "cannot be given"),
-        ({"lr": -1.0}, "at least 0"), ({"reward": "evil.py"}, "Python file"),
+        ({"lr": -1.0}, "at least 0"), ({"data": "evil.py"}, "more than the stage"),
+        ({"data": "/etc/passwd.jsonl"}, "outside the folder"),
     ],
 )  # fmt: skip
 def test_a_strange_configuration_starts_nothing(root, page, stages, changes, said):
@@ -414,7 +415,8 @@ def test_its_configuration_says_so_too():
 
 def test_texts_are_escaped_for_markdown():
     assert shared.plain(EVIL) == (
-        "\\<img src\\=x onerror\\=alert\\(1\\)\\> \\*\\*bold\\*\\* \\:red\\[red\\] \\$x\\$ \\[a\\]\\(http\\:x\\) \\`"
+        "\\<img src\\=x onerror\\=alert\\(1\\)\\> \\*\\*bold\\*\\* \\:red\\[red\\] \\$x\\$ "
+        "\\[a\\]\\(http\u200b\\:x\\) \\`"
     )
     assert "\u202e" not in shared.one_line("a\u202eb") and shared.one_line("a\nb") == "a⏎b"
 
@@ -423,3 +425,8 @@ def test_the_core_imports_nothing_of_the_panel():
     for path in (*ROOT.glob("*.py"), *(ROOT / "runtime").glob("*.py"), *(ROOT / "studies").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert "import streamlit" not in text and "from ui" not in text and "import ui" not in text, path
+
+
+def test_a_name_is_no_link():
+    for name in ("www.evil.example", "https://evil.example", "mailto:a", "a@evil.example"):
+        assert "\u200b" in shared.plain(name)

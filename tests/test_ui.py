@@ -1,6 +1,7 @@
 """What stands behind the control panel, without a browser and without Streamlit: the folder of runs, the queue, the
 forms, the page of rollouts, the answers."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,8 +20,10 @@ import chat
 import pretrain
 import sft
 from runtime import rollouts
+from runtime.checkpoint import write_text
 from runtime.config import parse
 from runtime.errors import UserError, run_main
+from runtime.lock import is_held
 from ui import forms, jobs, report, talk
 from ui import rollouts as page
 from ui.folder import Runs, Series, inside, rows_of, tail, thinned
@@ -55,17 +58,23 @@ def test_runs_are_found_with_their_state_and_figures(root):
     assert two.stage == "sft" and [parent["stage"] for parent in two.lineage] == ["pretrain"]
 
 
-def test_a_run_that_another_process_killed_is_stopped(root):
-    folder = root / "a" / "sft"
+@contextlib.contextmanager
+def held_elsewhere(folder):
+    """Another process works in the folder."""
     code = "import pathlib, sys, runtime.lock as l; l.hold(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
     child = subprocess.Popen(
         [sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
     child.stdout.readline()
-    runs = Runs(root)
-    assert runs.look("a/sft").state == "running"
+    yield
     child.kill()
     child.wait()
+
+
+def test_a_run_that_another_process_killed_is_stopped(root):
+    runs = Runs(root)
+    with held_elsewhere(root / "a" / "sft"):
+        assert runs.look("a/sft").state == "running"
     assert runs.look("a/sft").state == "finished"  # as its checkpoint says
 
 
@@ -169,7 +178,7 @@ def stages(monkeypatch, tmp_path):
     """A repository whose stages are small: they say their words, wait for a file or for Ctrl-C, and end."""
     here = tmp_path / "repository"
     here.mkdir()
-    (here / "stage.py").write_text(
+    (here / "grpo.py").write_text(
         "import json, os, pathlib, sys, time\n"
         "print(json.dumps([sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.getpid()]), flush=True)\n"
         "try:\n"
@@ -185,7 +194,7 @@ def stages(monkeypatch, tmp_path):
 def test_a_job_gets_its_words_as_they_are(stages, tmp_path):
     root = tmp_path / "out"
     queue, words = Queue(root), ["--a", "$(touch x); `ls` 'q\" \\", "--b=--fresh", "ü\n*"]
-    job = queue.add("stage.py", words, "one")
+    job = queue.add("grpo.py", words, "one")
     assert until(queue, job.number, FINISHED).told
     said = json.loads(queue.log(job.number).splitlines()[0])
     assert said[0] == words and not (stages / "x").exists()
@@ -196,10 +205,10 @@ def test_the_queue_knows_how_many_may_run_and_who_waits_for_whom(stages, tmp_pat
     monkeypatch.setattr(jobs, "cores", lambda: 2)
     queue, go = Queue(tmp_path / "out"), tmp_path / "go"
     assert queue.at_once == 2
-    first = queue.add("stage.py", ["--wait", str(go)], "task/sft")
-    second = queue.add("stage.py", ["--wait", str(go)], "task/grpo", needs=["task/sft"])
-    third = queue.add("stage.py", ["--wait", str(go)], "b")
-    fourth = queue.add("stage.py", ["--wait", str(go)], "c")
+    first = queue.add("grpo.py", ["--wait", str(go)], "task/sft")
+    second = queue.add("grpo.py", ["--wait", str(go)], "task/grpo", needs=["task/sft"])
+    third = queue.add("grpo.py", ["--wait", str(go)], "b")
+    fourth = queue.add("grpo.py", ["--wait", str(go)], "c")
     states = {job.folder: (job.state, job.told) for job in queue.jobs()}
     assert states["task/sft"][0] == states["b"][0] == RUNNING
     assert states["task/grpo"] == (WAITING, "waits for task/sft") and states["c"] == (WAITING, "waits for its turn")
@@ -208,14 +217,14 @@ def test_the_queue_knows_how_many_may_run_and_who_waits_for_whom(stages, tmp_pat
         until(queue, job.number, FINISHED)
     assert json.loads(queue.log(first.number).splitlines()[0])[1] == "1"  # two at once on two cores: one thread each
     queue.at_once = 1
-    alone = queue.add("stage.py", [], "d")
+    alone = queue.add("grpo.py", [], "d")
     until(queue, alone.number, FINISHED)
     assert json.loads(queue.log(alone.number).splitlines()[0])[1] == "2"
 
 
 def test_stop_is_ctrl_c_and_go_on_is_the_same_command(stages, tmp_path):
     queue = Queue(tmp_path / "out")
-    job = queue.add("stage.py", ["--fresh", "--wait", str(tmp_path / "never")], "one")
+    job = queue.add("grpo.py", ["--fresh", "--wait", str(tmp_path / "never")], "one")
     until(queue, job.number, RUNNING)
     while not queue.log(job.number):
         time.sleep(0.02)
@@ -226,12 +235,12 @@ def test_stop_is_ctrl_c_and_go_on_is_the_same_command(stages, tmp_path):
     assert again.words == ["--wait", str(tmp_path / "never")] and again.folder == "one"
     until(queue, again.number, RUNNING)
     with pytest.raises(UserError, match="already in the queue"):
-        queue.add("stage.py", [], "one")
+        queue.add("grpo.py", [], "one")
     while not queue.log(again.number):
         time.sleep(0.02)
     os.kill(next(one for one in queue.jobs() if one.number == again.number).pid, signal.SIGKILL)  # behind its back
     assert "killed by signal 9" in until(queue, again.number, FAILED).told
-    failed = queue.add("stage.py", ["--fail"], "one")
+    failed = queue.add("grpo.py", ["--fail"], "one")
     assert until(queue, failed.number, FAILED).told == "no such thing"
     queue.forget(failed.number)
     assert failed.number not in [one.number for one in queue.jobs()]
@@ -239,7 +248,7 @@ def test_stop_is_ctrl_c_and_go_on_is_the_same_command(stages, tmp_path):
 
 def test_a_job_outlives_the_panel(stages, tmp_path):
     queue, go = Queue(tmp_path / "out"), tmp_path / "go"
-    job = queue.add("stage.py", ["--wait", str(go)], "one")
+    job = queue.add("grpo.py", ["--wait", str(go)], "one")
     running = until(queue, job.number, RUNNING)
     other = Queue(tmp_path / "out")  # a panel that is started anew
     assert other.jobs()[0].state == RUNNING and born(running.pid) == running.born != ""
@@ -254,7 +263,7 @@ def test_a_job_outlives_the_panel(stages, tmp_path):
 
 def test_another_process_with_the_number_of_a_job_is_left_alone(stages, tmp_path):
     queue = Queue(tmp_path / "out")
-    job = queue.add("stage.py", [], "one")
+    job = queue.add("grpo.py", [], "one")
     until(queue, job.number, FINISHED)
     innocent = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     queue._jobs[job.number].state, queue._jobs[job.number].pid = RUNNING, innocent.pid
@@ -267,10 +276,97 @@ def test_another_process_with_the_number_of_a_job_is_left_alone(stages, tmp_path
 @pytest.mark.parametrize("folder", ["../x", "/tmp/x", "", ".", ".panel", ".panel/x", "a/.panel"])
 def test_a_job_writes_nowhere_else(stages, tmp_path, folder):
     with pytest.raises(UserError):
-        Queue(tmp_path / "out").add("stage.py", [], folder)
+        Queue(tmp_path / "out").add("grpo.py", [], folder)
 
 
-@pytest.mark.parametrize("script", ["../stage.py", "/bin/sh", "stage", "no.py", "-c.py", "a b.py"])
+def on_disk(root, **changes) -> None:
+    """A job as a stranger may have left it in the folder of runs."""
+    values = {"number": 1, "script": "grpo.py", "words": [], "folder": "one", "state": "waiting", "added": 1.0}
+    (root / ".panel").mkdir(parents=True, exist_ok=True)
+    (root / ".panel" / "00001.json").write_text(json.dumps(values | changes))
+
+
+def test_nothing_that_was_read_starts_by_itself(stages, tmp_path):
+    on_disk(tmp_path / "out", words=["--wait", str(tmp_path / "never")])
+    queue = Queue(tmp_path / "out")
+    queue.tick()
+    assert [job.state for job in queue.jobs()] == [STOPPED] and not queue._children
+    for changes in ({"script": "evil.py"}, {"folder": "../../etc"}, {"needs": ["/etc"]}):
+        on_disk(tmp_path / "out", **changes)
+        assert Queue(tmp_path / "out").jobs() == []
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("grpo.py", ["{out}/evil.py", "--print_config"]),
+        ("grpo.py", ["--print_config"]),
+        ("grpo.py", ["--reward", "{out}/evil.py"]),
+        ("grpo.py", ["--out_dir", "{elsewhere}"]),
+        ("grpo.py", ["--data", "{elsewhere}/passwd.jsonl"]),
+        ("grpo.py", ["--data_dir", "{elsewhere}"]),
+        ("reward.py", ["--encoder", "{elsewhere}"]),
+        ("ppo.py", ["--reward", "{elsewhere}/judge"]),
+        ("pipeline.py", ["--out", "{elsewhere}"]),
+        ("sft.py", ["--init_from", "../secret"]),
+    ],
+    ids=str,
+)
+def test_what_was_read_may_only_train_in_the_folder_of_runs(script, words, tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    words = [word.format(out=out, elsewhere=elsewhere) for word in words]
+    out.mkdir()
+    (out / "evil.py").write_text("raise SystemExit('it ran')")
+    on_disk(out, script=script, words=words, state="stopped")
+    with pytest.raises(UserError):
+        Queue(out).go_on(1)
+    kept = [word.replace(str(elsewhere), str(out / "x")).replace("../secret", str(out / "x")) for word in words]
+    if not any(word.endswith(".py") or word == "--print_config" for word in kept):
+        forms.check_words(out, script, kept)  # the same, inside
+
+
+def test_a_second_panel_only_looks(stages, tmp_path):
+    (tmp_path / "out" / ".panel").mkdir(parents=True)
+    with held_elsewhere(tmp_path / "out" / ".panel"):
+        with pytest.raises(UserError, match="another panel looks after"):
+            Queue(tmp_path / "out").add("grpo.py", [], "one")
+    queue = Queue(tmp_path / "out")
+    until(queue, queue.add("grpo.py", [], "one").number, FINISHED)
+
+
+def test_a_full_disk_starts_nothing_and_nothing_twice(stages, tmp_path, monkeypatch):
+    queue = Queue(tmp_path / "out", at_once=1)
+
+    def full(path, text):
+        raise UserError("no space left on the disk")
+
+    monkeypatch.setattr(jobs, "write_text", full)
+    with pytest.raises(UserError, match="no space left"):
+        queue.add("grpo.py", [], "one")
+    assert queue.jobs() == [] and not queue._children
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs, "ROOT", stages)
+    written = []
+
+    def once(path, text):
+        written.append(json.loads(text)["state"])
+        return full(path, text) if len(written) > 2 else write_text(path, text)
+
+    monkeypatch.setattr(jobs, "write_text", once)
+    job = queue.add("grpo.py", ["--wait", str(tmp_path / "never")], "one")
+    assert written == ["waiting", "running", "running"] and queue.jobs()[0].state == RUNNING
+    assert json.loads((tmp_path / "out" / ".panel" / "00001.json").read_text())["state"] == "running"
+    monkeypatch.undo()
+    queue.stop(job.number)
+    until(queue, job.number, STOPPED)
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    assert not is_held(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["../grpo.py", "/bin/sh", "stage", "no.py", "-c.py", "a b.py"])
 def test_a_job_is_a_stage_of_the_book(stages, tmp_path, script):
     with pytest.raises(UserError, match="is no stage"):
         Queue(tmp_path / "out").add(script, [], "one")
@@ -282,19 +378,19 @@ def test_what_a_job_prints_goes_through_no_link(stages, tmp_path):
     secret.write_text("mine")
     (home / "00001.log").symlink_to(secret)
     queue = Queue(tmp_path / "out")
-    job = queue.add("stage.py", [], "one")
+    job = queue.add("grpo.py", [], "one")
     assert "could not be started" in until(queue, job.number, FAILED).told and secret.read_text() == "mine"
     assert queue.log(job.number) == ""
     shutil.rmtree(home)
     home.symlink_to(tmp_path)
     with pytest.raises(UserError, match="is a link"):
-        Queue(tmp_path / "out").add("stage.py", [], "two")
+        Queue(tmp_path / "out").add("grpo.py", [], "two")
 
 
 def test_a_queue_that_someone_else_wrote_starts_nothing_strange(stages, tmp_path):
     home = tmp_path / "out" / ".panel"
     home.mkdir(parents=True)
-    good = {"number": 1, "script": "stage.py", "words": [], "folder": "one", "state": "waiting"}
+    good = {"number": 1, "script": "grpo.py", "words": [], "folder": "one", "state": "waiting"}
     bad = [
         good | {"script": "../../bin/sh"}, good | {"words": "x"}, good | {"words": [1]}, good | {"state": "x"},
         good | {"more": 1}, [good], good | {"number": True}, good | {"words": ["a\0b"]}, good | {"number": 90},

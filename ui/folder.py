@@ -103,11 +103,11 @@ def rows_of(text: bytes) -> list[dict]:
     lines = text.decode("utf-8", "replace").splitlines()
     try:
         rows = json.loads(f"[{','.join(lines)}]")
-        if all(type(row) is dict and type(row.get("step")) is int for row in rows):
+        if all(type(row) is dict and type(row.get("step")) is int and abs(row["step"]) < 2**53 for row in rows):
             return rows
     except (ValueError, RecursionError):
         pass
-    return [row for row in map(whole_row, lines) if row is not None]
+    return [row for row in map(whole_row, lines) if row is not None and abs(row["step"]) < 2**53]
 
 
 def thinned(steps: Sequence, values: Sequence, most: int = 240) -> tuple[list, list]:
@@ -152,7 +152,7 @@ class Run:
     @property
     def progress(self) -> float | None:
         """The share of the steps that are done, as far as that is known."""
-        return round(min(1.0, self.step / self.steps), 2) if self.steps else None
+        return round(max(0.0, min(1.0, self.step / self.steps)), 2) if self.steps else None
 
     def best_at_a_glance(self) -> str:
         return "" if self.best is None else f"{self.best:.3f} {words_of(self.best_name)[0]}"
@@ -229,7 +229,7 @@ class Runs:
             run.saved = run.step
             run.config, config_problem = self._config(path, state)
             run.lineage = state.get("lineage", [])
-            run.steps = state.get("steps") or _count(run.config.get("steps"))
+            run.steps = _count(state.get("steps")) or _count(run.config.get("steps"))
             run.seed = run.config.get("seed") if isinstance(run.config.get("seed"), int) else None
             run.problem = run.problem or config_problem
             series = self._series_in(path)
@@ -294,7 +294,7 @@ class Runs:
         if known is None or known[0] != stamp:
             try:
                 read = json.loads(file.read_bytes()[: 1 << 22].decode("utf-8", "replace"))
-                known = (stamp, read if isinstance(read, dict) else "config.json holds no configuration")
+                known = (stamp, read if _is_configuration(read) else "config.json holds no configuration")
             except (ValueError, RecursionError):
                 known = (stamp, "config.json is damaged")
             self._configs[file] = known
@@ -327,6 +327,14 @@ def _natural(name: str) -> list:
 
 def _count(value) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _is_configuration(values) -> bool:
+    """A configuration has values and lists of them, and nothing deeper."""
+    if not isinstance(values, dict):
+        return False
+    parts = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in values.values())
+    return not any(isinstance(part, (dict, list)) for part in parts)
 
 
 def _last(curves: dict) -> int:

@@ -16,6 +16,7 @@ from types import UnionType
 from runtime.config import Bound, fits, read, read_preset, validate
 from runtime.errors import UserError
 from runtime.fields import first_line, groups_of, texts_of, title
+from ui.folder import inside
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {  # the chapters that can be started, and what they do
@@ -32,6 +33,7 @@ STAGES = {  # the chapters that can be started, and what they do
 }
 STARTS = {"sft": "pretrain", "reward": "sft", "dpo": "sft", "kto": "sft", "ppo": "sft", "grpo": "sft", "gdpo": "sft"}
 PLACES = ("out_dir", "init_from", "out")  # fields that name a folder of runs: the panel fills them in
+FOLDERS = (*PLACES, "tokenizer_from", "encoder", "data_dir")  # whose values are always places
 UNSHOWN = ("fresh", *PLACES)
 TITLES = {"RolloutConfig": "Answers", "LoRARunConfig": "Adapters", "TrainConfig": "Training", "RunConfig": "The run"}
 
@@ -208,6 +210,31 @@ def words_of_run(stage: str, config: dict) -> list[str]:
             words += _said(name, value)
     read(cls, words)
     return words
+
+
+def check_places(root: Path, config) -> None:
+    """UserError: a value of a configuration that somebody else wrote names a place outside the folder of runs, or code.
+    Of a value without a slash only the fields for folders, and files, are places."""
+    defaults = type(config)()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        parts = [str(part) for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, str)]
+        for part in (piece for text in parts for piece in text.split("+") if piece):
+            if part.endswith(".py"):
+                raise UserError(f"its {field.name} is a Python file: go on with it from the command line")
+            named = "/" in part or "\\" in part or part[0] in ".~" or Path(part).suffix in (".jsonl", ".json", ".pt")
+            if field.name in FOLDERS or (named and value != getattr(defaults, field.name)):
+                inside(root, ROOT / part)
+
+
+def check_words(root: Path, script: str, words: list[str]) -> None:
+    """``check_places`` of a command that was read from a file: of a stage, with a preset of the book at most."""
+    stage = script.removesuffix(".py")
+    cls = config_of(stage)
+    preset = words[:1] if words[:1] and words[0] in presets(stage) else []
+    if any(word.endswith(".py") for word in words[len(preset) :]) or {"-h", "--help", "--print_config"} & {*words}:
+        raise UserError("its command runs more than the stage: go on with it from the command line")
+    check_places(root, read(cls, [str(ROOT / one) for one in preset] + words[len(preset) :])[0])
 
 
 def script_of(stage: str) -> str:

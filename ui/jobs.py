@@ -3,6 +3,9 @@
 A job is a list of words, handed to the system as it is: no shell reads it. What is known about it stands in
 ``.panel/`` of the folder of runs, so the queue survives the panel, and so do its processes. One that is to stop gets
 what Ctrl-C sends: the stage finishes its step, saves and ends, and the same words go on from there.
+
+Such a folder may come from somebody else, and what stands in it is not what this user has asked for. So nothing that
+was read from there starts by itself, and what is to go on may do nothing but train in the folder of runs.
 """
 
 import contextlib
@@ -21,8 +24,10 @@ from pathlib import Path
 
 from runtime.checkpoint import load_checkpoint, write_text
 from runtime.errors import UserError
-from runtime.lock import is_held
+from runtime.lock import NAME as LOCK
+from runtime.lock import hold, is_held
 from ui.folder import OWN, inside, plain_file, tail
+from ui.forms import STAGES, check_words
 
 ROOT = Path(__file__).resolve().parent.parent
 WAITING, RUNNING, STOPPING, FINISHED, STOPPED, FAILED = (
@@ -104,6 +109,7 @@ class Queue:
         self.root, self.home = root.resolve(), root.resolve() / OWN
         self.at_once = at_once or min(2, cores())
         self._children: dict[int, subprocess.Popen] = {}  # by the number of the job
+        self._mine: set[int] = set()  # the jobs that were added here, and not read
         self._busy = threading.RLock()
         self._jobs: dict[int, Job] = {}
         self._read()
@@ -113,8 +119,27 @@ class Queue:
             if plain_file(path) is not None:
                 with contextlib.suppress(OSError, ValueError, RecursionError):
                     job = checked(json.loads(path.read_bytes()[: 1 << 20]))
-                    if job is not None and path.stem == f"{job.number:05d}":
+                    if job is not None and path.stem == f"{job.number:05d}" and self._is_ours(job):
+                        if job.state == WAITING:
+                            job.state, job.told = STOPPED, "the panel ended before its turn"
                         self._jobs[job.number] = job
+
+    def _is_ours(self, job: Job) -> bool:
+        """Whether a job that was read is one of a stage, about folders below the folder of runs."""
+        with contextlib.suppress(UserError):
+            for folder in (job.folder, *job.needs):
+                inside(self.root, folder)
+            return job.script.removesuffix(".py") in STAGES
+        return False
+
+    def leads(self) -> bool:
+        """Whether this panel looks after the queue: of two panels of a folder the first one does."""
+        if self.home.is_symlink() or (self.home / LOCK).is_symlink():
+            return False
+        with contextlib.suppress(UserError):
+            hold(self.home)
+            return True
+        return False
 
     def _write(self, job: Job) -> None:
         if self.home.is_symlink():
@@ -131,8 +156,12 @@ class Queue:
     def add(self, script: str, words: list[str], folder: str, needs: list[str] = ()) -> Job:
         """Put a stage into the queue. UserError: its folder lies outside the folder of runs, or is in use."""
         with self._busy:
-            if not re.fullmatch(r"\w+\.py", script) or not (ROOT / script).is_file():
+            if script.removesuffix(".py") not in STAGES or not (ROOT / script).is_file():
                 raise UserError(f"{script!r} is no stage")
+            if self.home.is_symlink():
+                raise UserError(f"{self.home} is a link: the panel writes nothing there")
+            if not self.leads():
+                raise UserError(f"another panel looks after {self.root}: use that one, or end it")
             place = inside(self.root, folder)
             if place == self.root or OWN in place.relative_to(self.root).parts:
                 raise UserError(f"{folder!r} is no folder for a run")
@@ -148,15 +177,16 @@ class Queue:
                 raise UserError(
                     "this is no command that could be started: a word of it holds a zero byte, or it is too long"
                 )
-            self._jobs[job.number] = job
             self._write(job)
+            self._jobs[job.number] = job
+            self._mine.add(job.number)
             self.tick()
             return dataclasses.replace(job)
 
     def stop(self, number: int) -> None:
         """As Ctrl-C: a stage that runs finishes its step and saves; one that waits leaves the queue."""
         with self._busy:
-            job = self._jobs[number]
+            job = self._known(number)
             if job.state == WAITING:
                 job.state, job.told = STOPPED, "taken out of the queue"
             elif job.state in (RUNNING, STOPPING) and job.born and born(job.pid) == job.born:
@@ -167,14 +197,21 @@ class Queue:
     def go_on(self, number: int) -> Job:
         """The same words once more: a stage that was stopped goes on from its checkpoint."""
         with self._busy:
-            old = self._jobs[number]
+            old = self._known(number)
             words = [word for word in old.words if word != "--fresh"]
+            if number not in self._mine:
+                check_words(self.root, old.script, words)
             return self.add(old.script, words, old.folder, old.needs)
+
+    def _known(self, number: int) -> Job:
+        if number not in self._jobs:
+            raise UserError(f"job {number} is not in the list any more")
+        return self._jobs[number]
 
     def forget(self, number: int) -> None:
         """Take an ended job out of the list. What its run has written stays."""
         with self._busy:
-            if self._jobs[number].state not in OPEN:
+            if number in self._jobs and self._jobs[number].state not in OPEN:
                 del self._jobs[number]
                 for ending in ("json", "log"):
                     (self.home / f"{number:05d}.{ending}").unlink(missing_ok=True)
@@ -199,11 +236,14 @@ class Queue:
         threading.Thread(target=forever, daemon=True, name="queue").start()
 
     def tick(self) -> None:
-        """See which jobs have ended, and start those whose turn it is."""
+        """See which jobs have ended, and start those whose turn it is. On a full disk what is known stays known, and is
+        written down with the next change.
+        """
         with self._busy:
             for job in self._jobs.values():
                 if job.state in (RUNNING, STOPPING):
-                    self._look(job)
+                    with contextlib.suppress(OSError, UserError):
+                        self._look(job)
             for number in sorted(self._jobs):
                 job = self._jobs[number]
                 if job.state == WAITING:
@@ -235,6 +275,8 @@ class Queue:
         self._write(job)
 
     def _is_finished(self, job: Job) -> bool:
+        if job.script == "pipeline.py":  # its last line
+            return "\ntalk to it:" in self.log(job.number)
         try:
             return bool(load_checkpoint(self.root / job.folder, mmap=True).get("finished"))
         except UserError:
@@ -255,18 +297,19 @@ class Queue:
         job.threads = max(1, cores() // self.at_once)
         environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "PYTHONUNBUFFERED": "1", "COLUMNS": "110"}
         try:
-            self._write(job)
+            self._write(dataclasses.replace(job, state=RUNNING))  # before it runs: it must not be started a second time
             with open(self.home / f"{job.number:05d}.log", "wb", opener=_not_through_a_link) as log:
                 child = subprocess.Popen(
                     [sys.executable, str(ROOT / job.script), *job.words], cwd=ROOT, env=environment,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
-        except OSError as error:
-            job.state, job.told = FAILED, f"it could not be started: {error.strerror}"
+        except (OSError, UserError) as error:
+            job.state, job.told = FAILED, f"it could not be started: {getattr(error, 'strerror', None) or error}"
         else:
             self._children[job.number] = child
             job.state, job.pid, job.born, job.told = RUNNING, child.pid, born(child.pid), ""
-        self._write(job)
+        with contextlib.suppress(OSError, UserError):
+            self._write(job)
 
     @staticmethod
     def _maker(makers: dict[str, Job], need: str) -> Job | None:

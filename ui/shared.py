@@ -37,11 +37,14 @@ def root() -> Path:
 
 def refuse_other_machines() -> None:
     """Show nothing if the server listens to more than this machine."""
-    address = st.get_option("server.address")
-    if address not in HERE:
+    safe = st.get_option("server.address") in HERE
+    safe = safe and st.get_option("server.enableCORS") and st.get_option("server.enableXsrfProtection")
+    safe = safe and not st.get_option("server.corsAllowedOrigins") and not st.get_option("global.developmentMode")
+    if not safe:
         st.error(
-            "This panel starts processes, so it answers to this machine alone: start it in the repository's folder, "
-            "whose .streamlit/config.toml says so, or with --server.address 127.0.0.1"
+            "This panel starts processes, so it answers to this machine and to its own page alone. A setting of "
+            "Streamlit's (server.address, server.enableCORS, server.enableXsrfProtection, server.corsAllowedOrigins, "
+            "global.developmentMode) says otherwise than ui/.streamlit/config.toml."
         )
         st.stop()
 
@@ -73,6 +76,7 @@ def plain(text: str) -> str:
     'a\\\\*b\\\\* \\\\:red\\\\[c\\\\] \\\\<b\\\\> \\\\$x\\\\$'
     """
     text = printable(str(text)).replace("\n", " ").replace("\t", " ")
+    text = re.sub(r"(?i)(https?|ftp|mailto|www)(?=[.:])|(?=@)", lambda found: f"{found[0]}\u200b", text)  # no link
     return re.sub(r"([\\`*_{}\[\]()#+\-.!|<>~$:&^=])", r"\\\1", text)
 
 

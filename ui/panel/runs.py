@@ -12,9 +12,8 @@ from runtime.reference import CURVES, FILE, band
 from runtime.runs import COMPARED, duration
 from runtime.words import label_of
 from ui import shared
-from ui.folder import Run, ago, inside, thinned
-from ui.forms import differences, script_of, words_of_run
-from ui.jobs import ROOT
+from ui.folder import Run, ago, thinned
+from ui.forms import STAGES, check_words, differences, script_of, words_of_run
 from ui.shared import one_line, plain
 
 MOST = 12  # runs whose curves are drawn together
@@ -150,14 +149,11 @@ def go_on_with(run: Run) -> None:
     """Put a run that was not started here into the queue, with the configuration that it wrote."""
     try:
         script, config = script_of(run.stage), run.config | {"out_dir": shared.short(run.path)}
-        for name in ("init_from", "tokenizer_from"):
-            if config.get(name):
-                inside(shared.root(), ROOT / str(config[name]))
-        if str(config.get("reward", "")).endswith(
-            ".py"
-        ):  # a folder of a stranger's must not have code run with a click
-            raise UserError("its rewards are a Python file: go on with it from the command line")
-        shared.queue().add(f"{script}.py", words_of_run(script, config), run.name)
+        if script not in STAGES or script == "pipeline":
+            raise UserError(f"no stage of the panel writes a run that calls itself {run.stage!r}")
+        words = words_of_run(script, config)
+        check_words(shared.root(), script, words)  # a stranger's folder must not have more done with a click
+        shared.queue().add(f"{script}.py", words, run.name)
     except UserError as error:
         st.error(plain(str(error)))
     else:

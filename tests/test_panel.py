@@ -374,6 +374,29 @@ def test_two_models_answer_the_same_question_with_the_same_seed(page):
     assert test.session_state["turns"][0]["answers"]["seed0/grpo"] == before
 
 
+def test_chat_keeps_its_settings_and_says_what_the_colours_mean(root, monkeypatch):
+    monkeypatch.setenv("ALIGNBOOK_RUNS", str(root))
+    real = st.get_option
+    monkeypatch.setattr(st, "get_option", lambda name: "127.0.0.1" if name == "server.address" else real(name))
+    test = AppTest.from_file(str(ROOT / "ui" / "app.py"), default_timeout=120).run()
+    test.switch_page("panel/talk.py")
+    run(test).slider(key="chat temperature").set_value(0.2)
+    run(test).switch_page("panel/card.py")
+    run(test).switch_page("panel/talk.py")
+    assert run(test).slider(key="chat temperature").value == 0.2
+    test.chat_input[0].set_value("Tom has 4 apples. How many?")
+    run(test)
+    assert any("Hover a token" in element.proto.body for element in test.get("html"))
+
+
+def test_chat_tells_a_run_that_has_not_saved_from_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNBOOK_RUNS", str(tmp_path))
+    (tmp_path / "arith" / "pretrain").mkdir(parents=True)
+    (tmp_path / "arith" / "pretrain" / "config.json").write_text("{}")
+    test = AppTest.from_file(str(ROOT / "ui" / "panel" / "talk.py"), default_timeout=120).run()
+    assert not test.exception and "No run can answer yet" in test.info[0].value
+
+
 def test_a_damaged_checkpoint_cannot_talk_and_says_so(root, page):
     test = page("talk")
     (root / "seed0" / "grpo" / "ckpt.pt").write_bytes((root / "a" / "sft" / "ckpt.pt").read_bytes()[:500])

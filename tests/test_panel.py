@@ -381,9 +381,10 @@ def test_chat_keeps_its_settings_and_says_what_the_colours_mean(root, monkeypatc
     test = AppTest.from_file(str(ROOT / "ui" / "app.py"), default_timeout=120).run()
     test.switch_page("panel/talk.py")
     run(test).slider(key="chat temperature").set_value(0.2)
+    test.selectbox(key="one").set_value("a/sft")
     run(test).switch_page("panel/card.py")
     run(test).switch_page("panel/talk.py")
-    assert run(test).slider(key="chat temperature").value == 0.2
+    assert run(test).slider(key="chat temperature").value == 0.2 and test.selectbox(key="one").value == "a/sft"
     test.chat_input[0].set_value("Tom has 4 apples. How many?")
     run(test)
     assert any("Hover a token" in element.proto.body for element in test.get("html"))

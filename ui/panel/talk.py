@@ -136,11 +136,18 @@ if not names:
         shared.nothing_yet()
     st.stop()
 st.session_state.setdefault("turns", [])
+for chosen in ("one", "two"):  # what is kept from before may be gone
+    if st.session_state.get(chosen, NONE) not in (NONE, *names):
+        del st.session_state[chosen]
 ready = next((name for name in names if name.endswith("grpo")), names[-1])
 left, right = st.columns(2)
-one = left.selectbox("Model", names, index=names.index(ready), key="one", format_func=one_line)
+one = left.selectbox("Model", names, index=names.index(ready), key="one", format_func=one_line, persist_state="session")
 two = right.selectbox(
-    "beside it", [NONE, *(n for n in names if n != one)], key="two", format_func=lambda n: one_line(n) or "nothing"
+    "beside it",
+    [NONE, *(n for n in names if n != one)],
+    key="two",
+    format_func=lambda n: one_line(n) or "nothing",
+    persist_state="session",
 )
 chosen = [one, *([two] if two else [])]
 settings, remember = show_settings()

@@ -465,6 +465,24 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_an_unknown_run_is_answered_with_those_nearby(tmp_path):
+    for name in ("arith_quick/grpo", "arith_quick/sft", "other/dpo"):
+        (tmp_path / name).mkdir(parents=True)
+        if "sft" not in name:
+            (tmp_path / name / "rollouts.jsonl").write_text("")
+    with pytest.raises(UserError) as told:
+        page.find(str(tmp_path / "arith" / "grpo"))
+    said = str(told.value)
+    assert "there is no run" in said and said.endswith(f"{tmp_path}/arith_quick/grpo, {tmp_path}/other/dpo")
+    with pytest.raises(UserError, match="arith_quick/grpo$"):
+        page.find(str(tmp_path / "arith_quick" / "sft"))
+
+
+def test_help_offers_its_own_words_alone():
+    done = subprocess.run([sys.executable, "ui/rollouts.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "[RUN] [--write PAGE]" in done.stdout and "PRESET" not in done.stdout
+
+
 def test_the_script_runs_as_a_file(tmp_path):
     (tmp_path / "rollouts.jsonl").write_text(json.dumps(record("plain")) + "\n")
     done = subprocess.run([sys.executable, "ui/rollouts.py", tmp_path], cwd=ROOT, capture_output=True, text=True)

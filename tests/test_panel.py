@@ -269,6 +269,26 @@ def test_start_begins_with_one_click(root, page, stages):
     )
 
 
+def test_a_finished_job_leads_to_what_it_made(root, page, stages):
+    code = """
+print("3 stages, 3 of them finished, nothing to do")
+print("--quick: next to no training. A first look that learns: python pipeline.py --only grpo")
+print("talk to it: python chat.py x")
+"""
+    (jobs.ROOT / "pipeline.py").write_text(code)
+    shutil.copytree(root / "seed0" / "grpo", root / "a" / "grpo")
+    queue = jobs.Queue(root)
+    number = queue.add("pipeline.py", ["--quick"], "a").number
+    while queue.jobs()[0].state in jobs.OPEN:
+        time.sleep(0.05)
+    (job,) = started(root, 1)
+    assert job["told"] == "it had nothing to do: all of it was finished before"
+    test = page("start")
+    names = [button.label for button in test.button if button.key and button.key.endswith(f" {number}")]
+    assert names == ["Chat with it", "Rollouts", "Report card", "Remove from the list"]
+    assert not any("first look that learns:" in caption.value for caption in test.caption)
+
+
 def test_start_makes_a_command_of_a_form_and_starts_it(root, page, stages):
     test = page("start")
     key = "grpo|"

@@ -182,6 +182,14 @@ def stages(monkeypatch, tmp_path):
     return here
 
 
+def test_the_status_line_has_no_bars_and_names_the_stage():
+    said = jobs.spoken("\nstage 2 of 3: SFT, about 1 min left\n2/3 SFT:  37%|###  | 3/8\ngreedy:   0%|   | 0/1\n")
+    assert said == ["stage 2 of 3: SFT, about 1 min left"] and jobs.stage_in(said) == "stage 2 of 3"
+    assert jobs.stage_in(["sft done"]) == "" and jobs.spoken("talk to it: python chat.py x") == []
+    done = "out/a is finished (6 steps); --fresh would start again"
+    assert jobs.had_nothing_to_do("sft.py", [done]) and not jobs.had_nothing_to_do("pipeline.py", [done])
+
+
 def test_a_job_gets_its_words_as_they_are(stages, tmp_path):
     root = tmp_path / "out"
     queue, words = Queue(root), ["--a", "$(touch x); `ls` 'q\" \\", "--b=--fresh", "ü\n*"]

@@ -270,6 +270,26 @@ def test_start_begins_with_one_click(root, page, stages):
     )
 
 
+def test_a_finished_job_leads_to_what_it_made(root, page, stages):
+    code = """
+print("3 stages, 3 of them finished, nothing to do")
+print("--quick: next to no training. A first look that learns: python pipeline.py --only grpo")
+print("talk to it: python chat.py x")
+"""
+    (jobs.ROOT / "pipeline.py").write_text(code)
+    shutil.copytree(root / "seed0" / "grpo", root / "a" / "grpo")
+    queue = jobs.Queue(root)
+    number = queue.add("pipeline.py", ["--quick"], "a").number
+    while queue.jobs()[0].state in jobs.OPEN:
+        time.sleep(0.05)
+    (job,) = started(root, 1)
+    assert job["told"] == "it had nothing to do: all of it was finished before"
+    test = page("start")
+    names = [button.label for button in test.button if button.key and button.key.endswith(f" {number}")]
+    assert names == ["Chat with it", "Rollouts", "Report card", "Remove from the list"]
+    assert not any("first look that learns:" in caption.value for caption in test.caption)
+
+
 def test_start_makes_a_command_of_a_form_and_starts_it(root, page, stages):
     test = page("start")
     key = "grpo|"
@@ -373,6 +393,30 @@ def test_two_models_answer_the_same_question_with_the_same_seed(page):
     test.chat_input[0].set_value("Tom has 4 apples. How many?")
     run(test)
     assert test.session_state["turns"][0]["answers"]["seed0/grpo"] == before
+
+
+def test_chat_keeps_its_settings_and_says_what_the_colours_mean(root, monkeypatch):
+    monkeypatch.setenv("ALIGNBOOK_RUNS", str(root))
+    real = st.get_option
+    monkeypatch.setattr(st, "get_option", lambda name: "127.0.0.1" if name == "server.address" else real(name))
+    test = AppTest.from_file(str(ROOT / "ui" / "app.py"), default_timeout=120).run()
+    test.switch_page("panel/talk.py")
+    run(test).slider(key="chat temperature").set_value(0.2)
+    test.selectbox(key="one").set_value("a/sft")
+    run(test).switch_page("panel/card.py")
+    run(test).switch_page("panel/talk.py")
+    assert run(test).slider(key="chat temperature").value == 0.2 and test.selectbox(key="one").value == "a/sft"
+    test.chat_input[0].set_value("Tom has 4 apples. How many?")
+    run(test)
+    assert any("Hover a token" in element.proto.body for element in test.get("html"))
+
+
+def test_chat_tells_a_run_that_has_not_saved_from_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALIGNBOOK_RUNS", str(tmp_path))
+    (tmp_path / "arith" / "pretrain").mkdir(parents=True)
+    (tmp_path / "arith" / "pretrain" / "config.json").write_text("{}")
+    test = AppTest.from_file(str(ROOT / "ui" / "panel" / "talk.py"), default_timeout=120).run()
+    assert not test.exception and "No run can answer yet" in test.info[0].value
 
 
 def test_a_damaged_checkpoint_cannot_talk_and_says_so(root, page):

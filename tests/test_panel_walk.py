@@ -236,3 +236,24 @@ def test_a_page_of_rollouts_works_without_a_server(browser, root, tmp_path):
         assert browser.evaluate("document.documentElement.scrollWidth") <= 1280
         browser.window(390, 844, dark=theme)
         assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_run_in_which_nothing_can_be_learned_says_so(browser, root, tmp_path):
+    page, run = tmp_path / "page.html", tmp_path / "run"
+    run.mkdir()
+    record = json.loads((root / "seed0" / "grpo" / "rollouts.jsonl").read_text().splitlines()[-1])
+    answers = [answer for group in record["groups"] for answer in group["answers"]]
+    for advantage in (0.0, 1.0):
+        for answer in answers:
+            answer.pop("ref", None)
+            answer["reward"], answer["advantage"] = 0.0, advantage
+        (run / "rollouts.jsonl").write_text(json.dumps(record) + "\n")
+        subprocess.run([sys.executable, "ui/rollouts.py", str(run), "--write", str(page)], cwd=ROOT, check=True)
+        browser.window(1280, 900)
+        browser.open("about:blank")
+        browser.open(page.as_uri())
+        told = browser.evaluate("document.getElementById('flat').innerText")
+        assert ("nothing to learn in this step" in told) == (advantage == 0.0)
+        assert browser.evaluate("document.getElementById('steps').offsetHeight") < 40
+        orders = browser.evaluate("[...document.querySelectorAll('#sort option')].map((n) => n.value)")
+        assert "kl" not in orders and "moved" in orders

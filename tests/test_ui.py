@@ -191,6 +191,14 @@ def stages(monkeypatch, tmp_path):
     return here
 
 
+def test_the_status_line_has_no_bars_and_names_the_stage():
+    said = jobs.spoken("\nstage 2 of 3: SFT, about 1 min left\n2/3 SFT:  37%|###  | 3/8\ngreedy:   0%|   | 0/1\n")
+    assert said == ["stage 2 of 3: SFT, about 1 min left"] and jobs.stage_in(said) == "stage 2 of 3"
+    assert jobs.stage_in(["sft done"]) == "" and jobs.spoken("talk to it: python chat.py x") == []
+    done = "out/a is finished (6 steps); --fresh would start again"
+    assert jobs.had_nothing_to_do("sft.py", [done]) and not jobs.had_nothing_to_do("pipeline.py", [done])
+
+
 def test_a_job_gets_its_words_as_they_are(stages, tmp_path):
     root = tmp_path / "out"
     queue, words = Queue(root), ["--a", "$(touch x); `ls` 'q\" \\", "--b=--fresh", "ü\n*"]
@@ -559,6 +567,24 @@ def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run_main(page.main)
         assert said in capsys.readouterr().err
+
+
+def test_an_unknown_run_is_answered_with_those_nearby(tmp_path):
+    for name in ("arith_quick/grpo", "arith_quick/sft", "other/dpo"):
+        (tmp_path / name).mkdir(parents=True)
+        if "sft" not in name:
+            (tmp_path / name / "rollouts.jsonl").write_text("")
+    with pytest.raises(UserError) as told:
+        page.find(str(tmp_path / "arith" / "grpo"))
+    said = str(told.value)
+    assert "there is no run" in said and said.endswith(f"{tmp_path}/arith_quick/grpo, {tmp_path}/other/dpo")
+    with pytest.raises(UserError, match="arith_quick/grpo$"):
+        page.find(str(tmp_path / "arith_quick" / "sft"))
+
+
+def test_help_offers_its_own_words_alone():
+    done = subprocess.run([sys.executable, "ui/rollouts.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "[RUN] [--write PAGE]" in done.stdout and "PRESET" not in done.stdout
 
 
 def test_the_script_runs_as_a_file(tmp_path):

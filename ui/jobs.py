@@ -98,6 +98,39 @@ def born(pid: int) -> str:
     return done.stdout.strip()
 
 
+HINTS = ("talk to it:", "--quick:")  # lines of the pipeline for the terminal: the panel has pages that say the same
+
+
+def spoken(text: str) -> list[str]:
+    """The lines of an output that say something: without progress bars and without hints for the terminal.
+
+    >>> spoken("stage 2 of 3: SFT\\n  greedy:  40%|####      | 2/5\\n\\ntalk to it: python chat.py")
+    ['stage 2 of 3: SFT']
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not re.search(r"\d+%\|", line) and not line.startswith(HINTS)]
+
+
+def stage_in(lines: list[str]) -> str:
+    """Which stage of how many the pipeline is at, as it last said; empty if it has not.
+
+    >>> stage_in(["stage 1 of 3: Base, finished: accuracy 0.1", "stage 2 of 3: SFT, about 2 min left", "more"])
+    'stage 2 of 3'
+    """
+    found = [match[0] for line in lines if (match := re.search(r"\bstage \d+ of \d+(?=:)", line))]
+    return found[-1] if found else ""
+
+
+def had_nothing_to_do(script: str, lines: list[str]) -> bool:
+    """Whether everything that a command would have made was there already.
+
+    >>> had_nothing_to_do("pipeline.py", ["3 stages, 3 of them finished, nothing to do"])
+    True
+    """
+    said = r", nothing to do$" if script == "pipeline.py" else r" is finished \(\d+ steps\); --fresh"
+    return any(re.search(said, line) for line in lines)
+
+
 def _not_through_a_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
@@ -257,9 +290,10 @@ class Queue:
         if child is None and job.born and born(job.pid) == job.born:
             return  # a process of an earlier panel
         self._children.pop(job.number, None)
-        lines = [line for line in self.log(job.number, 3000).splitlines() if line.strip()]
-        told = [line for line in lines if not line.startswith("talk to it:")]  # the panel has a page for that
-        last = told[-1].strip()[:300] if told else ""
+        lines = spoken(self.log(job.number, 20_000))
+        last = lines[-1][:300] if lines else ""
+        if had_nothing_to_do(job.script, lines):
+            last = "it had nothing to do: all of it was finished before"
         if status == 0 or (child is None and self._is_finished(job)):
             job.state, job.told = FINISHED, last
         elif job.state == STOPPING or status == 130:

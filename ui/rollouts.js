@@ -164,10 +164,14 @@ function heightOf(record) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The parts of the page
 
+const flat = (group) => group.answers.length > 1 && group.answers.every((answer) => answer.advantage === 0);
+const isFlat = (record) => record.kind !== "preferences" && record.groups.length > 0 && record.groups.every(flat);
+
 function drawSteps() {
   const nav = document.getElementById("steps");
   const heights = records.map(heightOf), most = Math.max(1e-9, ...heights.filter(known)), least = Math.min(0, ...heights.filter(known));
   const named = Math.ceil(records.length / 26);
+  nav.className = most - least > 1e-6 ? "steps" : "steps low"; // no room for bars that have no height
   nav.replaceChildren(...records.map((record, i) => {
     const button = make("button"), room = make("div", "room"), pole = make("div", "pole");
     pole.style.height = `${known(heights[i]) ? (100 * (heights[i] - least)) / (most - least || 1) : 0}%`;
@@ -183,6 +187,8 @@ function drawSteps() {
   const kind = record.kind === "preferences" ? "the same answers at every step" : "a few of the answers of each step";
   document.getElementById("caption").textContent =
     `Step ${record.step}, mean ${what} ${show(heights[state.at])} of what is shown; ${kind}. Arrow keys go from step to step.`;
+  document.getElementById("flat").textContent = !isFlat(record) ? "" :
+    "All answers of the groups shown earned the same: nothing to learn in this step. In the quick look that is to be expected; the second button of the page Start makes a run that learns.";
 }
 
 function drawBar() {
@@ -288,14 +294,13 @@ function drawSwing(value, most) {
   arm.style.left = value >= 0 ? "50%" : `${50 - half}%`;
   arm.style.backgroundColor = `rgb(var(--${value >= 0 ? "up" : "down"}))`;
   beam.append(arm);
-  swing.append(beam, make("span", "", signed(value)));
-  swing.title = "advantage";
+  swing.append(beam, make("span", "", signed(value)), make("span", "label", "advantage"));
   return swing;
 }
 
 function drawAnswer(record, group, answer) {
   const card = make("article", "answer"), head = make("div", "head"), marks = make("div", "marks");
-  head.append(make("span", "earned", record.kind === "preferences" ? signed(answer.reward) : show(answer.reward)));
+  head.append(make("span", "earned", record.kind === "preferences" ? signed(answer.reward) : show(answer.reward)), make("span", "label", "reward"));
   if (answer.label) head.append(make("span", "name", answer.label));
   if (known(answer.advantage)) {
     const most = Math.max(1e-9, ...group.answers.map((one) => Math.abs(one.advantage ?? 0)), 1);
@@ -351,7 +356,7 @@ function drawGroup(record, group, number) {
   } else if (group.answers.length > 1) {
     const middle = mean(earned), std = Math.sqrt(sum(earned.map((value) => (value - middle) ** 2)) / Math.max(1, earned.length - 1));
     add("mean reward ", show(middle));
-    if (group.answers.every((answer) => answer.advantage === 0)) add("flat: every answer earned the same, so there is nothing to learn here");
+    if (flat(group)) add("flat: every answer earned the same, so there is nothing to learn here");
     else add("std ", show(std));
   }
   section.append(facts);
@@ -465,11 +470,18 @@ function remember() { // the address names what is shown, so that a link leads t
   try { history.replaceState(null, "", `#step=${records[state.at].step}&colour=${state.colour}&sort=${state.sort}`); } catch { /* inside another page there is no address */ }
 }
 
+function offer() { // only what the run can be ordered by: some keep no reference, some are written down without ratios
+  const all = records.flatMap((record) => record.groups.flatMap((group) => group.answers));
+  for (const name of ["kl", "moved"]) {
+    if (!all.some((answer) => known(answer[name]))) document.querySelector(`#sort option[value="${name}"]`).remove();
+  }
+}
+
 function recall() {
   const wanted = new URLSearchParams(location.hash.slice(1)), step = records.findIndex((one) => String(one.step) === wanted.get("step"));
   if (step >= 0) state.at = step;
   if (Object.hasOwn(KINDS, wanted.get("colour") || "")) state.colour = wanted.get("colour");
-  if (Object.hasOwn(SORTS, wanted.get("sort") || "")) state.sort = wanted.get("sort");
+  if (Object.hasOwn(SORTS, wanted.get("sort") || "") && document.querySelector(`#sort option[value="${wanted.get("sort")}"]`)) state.sort = wanted.get("sort");
 }
 
 function go(i) {
@@ -490,6 +502,7 @@ if (records.length) {
   const gains = records.flatMap((record) => record.kind === "preferences" ? record.groups.flatMap((group) => group.answers.flatMap((answer) =>
     answer.ids.map((_, i) => KINDS.implicit.value(record, answer, i)).filter(known).map(Math.abs))) : []).sort((a, b) => a - b);
   data.implicit = gains.length ? Math.max(0.05, Number(gains[Math.floor(gains.length * 0.99)].toPrecision(1))) : 1;
+  offer();
   recall();
   const sort = document.getElementById("sort");
   sort.value = state.sort;

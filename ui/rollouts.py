@@ -15,6 +15,7 @@ import html
 import json
 import sys
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import tyro
@@ -103,6 +104,7 @@ PAGE = """<!doctype html>
 
 BODY = """<nav id="steps" class="steps" aria-label="steps"></nav>
 <p id="caption" class="caption"></p>
+<p id="flat" class="flat"></p>
 <div class="bar">
 <div id="colour" class="choice" role="group" aria-label="what the colours show"></div>
 <label>answers by <select id="sort"><option value="drawn">number</option><option value="reward">reward</option>
@@ -126,12 +128,35 @@ def find(run: str) -> Path:
     """The file of a run's rollouts. UserError: there is none."""
     path = Path(run) if Path(run).is_file() else Path(run) / NAME
     if not path.is_file():
-        known = "ppo, grpo, gdpo, dpo and kto write one"
-        raise UserError(f"{run} holds no {NAME}: {known}" if Path(run).is_dir() else f"there is no run {run}")
+        kinds = "ppo, grpo, gdpo, dpo and kto write one"
+        told = f"{run} holds no {NAME}: {kinds}" if Path(run).is_dir() else f"there is no run {run}"
+        near = nearby(Path(run))
+        raise UserError(f"{told}; these runs have one: {', '.join(near)}" if near else told)
     return path
 
 
+def nearby(run: Path, most: int = 6) -> list[str]:
+    """Runs below the nearest folder above ``run`` that has some with rollouts, those with the likest names first."""
+    for above in list(run.parents)[:2]:
+        found = [path.parent for depth in ("*", "*/*") for path in above.glob(f"{depth}/{NAME}") if path.is_file()]
+        if found:
+            like = lambda path: SequenceMatcher(None, str(run), str(path)).ratio()  # noqa: E731
+            return [str(path) for path in sorted(found, key=lambda path: (-like(path), str(path)))[:most]]
+    return []
+
+
+USAGE = """usage: python ui/rollouts.py [RUN] [--write PAGE]
+
+A run's rollouts as one page that needs no server: what the method saw, token by token.
+
+  RUN           the run's folder (default: out/arith/grpo)
+  --write PAGE  the page (default: rollouts.html in the run's folder)"""
+
+
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(USAGE)
+        return
     config = parse(Config)
     path = find(config.run)
     records, known, damaged = load(path)

@@ -111,6 +111,9 @@ def go_on(number: int) -> None:
 
 def nothing_yet() -> None:
     """What a page says while there are no runs."""
-    st.info("There are no runs yet. The page Start makes some: its first button takes about a minute.")
+    st.info(
+        "There are no runs yet. The page Start makes some: its first button takes two to three minutes on two busy "
+        "cores."
+    )
     if st.button("Start", key="to start", type="primary"):
         st.switch_page("panel/start.py")

@@ -108,19 +108,37 @@ def text_of(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
+def shade(probability: float) -> str:
+    """The colour behind a token of that probability.
+
+    >>> shade(1.0), shade(0.5)
+    ('rgba(213,94,0,0.00)', 'rgba(213,94,0,0.30)')
+    """
+    return f"rgba(213,94,0,{min(0.55, 0.6 * (1 - probability)):.2f})"
+
+
 def as_html(tokens: list[Token]) -> str:
     """The answer as markup in which every text is escaped: the less likely a token, the stronger its colour; what else
     it could have been stands in its title."""
     spans = []
     for token in tokens:
         others = "\n".join(f"{p:7.1%}  {visible(text)}" for text, p in token.others)
-        shade = min(0.55, 0.6 * (1 - token.probability))
         spans.append(
             f'<span title="{html.escape(f"{token.probability:.1%}{chr(10)}{others}", quote=True)}" '
-            f'style="background:rgba(213,94,0,{shade:.2f});border-radius:3px">{html.escape(token.text)}</span>'
+            f'style="background:{shade(token.probability)};border-radius:3px">{html.escape(token.text)}</span>'
         )
     style = "white-space:pre-wrap;overflow-wrap:anywhere;font:14px/1.8 ui-monospace,Menlo,Consolas,monospace"
     return f'<div style="{style}">{"".join(spans) or "&nbsp;"}</div>'
+
+
+def _legend() -> str:
+    box = "display:inline-block;padding:0 7px;border:1px solid rgba(128,128,128,.35);border-radius:3px;margin-left:6px"
+    boxes = "".join(f'<span style="{box};background:{shade(p)}">{p:.0%}</span>' for p in (1.0, 0.5, 0.1))
+    told = "Hover a token to see how sure the model was of it, and what else could have stood there. Its probability:"
+    return f'<div style="font-size:13px;opacity:.8">{told}{boxes}</div>'
+
+
+LEGEND = _legend()
 
 
 def visible(text: str) -> str:

@@ -11,6 +11,8 @@ from ui.folder import plain_file
 from ui.rollouts import load, note_of, page_of
 from ui.shared import one_line, plain
 
+# The page of a run is as high as the window, less what stands above it.
+FULL = ".stMainBlockContainer iframe { height: max(560px, calc(100vh - 260px)) !important; }"
 MOST = 1_500_000  # bytes of records in the panel; the file that can be saved holds more
 
 
@@ -32,7 +34,8 @@ def show(name: str) -> None:
     if not steps:
         st.warning(plain(f"No line of {name}/{NAME} is a whole record."))
         return
-    st.iframe(page, height=1150)
+    st.html(f"<style>{FULL}</style>")
+    st.iframe(page, height=900)
 
 
 def written() -> list[str]:

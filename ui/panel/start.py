@@ -8,15 +8,16 @@ from pathlib import Path
 import streamlit as st
 
 from runtime.errors import UserError
+from runtime.rollouts import NAME
 from ui import forms, shared
-from ui.folder import OWN, inside
+from ui.folder import OWN, inside, plain_file
 from ui.forms import STAGES, STARTS, Field, shown, value_of
-from ui.jobs import OPEN, ROOT, RUNNING, STOPPED, STOPPING, WAITING, Job, cores
+from ui.jobs import OPEN, ROOT, RUNNING, STOPPED, STOPPING, WAITING, Job, cores, spoken, stage_in
 from ui.shared import one_line, plain, short
 
 FIRST = {
-    "quick": ("A quick look", "Pretraining, SFT and GRPO with next to no training, in a minute or two: all of it runs, "
-              "nothing is learned.", ["--quick", "--only", "grpo"], "arith_quick"),
+    "quick": ("A quick look", "Pretraining, SFT and GRPO with next to no training, in two to three minutes on two busy "
+              "cores: all of it runs, nothing is learned.", ["--quick", "--only", "grpo"], "arith_quick"),
     "learns": ("A first look that learns", "Pretraining, SFT and GRPO on sums in stories: five to ten minutes.",
                ["--only", "grpo"], "arith"),
 }  # fmt: skip
@@ -51,15 +52,10 @@ def show_job(job: Job, is_last: bool) -> None:
             st.rerun(scope="fragment")
         if job.state in (STOPPED, "failed") and is_last and buttons.button("Go on", key=f"go on {job.number}"):
             shared.go_on(job.number)
-        if (
-            job.state == "finished"
-            and (run := talker(job))
-            and buttons.button("Chat with it", key=f"chat {job.number}")
-        ):
-            st.session_state.one = run
-            st.switch_page("panel/talk.py")
+        if job.state == "finished":
+            show_ways_on(job, buttons)
         if job.state not in OPEN and buttons.button(
-            "Remove", key=f"remove {job.number}", help="From this list; the run stays."
+            "Remove from the list", key=f"remove {job.number}", help="The run stays."
         ):
             shared.queue().forget(job.number)
             st.rerun(scope="fragment")
@@ -68,6 +64,27 @@ def show_job(job: Job, is_last: bool) -> None:
         with st.expander("What it prints", expanded=job.state == "failed"):
             st.code(job.command(), language=None, wrap_lines=True)
             st.code(printed(job), language=None, height=220)
+
+
+def show_ways_on(job: Job, buttons) -> None:
+    """Buttons that lead from a finished job to the pages which show what it made."""
+    if (run := talker(job)) and buttons.button("Chat with it", key=f"chat {job.number}"):
+        st.session_state.one = run
+        st.switch_page("panel/talk.py")
+    if (run := witness(job)) and buttons.button("Rollouts", key=f"rollouts {job.number}"):
+        st.session_state.run = run
+        st.switch_page("panel/rollouts.py")
+    card = f"{job.folder}/report.json"
+    if plain_file(shared.root() / card) and buttons.button("Report card", key=f"card {job.number}"):
+        st.session_state.card = card
+        st.switch_page("panel/card.py")
+
+
+def witness(job: Job) -> str:
+    """The run of a job that wrote rollouts down last; empty if none did."""
+    folders = [job.folder, *(f"{job.folder}/{name}" for name in ("dpo", "kto", "ppo", "grpo", "gdpo"))]
+    found = [(stat.st_mtime, name) for name in folders if (stat := plain_file(shared.root() / name / NAME))]
+    return max(found, default=(0, ""))[1]
 
 
 def talker(job: Job) -> str:
@@ -89,14 +106,14 @@ def show_progress(job: Job) -> None:
     names = [job.folder] if job.script != "pipeline.py" else shared.runs().names()
     runs = [shared.runs().look(name) for name in names if name == job.folder or name.startswith(f"{job.folder}/")]
     run = next((run for run in runs if run.state == "running"), None)
+    said = spoken(shared.queue().log(job.number, 100_000))
+    stage = stage_in(said)
     if run is not None and run.steps:
-        st.progress(
-            run.progress,
-            text=plain(f"{run.stage or run.name}: step {run.step:,} of {run.steps:,}  {run.best_in_words()}"),
-        )
+        place = f"{stage}, " if stage else ""
+        told = f"{place}{run.stage or run.name}: step {run.step:,} of {run.steps:,}  {run.best_in_words()}"
+        st.progress(run.progress, text=plain(told))
     elif job.state == RUNNING:
-        lines = shared.queue().log(job.number, 2000).splitlines()
-        st.caption(plain(one_line(lines[-1], 160)) if lines else "It is starting: the libraries take some seconds.")
+        st.caption(plain(one_line(said[-1], 160)) if said else "It is starting: the libraries take some seconds.")
 
 
 def show_queue() -> None:

@@ -8,6 +8,7 @@ import streamlit as st
 import chat
 from runtime.errors import UserError
 from ui import shared, talk
+from ui.jobs import OPEN
 from ui.shared import one_line, plain
 
 NONE = ""
@@ -48,9 +49,16 @@ def show_alternatives(tokens: list[talk.Token], key: str) -> None:
             rows.append(
                 {"": i + 1, "token": talk.visible(token.text), "probability": token.probability, "likeliest": others}
             )
-        percent = st.column_config.ProgressColumn("probability", format="percent", min_value=0, max_value=1)
+        widths = {
+            "": st.column_config.NumberColumn("", width=40),
+            "token": st.column_config.TextColumn("token", width=90),
+            "probability": st.column_config.ProgressColumn(
+                "probability", format="percent", min_value=0, max_value=1, width=110
+            ),
+            "likeliest": st.column_config.TextColumn("likeliest", width=420),
+        }
         st.dataframe(
-            rows, hide_index=True, key=key, column_config={"probability": percent}, height=min(38 + 35 * len(rows), 420)
+            rows, hide_index=True, key=key, column_config=widths, width=670, height=min(38 + 35 * len(rows), 420)
         )
 
 
@@ -89,21 +97,30 @@ def ask(question: str, chosen: list[str], columns: list, settings: chat.Config, 
         st.rerun()
 
 
+def kept(name: str) -> dict:
+    """A field whose value is still there after a visit to another page."""
+    return {"key": f"chat {name}", "persist_state": "session"}
+
+
 def show_settings() -> tuple[chat.Config, bool]:
     with st.sidebar:
         st.subheader("Sampling")
-        temperature = st.slider("temperature", 0.0, 2.0, 0.7, 0.05, help="0: always the likeliest token.")
+        temperature = st.slider(
+            "temperature", 0.0, 2.0, 0.7, 0.05, help="0: always the likeliest token.", **kept("temperature")
+        )
         top_p = st.slider(
-            "top\\_p", 0.05, 1.0, 1.0, 0.05, help="Only the likeliest tokens that together have this probability."
-        )
-        top_k = st.number_input("top\\_k", 0, 1000, 0, help="Only the k likeliest tokens (0: all).")
+            "top\\_p", 0.05, 1.0, 1.0, 0.05, help="Only the likeliest tokens that together have this probability.",
+            **kept("top_p"),
+        )  # fmt: skip
+        top_k = st.number_input("top\\_k", 0, 1000, 0, help="Only the k likeliest tokens (0: all).", **kept("top_k"))
         min_p = st.slider(
-            "min\\_p", 0.0, 1.0, 0.0, 0.01, help="Only tokens at least so likely, compared with the likeliest."
-        )
-        most = st.number_input("most new tokens", 1, 4096, 64)
-        seed = st.number_input("seed", 0, 2**31 - 1, 0, help="The same seed gives the same answer.")
-        raw = st.toggle("continue as text", help="Without the chat template: what a base model can do.")
-        remember = st.toggle("remember the conversation", value=False, disabled=raw)
+            "min\\_p", 0.0, 1.0, 0.0, 0.01, help="Only tokens at least so likely, compared with the likeliest.",
+            **kept("min_p"),
+        )  # fmt: skip
+        most = st.number_input("most new tokens", 1, 4096, 64, **kept("most"))
+        seed = st.number_input("seed", 0, 2**31 - 1, 0, help="The same seed gives the same answer.", **kept("seed"))
+        raw = st.toggle("continue as text", help="Without the chat template: what a base model can do.", **kept("raw"))
+        remember = st.toggle("remember the conversation", value=False, disabled=raw, **kept("remember"))
     settings = chat.Config(
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_new_tokens=most, seed=seed
     )
@@ -113,14 +130,24 @@ def show_settings() -> tuple[chat.Config, bool]:
 st.title("Chat")
 names = speakers()
 if not names:
-    shared.nothing_yet()
+    if shared.runs().names() or any(job.state in OPEN for job in shared.queue().jobs()):
+        st.info("No run can answer yet. The first one can when pretraining has saved its checkpoint.")
+    else:
+        shared.nothing_yet()
     st.stop()
 st.session_state.setdefault("turns", [])
+for chosen in ("one", "two"):  # what is kept from before may be gone
+    if st.session_state.get(chosen, NONE) not in (NONE, *names):
+        del st.session_state[chosen]
 ready = next((name for name in names if name.endswith("grpo")), names[-1])
 left, right = st.columns(2)
-one = left.selectbox("Model", names, index=names.index(ready), key="one", format_func=one_line)
+one = left.selectbox("Model", names, index=names.index(ready), key="one", format_func=one_line, persist_state="session")
 two = right.selectbox(
-    "beside it", [NONE, *(n for n in names if n != one)], key="two", format_func=lambda n: one_line(n) or "nothing"
+    "beside it",
+    [NONE, *(n for n in names if n != one)],
+    key="two",
+    format_func=lambda n: one_line(n) or "nothing",
+    persist_state="session",
 )
 chosen = [one, *([two] if two else [])]
 settings, remember = show_settings()
@@ -135,10 +162,10 @@ for column, name in zip(columns, chosen):
             column.caption("A pretrained model knows no chat template: it can only continue a text.")
     except UserError as error:
         column.error(plain(str(error)))
+st.html(talk.LEGEND)
 for number, turn in enumerate(st.session_state.turns[-20:]):
     show_turn(number, turn, st.columns(max(1, len(turn["answers"]))))
 if not st.session_state.turns:
-    st.caption("Hover a token to see how sure the model was of it, and what else could have stood there.")
     for number, example in enumerate(EXAMPLES):
         if st.button(plain(example), key=f"example {number}"):
             ask(example, chosen, columns, settings, remember)

@@ -320,7 +320,9 @@ def keep_answers(
     series |= {} if ref_logps is None else {"ref": ref_logps[rows]}
     series |= {} if values is None else {"values": values[rows], "advantages": advantages[rows]}
     earned = {name: value[rows.to(value.device)] for name, value in rewards.items()}
-    total = numbers_of(total_reward({name: value for name, value in earned.items() if name in weights}, weights))
+    totals = total_reward({name: value for name, value in rewards.items() if name in weights}, weights)  # (N,)
+    total = numbers_of(totals[rows])
+    left_out = ~some.finished if getattr(config, "mask_truncated", False) else torch.zeros_like(some.finished)
     earned = {name: numbers_of(value) for name, value in earned.items()}
     series = {name: value.cpu() for name, value in series.items()}
     tokens, mask, most = some.tokens.cpu(), some.mask.cpu(), longest(len(rows))
@@ -331,19 +333,36 @@ def keep_answers(
         for i in its:
             its_series = {name: value[i] for name, value in series.items()}
             answer = answer_of(run.tokenizer, tokens[i], mask[i], most, **its_series)
-            answer |= {"finished": bool(some.finished[i]), "reward": total[i]}
+            answer |= {"finished": bool(some.finished[i]), "counts": not left_out[i], "reward": total[i]}
+            answer |= whole_of(mask[i], its_series)
             answer |= {"rewards": {name: values[i] for name, values in earned.items()}}
             answer |= {} if advantages.dim() == 2 else {"advantage": round(float(advantages[int(rows[i])]), 4)}
             answers.append(answer)
         question = "\n".join(message["content"] for message in one.messages)[:QUESTION]
         gold = " or ".join(one.gold) if isinstance(one.gold, tuple) else one.gold
         prompt = prompt_of(run.tokenizer, tokens[k * g], mask[k * g])
-        written.append({"question": question, "gold": gold if gold is None else str(gold), "prompt": prompt,
+        siblings = totals.view(P, G)[group].float()  # all of them, also those for which there is no room
+        facts = {"size": G, "mean": float(siblings.mean()), "std": float(siblings.std()) if G > 1 else 0.0}
+        facts = {name: round(value, 4) if math.isfinite(value) else None for name, value in facts.items()}
+        facts |= {"equal": bool((siblings == siblings[0]).all())}  # nobody is better than a sibling
+        written.append({"question": question, "gold": gold if gold is None else str(gold), **facts, "prompt": prompt,
                         "answers": answers})  # fmt: skip
     facts = {"step": step + 1, "stage": run.stage, "kind": "groups", "clip": clip_of(config)}
     facts |= {"level": getattr(config, "ratio_level", "token")}
     facts |= {"weights": {name: weights[name] for name in rewards if name in weights}}
     append(run.folder, facts | {"groups": written})
+
+
+def whole_of(mask: Tensor, series: dict[str, Tensor]) -> dict[str, float]:
+    """Of a whole answer, however much of it is written down: its estimate of the KL to the reference, the sum of
+    log π_old - log π_ref, and the ratio of the sequence, the geometric mean of those of its tokens.
+
+    >>> whole_of(torch.tensor([False, True, True]), {"old": -torch.ones(3), "now": torch.zeros(3), "ref": -torch.ones(3)})
+    {'ratio': 2.71828, 'kl': 0.0}
+    """
+    own = {name: values[mask].double() for name, values in series.items()}
+    found = {"ratio": round(math.exp(float((own["now"] - own["old"]).mean())), 5)} if bool(mask.any()) else {}
+    return found | ({"kl": round(float((own["old"] - own["ref"]).sum()), 4)} if "ref" in own else {})
 
 
 def clip_of(config) -> list[float | None]:

@@ -5,9 +5,10 @@ some pairs or labelled answers, always the same. It holds ids, texts and numbers
 
     {"step": 20, "stage": "grpo", "kind": "groups", "clip": [0.8, 1.2], "level": "token",
      "weights": {"correct": 1.0, ...}, "groups": [a group, ...]}
-    a group:  {"question": "...", "gold": "25", "prompt": [[ids], [texts]], "answers": [an answer, ...]}
-    an answer:  {"ids": [...], "texts": [...], "mask": [...], "finished": true,
-                 "reward": 1.1, "rewards": {"correct": 1.0, ...}, "advantage": 0.87,
+    a group:  {"question": "...", "gold": "25", "size": 4, "mean": 0.6, "std": 0.58, "equal": false,
+               "prompt": [[ids], [texts]], "answers": [an answer, ...]}
+    an answer:  {"ids": [...], "texts": [...], "mask": [...], "finished": true, "counts": true,
+                 "reward": 1.1, "rewards": {"correct": 1.0, ...}, "advantage": 0.87, "kl": 0.3, "ratio": 1.02,
                  "sampled": [...], "old": [...], "now": [...], "ref": [...]}
 
 Of a token: ``sampled`` is its log-probability when it was drawn, ``old`` the same as training computes it, ``now`` that
@@ -191,6 +192,8 @@ def _group(group) -> dict | None:
     gold = group.get("gold")
     return {
         "question": str(group.get("question", "")), "gold": None if gold is None else str(gold),
+        "size": group["size"] if _whole(group.get("size")) else len(answers), "equal": group.get("equal") is True,
+        "mean": _number(group.get("mean")), "std": _number(group.get("std")),
         "part": str(group.get("part", ""))[:40], "prompt": [ids, [str(one) for one in texts]],
         "answers": [one for one in answers if one is not None],
     }  # fmt: skip
@@ -203,6 +206,7 @@ def _answer(answer) -> dict | None:
     if len(ids) != len(texts) or not all(_whole(one) for one in ids):
         return None
     shown = {"ids": ids, "texts": [str(one) for one in texts], "finished": answer.get("finished") is not False}
+    shown |= {"counts": answer.get("counts") is not False}
     shown["mask"] = [1 if one else 0 for one in _list(answer.get("mask"))]
     shown["mask"] = shown["mask"] if len(shown["mask"]) == len(ids) else [1] * len(ids)
     for name in SERIES:
@@ -210,7 +214,7 @@ def _answer(answer) -> dict | None:
         if len(values) == len(ids):
             shown[name] = values
     shown |= {"rewards": _numbers(answer.get("rewards")), "more": answer["more"] if _whole(answer.get("more")) else 0}
-    shown |= {name: _number(answer.get(name)) for name in ("reward", "advantage")}
+    shown |= {name: _number(answer.get(name)) for name in ("reward", "advantage", "kl", "ratio")}
     return shown | {"label": str(answer["label"])[:40] if "label" in answer else ""}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import statistics
 
 import pytest
 import torch
@@ -280,3 +281,42 @@ def test_a_line_that_is_too_long_is_none_of_ours(tmp_path, monkeypatch):
 
 def test_numbers_without_a_value_become_null():
     assert rollouts.numbers_of(torch.tensor([1.23456, math.nan, -math.inf])) == [1.2346, None, None]
+
+
+def test_what_is_said_of_a_group_is_about_all_of_its_answers():
+    """Twenty-eight answers, of which there is room for twenty-four: mean, std and size are those of all."""
+    group = {"size": 28, "mean": 0.5, "std": 0.1, "equal": False, "answers": []}
+    record = {"step": 1, "kind": "groups", "groups": [group, {"answers": []}, {"size": -1, "mean": "x", "answers": []}]}
+    first, second, third = rollouts.checked(record)["groups"]
+    assert (first["size"], first["mean"], first["std"], first["equal"]) == (28, 0.5, 0.1, False)
+    assert (second["size"], second["mean"], second["equal"]) == (0, None, False)
+    assert (third["size"], third["mean"]) == (0, None)
+    answer = {"ids": [1], "texts": ["a"], "counts": False, "kl": 2.5, "ratio": 1.1}
+    (shown,) = rollouts.checked({"step": 1, "kind": "groups", "groups": [{"answers": [answer]}]})["groups"][0][
+        "answers"
+    ]
+    assert (shown["counts"], shown["kl"], shown["ratio"]) == (False, 2.5, 1.1)
+
+
+def test_a_cut_off_answer_is_said_to_be_left_out_and_the_whole_answer_is_counted(tmp_path, start):
+    """With mask_truncated and few tokens some answers are cut off and out of the loss; KL and ratio are
+    those of whole answers, by the numbers of their tokens."""
+    config = config_of("grpo", tmp_path / "run", start, mask_truncated=True, max_new_tokens=20, beta=0.1, steps=2)
+    grpo.main(config)
+    answers, finished = 0, set()
+    for record in rollouts.read_all(tmp_path / "run" / rollouts.NAME):
+        for group in record["groups"]:
+            assert group["size"] == config.group_size == len(group["answers"])
+            totals = [one["reward"] for one in group["answers"]]
+            assert group["mean"] == pytest.approx(statistics.fmean(totals), abs=1e-3)
+            assert group["std"] == pytest.approx(statistics.stdev(totals), abs=1e-3)
+            assert group["equal"] == (len(set(totals)) == 1)
+            for one in group["answers"]:
+                answers += 1
+                finished.add(one["finished"])
+                assert one["counts"] == one["finished"]
+                strayed = sum(a - b for a, b in zip(one["old"], one["ref"]))
+                moved = statistics.fmean(a - b for a, b in zip(one["now"], one["old"]))
+                assert one["kl"] == pytest.approx(strayed, abs=2e-3)
+                assert one["ratio"] == pytest.approx(math.exp(moved), abs=2e-3)
+    assert answers and False in finished

@@ -47,9 +47,9 @@ function advantageOf(answer, i) {
   return answer.advantages ? answer.advantages[i] : answer.advantage;
 }
 
-function held(record, answer, i) { // does the clip take this token's gradient away?
+function held(record, answer, i) { // would the clip take this token's gradient away in one more update?
   const ratio = ratioOf(record, answer, i), advantage = advantageOf(answer, i), [low, high] = record.clip;
-  if (!known(ratio) || !known(advantage) || advantage === 0 || !answer.mask[i]) return false;
+  if (!known(ratio) || !known(advantage) || advantage === 0 || !answer.mask[i] || !answer.counts) return false;
   if (!known(low)) return known(high) && ratio > high; // CISPO bounds the weight of a token, of either sign
   return advantage > 0 ? ratio > high : ratio < low;
 }
@@ -67,7 +67,7 @@ const KINDS = {
   },
   ratio: {
     name: "ratio",
-    about: "π after the step's updates over π when it was sampled: blue likelier, orange less likely; underlined: held back by the clip",
+    about: "π after the step's updates over π when it was sampled: blue likelier, orange less likely; underlined: by now outside the clip",
     value: (record, answer, i) => ratioOf(record, answer, i),
     height: (value, record) => Math.log(value) / ratioScale(record),
     paint: (value, record) => towards(Math.log(value) / ratioScale(record), ["up", "down"]),
@@ -136,9 +136,10 @@ function prepare(record) {
       answer.number = number;
       const n = answer.ids.length, own = (values) => values.filter((value, i) => known(value) && answer.mask[i]);
       const moved = own(answer.ids.map((_, i) => difference(at(answer, "now", i), at(answer, "old", i))));
-      answer.ratio = moved.length ? Math.exp(mean(moved)) : null;
+      answer.ratio = answer.ratio ?? (moved.length ? Math.exp(mean(moved)) : null); // of the whole answer, if it is known
       const strayed = own(answer.ids.map((_, i) => KINDS.reference.value(record, answer, i)));
-      answer.kl = strayed.length ? sum(strayed) : null;
+      const sampled = record.kind !== "preferences"; // of answers that others wrote the sum is no estimate of a KL
+      answer.kl = sampled ? answer.kl ?? (strayed.length ? sum(strayed) : null) : null;
       answer.length = n + answer.more;
       answer.moved = moved.length ? mean(moved.map(Math.abs)) : null;
       answer.held = answer.ids.filter((_, i) => held(record, answer, i)).length;
@@ -164,7 +165,7 @@ function heightOf(record) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The parts of the page
 
-const flat = (group) => group.answers.length > 1 && group.answers.every((answer) => answer.advantage === 0);
+const flat = (group) => group.equal || (group.answers.length > 1 && group.answers.every((answer) => answer.advantage === 0));
 const isFlat = (record) => record.kind !== "preferences" && record.groups.length > 0 && record.groups.every(flat);
 
 function drawSteps() {
@@ -220,10 +221,11 @@ function drawBar() {
   }
   legend.replaceChildren(make("span", "", left), scale, make("span", "", right));
   if (state.colour === "ratio") {
-    const sample = make("span", "t held", "clipped");
+    const sample = make("span", "t held", "outside the clip");
     legend.append(sample);
   }
-  const about = state.colour === "implicit" ? implicitAbout(record) : kind.about;
+  const others = record.kind === "preferences" && state.colour === "reference" ? kind.about.replace(/;[^;]*$/, "") : kind.about;
+  const about = state.colour === "implicit" ? implicitAbout(record) : others;
   document.getElementById("about").textContent = about.replace(/^[a-z]/, (letter) => letter.toUpperCase()) + ".";
 }
 
@@ -307,14 +309,15 @@ function drawAnswer(record, group, answer) {
     head.append(drawSwing(answer.advantage, most));
   }
   for (const [name, value] of Object.entries(answer.rewards)) {
-    const weight = record.weights[name];
+    const weight = Object.hasOwn(record.weights, name) ? record.weights[name] : null;
     const times = known(weight) && weight !== 1 ? ` × ${Number(weight.toPrecision(3))}` : "";
     marks.append(make("span", "", `${name} ${known(value) ? Number(value.toFixed(3)) : "unknown"}${times}`));
   }
   marks.append(make("span", "", `${answer.length} tokens`));
   if (known(answer.kl) && record.kind !== "preferences") marks.append(make("span", "", `KL ${show(answer.kl)}`));
   if (record.level === "sequence" && known(answer.ratio)) marks.append(make("span", "", `ratio ${show(answer.ratio, 5)}`));
-  if (answer.held) marks.append(make("span", "", record.level === "sequence" ? "clipped" : `${answer.held} clipped`));
+  if (answer.held) marks.append(make("span", "", record.level === "sequence" ? "outside the clip" : `${answer.held} outside the clip`));
+  if (!answer.counts) marks.append(make("span", "loud", "left out of the loss"));
   if (!answer.finished) marks.append(make("span", "loud", "cut off"));
   card.append(head, marks, drawStrip(record, answer), drawTokens(record, answer));
   return card;
@@ -355,9 +358,10 @@ function drawGroup(record, group, number) {
     if (spark) facts.append(spark);
   } else if (group.answers.length > 1) {
     const middle = mean(earned), std = Math.sqrt(sum(earned.map((value) => (value - middle) ** 2)) / Math.max(1, earned.length - 1));
-    add("mean reward ", show(middle));
-    if (flat(group)) add("flat: every answer earned the same, so there is nothing to learn here");
-    else add("std ", show(std));
+    if (group.size > group.answers.length) add(`${group.answers.length} of ${group.size} answers`);
+    add("mean reward ", show(group.mean ?? middle));
+    if (group.equal || (flat(group) && !known(group.mean))) add("flat: every answer earned the same, so they teach nothing about each other");
+    else add("std ", show(group.std ?? std));
   }
   section.append(facts);
   const [ids, texts] = group.prompt;
@@ -419,7 +423,7 @@ function rowsOf({ record, answer, i }) {
   const strayed = KINDS.reference.value(record, answer, i);
   if (known(strayed)) {
     add("log π − log π_ref", signed(strayed, 3), colour === "reference");
-    add("KL estimate k3", show(Math.exp(-strayed) - 1 + strayed, 3));
+    if (record.kind !== "preferences") add("KL estimate k3", show(Math.exp(-strayed) - 1 + strayed, 3));
   }
   if (record.kind === "preferences") add("implicit reward", signed(KINDS.implicit.value(record, answer, i), 3), colour === "implicit");
   else if (known(advantageOf(answer, i))) add("advantage", signed(advantageOf(answer, i), 3), colour === "advantage");
@@ -435,7 +439,10 @@ function tell(entry) {
   tip.replaceChildren(make("p", "which", text), list);
   list.prepend(make("dt", "", `token ${i + 1} of ${answer.length}`), make("dd", "", `id ${answer.ids[i]}`));
   if (!answer.mask[i]) tip.append(make("p", "", "not written by the policy: it does not count"));
-  if (held(record, answer, i)) tip.append(make("p", "", "held back by the clip: no further gradient in this step"));
+  if (held(record, answer, i)) {
+    const bounded = known(record.clip[0]) ? "a further update on this answer would get no gradient from it" : "a further update would count it with a bounded weight";
+    tip.append(make("p", "", `by now outside the clip: ${bounded}`));
+  }
   tip.style.display = "block";
   const box = node.getClientRects()[0] || node.getBoundingClientRect(), size = tip.getBoundingClientRect();
   const below = box.bottom + 8 + size.height < innerHeight;

@@ -357,7 +357,8 @@ def whole_of(mask: Tensor, series: dict[str, Tensor]) -> dict[str, float]:
     """Of a whole answer, however much of it is written down: its estimate of the KL to the reference, the sum of
     log π_old - log π_ref, and the ratio of the sequence, the geometric mean of those of its tokens.
 
-    >>> whole_of(torch.tensor([False, True, True]), {"old": -torch.ones(3), "now": torch.zeros(3), "ref": -torch.ones(3)})
+    >>> one = torch.ones(3)
+    >>> whole_of(torch.tensor([False, True, True]), {"old": -one, "now": 0 * one, "ref": -one})
     {'ratio': 2.71828, 'kl': 0.0}
     """
     own = {name: values[mask].double() for name, values in series.items()}

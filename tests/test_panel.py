@@ -169,7 +169,12 @@ def test_runs_draws_the_curves_of_the_newest_run_and_compares_others(root, page)
     lines = next(layer for layer in specs[0]["layer"] if layer["mark"]["type"] == "line")
     names = lines["encoding"]["color"]["scale"]["domain"]
     assert len(names) == 1 and "2 seeds" in names[0]  # they differ in their seed alone
-    assert any(layer["mark"]["type"] == "area" for spec in specs for layer in spec["layer"])  # the reference
+    has_area = lambda specs: any(layer["mark"]["type"] == "area" for spec in specs for layer in spec["layer"])  # noqa: E731
+    too_short = lambda: any("no grey band for so short a run" in caption.value for caption in test.caption)  # noqa: E731
+    assert not has_area(specs) and too_short()
+    with open(root / "seed0" / "grpo" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "accuracy": 0.5, "correct": 0.5}\n')
+    assert has_area(charts(run(test))) and not too_short()  # the reference
     test.multiselect(key="shown").set_value(["a/sft", "seed1/grpo"])
     lines = charts(run(test))[0]["layer"][0]
     assert lines["encoding"]["color"]["scale"]["domain"] == ["a/sft", "seed1/grpo"]
@@ -427,16 +432,26 @@ def test_a_damaged_checkpoint_cannot_talk_and_says_so(root, page):
     assert not test.exception and (test.error or test.info or test.selectbox(key="one").value != "seed0/grpo")
 
 
+def test_the_card_of_a_quick_look_says_that_its_figures_mean_nothing(root, page):
+    (root / "a" / "report.md").write_text("# Report card\n\n--quick: next to no training. It shows ...\n")
+    assert "mean nothing" in page("card").info[0].value
+
+
 def test_the_card_has_its_intervals_and_every_question_its_answers(page):
     test = page("card")
     (spec,) = charts(test)
     assert spec["layer"][1]["encoding"]["x"]["field"] == "figure"
-    assert test.dataframe[0].value["figure"][0] == 0.5
+    assert spec["layer"][1]["encoding"]["x"]["scale"]["domain"] == [0, pytest.approx(0.66)]
+    frame = test.dataframe[0].value
+    assert list(frame.columns) == ["stage", "accuracy", "95 % interval", "pass@1", "n"]
+    assert frame["accuracy"][0] == 0.5 and frame["95 % interval"][0] == "0.400 to 0.600"
+    assert "sampled answers" in test.dataframe[0].proto.columns and not test.info
     test.number_input[0].set_value(8)
     test.toggle(key="answer").set_value(True)
     run(test)
     frame = next(one.value for one in test.dataframe if "question" in one.value.columns)
-    assert len(frame) == 8 and len(frame.columns) >= 2 and set(frame[frame.columns[1]]) <= {"✓", "·"}
+    assert len(frame) == 8 and len(frame.columns) >= 2 and set(frame[frame.columns[1]]) <= {"✓", "✗"}
+    assert any("✗ wrong" in caption.value.replace("\\", "") for caption in test.caption)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from tiny import tiny_pretrain, tiny_sft
 
 import chat
+import evaluate
 import pretrain
 import sft
 from runtime import rollouts
@@ -637,6 +638,15 @@ def test_a_model_that_cannot_write_is_refused(root):
     (root / "a" / "sft" / "ckpt.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):
         talk.load(root / "a" / "sft")
+
+
+def test_every_column_of_a_report_card_is_explained():
+    written = [row for path in (ROOT / "docs" / "reports").glob("*.json") for row in json.loads(path.read_text())]
+    names = {name for row in written for name in row} - (report.HIDDEN - {"accuracy"})
+    assert len(names) > 8
+    for name in [*names, "95 % interval", "n", *evaluate.COLUMNS, "maj@4", "perplexity"]:
+        assert report.explained(report.heading(name)), name
+    assert report.explained("of nobody") is None
 
 
 def test_report_cards_are_read_and_questions_answered(root):

@@ -1,6 +1,7 @@
 """The report card for the panel: rows with their intervals, and which stage answers which question rightly."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,12 @@ from pathlib import Path
 import torch
 
 from data import encode_prompts
+from evaluate import COLUMNS
 from rollout import sample_answers, score, to_verify
 from runtime.errors import UserError
 from stages import load_stage
 from texts import load_prompts
-from ui.folder import inside, plain_file
+from ui.folder import inside, plain_file, tail
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Row:
     high: float | None
     n: int
     others: dict[str, float]
+    name: str = "accuracy"  # of the figure
 
 
 def reports(root: Path) -> list[str]:
@@ -61,7 +64,34 @@ def _row(row: dict) -> Row:
     others = {str(name): value for name, value in row.items() if name not in HIDDEN and _is_number(value)}
     figure, low, high = (value if _is_number(value) else None for value in (figure, row.get("low"), row.get("high")))
     n = row["n"] if isinstance(row.get("n"), int) else 0
-    return Row(str(row.get("stage", "?")), str(row.get("path", "")), figure, low, high, n, others)
+    name = "reward" if "reward" in row and "accuracy" not in row else "accuracy"
+    return Row(str(row.get("stage", "?")), str(row.get("path", "")), figure, low, high, n, others, name)
+
+
+def is_quick(root: Path, name: str) -> bool:
+    """Whether the card is of ``pipeline.py --quick``, as its report.md says."""
+    return "--quick: next to no training" in tail(inside(root, name).with_name("report.md"), 100_000)
+
+
+def explanations() -> dict[str, str]:
+    """What each column of a report card is: the table of docs/metrics.md."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", page.partition("## The report card")[2], re.M)
+    return {name: text for name, text in rows if name not in ("column", "---")}
+
+
+def heading(name: str) -> str:
+    """A figure's name as evaluate.py's table has it."""
+    return COLUMNS.get(name, name)
+
+
+def explained(name: str) -> str | None:
+    """What that heading is; None if nobody says.
+
+    >>> explained("pass@8")
+    'The share of questions of which at least one of k sampled answers is right.'
+    """
+    return explanations().get(re.sub(r"@\d+$", "@k", name))
 
 
 def _is_number(value) -> bool:

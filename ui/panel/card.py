@@ -19,8 +19,10 @@ def chart(rows: list[report.Row]) -> dict:
     ]  # fmt: skip
     order = [value["stage"] for value in values]
     y = {"field": "stage", "type": "nominal", "sort": order, "title": None, "axis": {"labelLimit": 260}}
-    scale = {"domain": [0, 1]} if all(0 <= value["figure"] <= 1 for value in values) else {"zero": False}
-    x = {"field": "figure", "type": "quantitative", "title": "accuracy, with its 95 % interval", "scale": scale}
+    shares = all(0 <= value["figure"] <= 1 for value in values)
+    scale = {"domain": [0, end_of(values)], "nice": False} if shares else {"zero": False}
+    title = f"{next(row.name for row in rows if row.figure is not None)}, with its 95 % interval"
+    x = {"field": "figure", "type": "quantitative", "title": title, "scale": scale}
     tooltip = [
         {"field": "stage"},
         *({"field": name, "format": ".3f"} for name in ("figure", "low", "high")),
@@ -35,14 +37,36 @@ def chart(rows: list[report.Row]) -> dict:
     return {"data": {"values": values}, "layer": [rule, point, text], "height": {"step": 40}}
 
 
-def table(rows: list[report.Row]) -> pd.DataFrame:
+def end_of(values: list[dict]) -> float:
+    """Where the axis of shares ends: a little above the largest of them and of their intervals."""
+    largest = max(value for one in values for value in (one["figure"], one["high"]) if value is not None)
+    return min(1.0, 1.1 * largest) or 1.0
+
+
+def interval(row: report.Row) -> str:
+    """As evaluate.py writes it."""
+    if row.low is None or row.high is None:
+        return ""
+    return f"{row.low:.3f} to {row.high:.3f}" if row.low < row.high else "all equal"
+
+
+def table(rows: list[report.Row]) -> tuple[pd.DataFrame, dict]:
+    """(the card, how its columns are shown): headings as evaluate.py has them, explanations from docs/metrics.md."""
     names = list(dict.fromkeys(name for row in rows for name in row.others))
+    heads = {name: one_line(report.heading(name), 40) for name in names}
     cells = [
-        {"stage": one_line(row.stage, 40), "figure": row.figure, "low": row.low, "high": row.high, "n": row.n}
-        | {one_line(name, 40): row.others.get(name) for name in names}
+        {"stage": one_line(row.stage, 40), row.name: row.figure, "95 % interval": interval(row)}
+        | {heads[name]: row.others.get(name) for name in names} | {"n": row.n}
         for row in rows
     ]  # fmt: skip
-    return pd.DataFrame(cells)
+    frame = pd.DataFrame(cells)
+    shown = {
+        name: st.column_config.NumberColumn(help=told, format="%.1f" if name == "tokens" else "%.3f")
+        for name in frame.columns if name not in ("n", "95 % interval") and (told := report.explained(name))
+    }  # fmt: skip
+    shown["95 % interval"] = st.column_config.TextColumn(help=report.explained("95 % interval"))
+    shown["n"] = st.column_config.NumberColumn(help=report.explained("n"))
+    return frame, shown
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -73,9 +97,9 @@ def show_questions(names: list[str], n: int) -> None:
     rows = []
     for i, one in enumerate(asked):
         row = {"question": one_line(one.messages[-1]["content"], 300)}
-        rows.append(row | {one_line(name): "✓" if answers.right[i] else "·" for name, answers in found.items()})
+        rows.append(row | {one_line(name): "✓" if answers.right[i] else "✗" for name, answers in found.items()})
     shares = ", ".join(f"{name} {sum(answers.right)} of {n}" for name, answers in found.items())
-    st.caption(plain(f"Right, answered greedily: {shares}. Tick a row to read the answers."))
+    st.caption(plain(f"✓ right, ✗ wrong, answered greedily: {shares}. Tick a row to read the answers."))
     picked = st.dataframe(
         pd.DataFrame(rows), hide_index=True, on_select="rerun", selection_mode="single-row", height=340,
         key="questions",
@@ -96,11 +120,15 @@ if names:
     name = st.selectbox("Card", names, format_func=one_line, key="card")
     try:
         rows = report.read(shared.root(), name)
+        if report.is_quick(shared.root(), name):
+            st.info("This card is of the quick look, with next to no training: its figures mean nothing.")
         if any(row.figure is not None for row in rows):
             st.vega_lite_chart(chart(rows), width="stretch")
-        st.dataframe(table(rows), hide_index=True)
+        frame, columns = table(rows)
+        st.dataframe(frame, hide_index=True, column_config=columns)
         st.caption(
-            "How it was measured stands in the report.md beside it; what it can and cannot say, in docs/results.md."
+            "Accuracy is of greedy answers, pass@1 of sampled ones. A heading that is pointed at says what it is. How "
+            "it was measured stands in the report.md beside it; what it can and cannot say, in docs/results.md."
         )
     except UserError as error:
         st.warning(plain(str(error)))

@@ -102,13 +102,17 @@ def chart(curve: str, groups: dict[str, list[Run]], with_band: str) -> dict | No
         mean = {"field": "value", "type": "quantitative", "aggregate": "mean"}
         layers.append({"mark": {"type": "line", "strokeWidth": 2.6}, "encoding": {"x": x, "y": mean, "color": colour}})
     spec = {"data": {"values": points}, "layer": layers}
-    if with_band and (area := reference_of(with_band, curve)):
-        last = max(point["step"] for point in points)
-        area = [point for point in area if point["step"] <= 1.05 * last] or area[:2]
+    last = max(point["step"] for point in points)
+    area = [point for point in reference_of(with_band, curve) if point["step"] <= 1.05 * last] if with_band else []
+    if len(area) > 1:  # else the run is too short for a band, whose scale would hide the curve
         edges = {"x": x, "y": {"field": "low", "type": "quantitative"}, "y2": {"field": "high"}}
         mark = {"type": "area", "opacity": 0.16, "color": "#808080", "clip": True}
         spec["layer"] = [{"data": {"values": area}, "mark": mark, "encoding": edges}, *layers]
     return spec | {"title": {"text": label_of(curve), "fontSize": 13, "anchor": "start"}, "height": 250}
+
+
+def has_band(spec: dict) -> bool:
+    return any(layer["mark"]["type"] == "area" for layer in spec["layer"])
 
 
 def legend(names: list[str]) -> str:
@@ -136,6 +140,8 @@ def draw_curves(names: list[str], chosen: list[str], with_band: str) -> None:
             st.progress(run.progress or 0.0, text=plain(f"{run.name}: {told}, {run.best_in_words()}"))
     groups = groups_of(runs)
     specs = [spec for spec in (chart(curve, groups, with_band) for curve in chosen) if spec is not None]
+    if with_band and specs and not any(map(has_band, specs)):
+        st.caption("There is no grey band for so short a run: that of the normal runs begins at a later step.")
     if len(groups) > 1 and specs:
         st.html(legend(list(groups)))
     for first in range(0, len(specs), 3):

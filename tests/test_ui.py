@@ -180,7 +180,8 @@ def stages(monkeypatch, tmp_path):
     here = tmp_path / "repository"
     here.mkdir()
     (here / "grpo.py").write_text(
-        "import json, os, pathlib, sys, time\n"
+        "import json, os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a shell starts with &
         "print(json.dumps([sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.getpid()]), flush=True)\n"
         "try:\n"
         "    while '--wait' in sys.argv and not pathlib.Path(sys.argv[-1]).exists(): time.sleep(0.02)\n"

@@ -247,6 +247,7 @@ def test_a_run_in_which_nothing_can_be_learned_says_so(browser, root, tmp_path):
         for answer in answers:
             answer.pop("ref", None)
             answer["reward"], answer["advantage"] = 0.0, advantage
+            answer["texts"][0] = "<|endoftext|>"
         (run / "rollouts.jsonl").write_text(json.dumps(record) + "\n")
         subprocess.run([sys.executable, "ui/rollouts.py", str(run), "--write", str(page)], cwd=ROOT, check=True)
         browser.window(1280, 900)
@@ -256,4 +257,7 @@ def test_a_run_in_which_nothing_can_be_learned_says_so(browser, root, tmp_path):
         assert ("nothing to learn in this step" in told) == (advantage == 0.0)
         assert browser.evaluate("document.getElementById('steps').offsetHeight") < 40
         orders = browser.evaluate("[...document.querySelectorAll('#sort option')].map((n) => n.value)")
+        look = "getComputedStyle(document.querySelector('.answer .t.mark'))"
+        assert browser.evaluate(f"{look}.whiteSpace") == "nowrap"
+        assert browser.evaluate(f"{look}.color === getComputedStyle(document.body).color")
         assert "kl" not in orders and "moved" in orders

@@ -244,6 +244,7 @@ function drawToken(record, answer, i) {
   const special = /^<[|\/]?[\w\u2581｜ ]*[|]?>$/.test(text) && text.length > 4;
   node.textContent = text === "" ? "·" : text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥");
   if (special) node.classList.add("mark");
+  else if (/<\|[^\s|]{1,24}\|>$/.test(text) && text.length < 32) node.classList.add("whole"); // after bytes that are no character of their own
   if (!answer.mask[i]) node.classList.add("given");
   const value = KINDS[state.colour].value(record, answer, i);
   if (known(value)) fill(node, KINDS[state.colour].paint(value, record));

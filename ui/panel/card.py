@@ -22,7 +22,7 @@ def chart(rows: list[report.Row]) -> dict:
     shares = all(0 <= value["figure"] <= 1 for value in values)
     scale = {"domain": [0, end_of(values)], "nice": False} if shares else {"zero": False}
     title = f"{next(row.name for row in rows if row.figure is not None)}, with its 95 % interval"
-    x = {"field": "figure", "type": "quantitative", "title": title, "scale": scale}
+    x = {"field": "figure", "type": "quantitative", "title": title, "scale": scale, "axis": {"tickCount": 8}}
     tooltip = [
         {"field": "stage"},
         *({"field": name, "format": ".3f"} for name in ("figure", "low", "high")),

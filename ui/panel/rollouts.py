@@ -12,7 +12,9 @@ from ui.rollouts import load, note_of, page_of
 from ui.shared import one_line, plain
 
 # The page of a run is as high as the window, less what stands above it.
-FULL = ".stMainBlockContainer iframe { height: max(560px, calc(100vh - 260px)) !important; }"
+FULL = """.stMainBlockContainer { padding-bottom: 1rem; }
+.stMainBlockContainer :has(> iframe) { height: auto !important; flex: none !important; }
+.stMainBlockContainer iframe { height: max(560px, calc(100vh - 260px)) !important; }"""
 MOST = 1_500_000  # bytes of records in the panel; the file that can be saved holds more
 
 

@@ -244,8 +244,11 @@ def test_a_run_in_which_nothing_can_be_learned_says_so(browser, root, tmp_path):
     record = json.loads((root / "seed0" / "grpo" / "rollouts.jsonl").read_text().splitlines()[-1])
     answers = [answer for group in record["groups"] for answer in group["answers"]]
     for advantage in (0.0, 1.0):
+        for group in record["groups"]:
+            group["equal"] = advantage == 0.0
         for answer in answers:
             answer.pop("ref", None)
+            answer.pop("kl", None)
             answer["reward"], answer["advantage"] = 0.0, advantage
             answer["texts"][0] = "<|endoftext|>"
         (run / "rollouts.jsonl").write_text(json.dumps(record) + "\n")

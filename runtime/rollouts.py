@@ -8,7 +8,8 @@ some pairs or labelled answers, always the same. It holds ids, texts and numbers
     a group:  {"question": "...", "gold": "25", "size": 4, "mean": 0.6, "std": 0.58, "equal": false,
                "prompt": [[ids], [texts]], "answers": [an answer, ...]}
     an answer:  {"ids": [...], "texts": [...], "mask": [...], "finished": true, "counts": true,
-                 "reward": 1.1, "rewards": {"correct": 1.0, ...}, "advantage": 0.87, "kl": 0.3, "ratio": 1.02,
+                 "reward": 1.1, "rewards": {"correct": 1.0, ...}, "advantage": 0.87,
+                 "kl": 0.3, "ratio": 1.02,
                  "sampled": [...], "old": [...], "now": [...], "ref": [...]}
 
 Of a token: ``sampled`` is its log-probability when it was drawn, ``old`` the same as training computes it, ``now`` that

@@ -367,6 +367,8 @@ def test_a_full_disk_starts_nothing_and_nothing_twice(stages, tmp_path, monkeypa
     assert written == ["waiting", "running", "running"] and queue.jobs()[0].state == RUNNING
     assert json.loads((tmp_path / "out" / ".panel" / "00001.json").read_text())["state"] == "running"
     monkeypatch.undo()
+    while not queue.log(job.number):  # it must have begun to listen
+        time.sleep(0.02)
     queue.stop(job.number)
     until(queue, job.number, STOPPED)
 

@@ -45,7 +45,7 @@ def here() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(ROOT) and name != __file__:
+        if name.startswith(ROOT) and "site-packages" not in name and name != __file__:
             return f"{name[len(ROOT) :]}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "?"

@@ -317,7 +317,7 @@ def test_start_makes_a_command_of_a_form_and_starts_it(root, page, stages):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("folder grpo|", "../x", "outside the folder"), ("folder grpo|", "/tmp/x", "outside the folder"),
+        ("folder grpo|", "../x", "outside the folder"), ("folder grpo|", "/elsewhere", "outside the folder"),
         ("folder grpo|", "", "a folder of its own"), ("folder grpo|", ".panel/x", "a folder of its own"),
         ("grpo||lr", "fast", "not a number"), ("grpo||group_size", "1", "at least 2"),
         ("grpo||steps", "", "whole number"),
